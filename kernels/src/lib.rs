@@ -1,0 +1,75 @@
+//! The seam between networks and the machines that compute them.
+//!
+//! A network is written once, against the functions of [`ops`] on opaque [`Tensor`]s. What stands behind a tensor decides what a call
+//! does:
+//!
+//! * a tensor that holds **data** is computed at once by the eager executor ([`eager`]): plain candle arithmetic on any candle
+//!   device, the reference for everything faster;
+//! * a tensor that stands for a **node** of a [`graph::Graph`] only notes the call. After one pass over a network at one shape the
+//!   graph holds every operation with every size known: what it costs, what it reads, and in what order. A plan (fused, placed,
+//!   packed) is made from that, and run by an executor. The network's code does not know the difference.
+//!
+//! Weights are [`Param`]s: a name, a shape and a [`Source`] that can read them. The eager executor reads each one once, as a candle
+//! tensor; a packing executor reads each one once into its own layout. Nothing is held twice.
+//!
+//! | operation ([`op::Op`]) | inputs → output |
+//! |---|---|
+//! | `Conv2d` | `[b, c, h, w]` → `[b, o, h', w']` |
+//! | `Linear` | `[.., i]` → `[.., o]` |
+//! | `GroupNorm` (+ activation) | `[b, c, h, w]` → same |
+//! | `LayerNorm` | `[.., c]` → same |
+//! | `Attention` | `q [b, s, c]`, `k, v [b, t, c]` → `[b, s, c]` |
+//! | `Geglu` | `[.., 2c]` → `[.., c]` |
+//! | `Activate` | any → same |
+//! | `Add` | two of the same shape → same |
+//! | `AddChannels`, `ScaleShift` | `[b, c, h, w]`, `[b, c]` or `[b, 2c]` → `[b, c, h, w]` |
+//! | `Affine` | any → same (`x · scale + shift`) |
+//! | `Concat` | `[b, c, h, w]`, `[b, d, h, w]` → `[b, c + d, h, w]` |
+//! | `Upsample` | `[b, c, h, w]` → `[b, c, H, W]`, nearest |
+//! | `Flatten`, `Unflatten` | `[b, c, h, w]` ↔ `[b, h·w, c]` |
+//! | `Sinusoid` | `[b]` → `[b, width]` |
+//! | `Embed` | ids `[b, s]` → `[b, s, c]` |
+//! | `AddPositions` | `[b, s, c]` → same |
+
+pub mod eager;
+pub mod graph;
+pub mod op;
+pub mod ops;
+pub mod param;
+pub mod profile;
+mod tensor;
+
+pub use graph::Graph;
+pub use op::{Activation, Op, Padding};
+pub use param::{Param, Source, Weights};
+pub use tensor::Tensor;
+
+/// What can go wrong in an operation or while weights are asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An operation was given shapes that do not fit together.
+    #[error("{op}: expected {expected}, got {got}")]
+    Shape {
+        /// The operation.
+        op: &'static str,
+        /// What it takes.
+        expected: String,
+        /// What it was given.
+        got: String,
+    },
+    /// A weight is missing or has another shape than the network asks for.
+    #[error("{0}")]
+    Weights(String),
+    /// Two tensors of one operation live in different worlds: data and graph, or two graphs.
+    #[error("{op}: inputs come from different graphs")]
+    Mixed {
+        /// The operation.
+        op: &'static str,
+    },
+    /// candle failed.
+    #[error("tensor operation failed: {0}")]
+    Candle(#[from] candle_core::Error),
+}
+
+/// A result with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;

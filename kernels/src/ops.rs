@@ -1,0 +1,150 @@
+//! The operations that networks call. Each checks its shapes, then computes or records; see [`crate::op::Op`] for their meaning.
+
+use std::time::Instant;
+
+use crate::tensor::{Tensor, Value};
+use crate::{Activation, Error, Op, Param, Result, eager, profile};
+
+/// Computes `op` when the inputs hold data, notes it when they are nodes of a graph.
+///
+/// # Errors
+/// [`Error::Shape`] when the inputs do not fit, [`Error::Mixed`] when they do not belong together, or the executor's error.
+pub fn apply(op: Op, inputs: &[&Tensor]) -> Result<Tensor> {
+    let shapes: Vec<&[usize]> = inputs.iter().map(|t| t.shape()).collect();
+    let shape = op.shape(&shapes)?;
+    let graph = inputs.iter().find_map(|t| match &t.0 {
+        Value::Node { graph, .. } => Some(graph),
+        Value::Data(_) => None,
+    });
+    if let Some(graph) = graph {
+        return graph.record(op, inputs, shape);
+    }
+    let data = inputs
+        .iter()
+        .map(|t| match &t.0 {
+            Value::Data(tensor) => Ok(tensor),
+            Value::Node { .. } => Err(Error::Mixed { op: op.name() }),
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let start = Instant::now();
+    let out = eager::run(&op, &data)?;
+    profile::note(op.class(), start.elapsed());
+    Ok(out.into())
+}
+
+/// Joins two pictures along their channels.
+///
+/// # Errors
+/// As [`apply`].
+pub fn concat(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    apply(Op::Concat, &[x, y])
+}
+
+/// Sum of two tensors of one shape.
+///
+/// # Errors
+/// As [`apply`].
+pub fn add(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    apply(Op::Add, &[x, y])
+}
+
+/// Adds one value a channel: `x [b, c, h, w] + values [b, c]`.
+///
+/// # Errors
+/// As [`apply`].
+pub fn add_channels(x: &Tensor, values: &Tensor) -> Result<Tensor> {
+    apply(Op::AddChannels, &[x, values])
+}
+
+/// `x · (1 + scale) + shift` a channel, `[b, 2c] = scale ‖ shift`.
+///
+/// # Errors
+/// As [`apply`].
+pub fn scale_shift(x: &Tensor, values: &Tensor) -> Result<Tensor> {
+    apply(Op::ScaleShift, &[x, values])
+}
+
+/// `x · scale + shift`; nothing at all for `1` and `0`.
+///
+/// # Errors
+/// As [`apply`].
+pub fn affine(x: &Tensor, scale: f64, shift: f64) -> Result<Tensor> {
+    if scale == 1.0 && shift == 0.0 {
+        return Ok(x.clone());
+    }
+    apply(Op::Affine { scale, shift }, &[x])
+}
+
+/// A pointwise non-linearity.
+///
+/// # Errors
+/// As [`apply`].
+pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    apply(Op::Activate(activation), &[x])
+}
+
+/// First half of the last axis × gelu(second half).
+///
+/// # Errors
+/// As [`apply`].
+pub fn geglu(x: &Tensor) -> Result<Tensor> {
+    apply(Op::Geglu, &[x])
+}
+
+/// Attention of `q [b, s, c]` over `k, v [b, t, c]` in `heads` slices.
+///
+/// # Errors
+/// As [`apply`].
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool) -> Result<Tensor> {
+    apply(Op::Attention { heads, causal }, &[q, k, v])
+}
+
+/// Nearest-neighbour resampling to `h × w`.
+///
+/// # Errors
+/// As [`apply`].
+pub fn upsample(x: &Tensor, h: usize, w: usize) -> Result<Tensor> {
+    apply(Op::Upsample { h, w }, &[x])
+}
+
+/// `[b, c, h, w]` → `[b, h·w, c]`.
+///
+/// # Errors
+/// As [`apply`].
+pub fn flatten(x: &Tensor) -> Result<Tensor> {
+    apply(Op::Flatten, &[x])
+}
+
+/// `[b, h·w, c]` → `[b, c, h, w]`.
+///
+/// # Errors
+/// As [`apply`].
+pub fn unflatten(x: &Tensor, h: usize, w: usize) -> Result<Tensor> {
+    apply(Op::Unflatten { h, w }, &[x])
+}
+
+/// Rows of `table` for ids `[b, s]` (u32).
+///
+/// # Errors
+/// As [`apply`]; an id outside the table.
+pub fn embed(ids: &Tensor, table: &Param) -> Result<Tensor> {
+    apply(
+        Op::Embed {
+            table: table.clone(),
+        },
+        &[ids],
+    )
+}
+
+/// Adds the first rows of `table` to a sequence.
+///
+/// # Errors
+/// As [`apply`].
+pub fn add_positions(x: &Tensor, table: &Param) -> Result<Tensor> {
+    apply(
+        Op::AddPositions {
+            table: table.clone(),
+        },
+        &[x],
+    )
+}

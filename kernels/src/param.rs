@@ -1,0 +1,213 @@
+//! Weights as networks see them: named, shaped, and read when an executor wants them.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use candle_core::{DType, Device};
+use rayon::prelude::*;
+
+use crate::{Error, Result};
+
+/// Where the weights of one network come from, under the network's own names.
+pub trait Source: Send + Sync {
+    /// The shape of a tensor, or `None` when there is none of that name. A source that makes weights up gives the `wanted` shape.
+    fn shape(&self, name: &str, wanted: &[usize]) -> Option<Vec<usize>>;
+
+    /// Reads a tensor as `shape` (which holds as many elements), converted once to `dtype`, onto `device`.
+    ///
+    /// # Errors
+    /// When the tensor cannot be read; the message names it.
+    fn read(&self, name: &str, shape: &[usize], dtype: DType, device: &Device) -> Result<candle_core::Tensor>;
+}
+
+struct Inner {
+    name: String,
+    shape: Vec<usize>,
+    dtype: DType,
+    device: Device,
+    source: Arc<dyn Source>,
+    value: OnceLock<candle_core::Tensor>,
+}
+
+/// One weight: a name, the shape that the network wants, and the way to its values.
+#[derive(Clone)]
+pub struct Param(Arc<Inner>);
+
+impl Param {
+    /// The weight's full name inside its network.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// The shape that the network asked for.
+    pub fn shape(&self) -> &[usize] {
+        &self.0.shape
+    }
+
+    /// Reads the weight anew, without keeping it: for executors that pack weights into a layout of their own.
+    ///
+    /// # Errors
+    /// When the source cannot read it.
+    pub fn read(&self, dtype: DType, device: &Device) -> Result<candle_core::Tensor> {
+        self.0.source.read(&self.0.name, &self.0.shape, dtype, device)
+    }
+
+    /// The weight as a candle tensor, read at the first call and kept.
+    ///
+    /// # Errors
+    /// When the source cannot read it.
+    pub fn value(&self) -> Result<&candle_core::Tensor> {
+        if let Some(tensor) = self.0.value.get() {
+            return Ok(tensor);
+        }
+        let tensor = self.read(self.0.dtype, &self.0.device)?;
+        Ok(self.0.value.get_or_init(|| tensor))
+    }
+}
+
+impl fmt::Display for Param {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "`{}` {:?}", self.0.name, self.0.shape)
+    }
+}
+
+impl fmt::Debug for Param {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+#[derive(Default)]
+struct Ledger {
+    asked: Vec<Param>,
+    problems: Vec<String>,
+}
+
+/// A cursor into the weights of one network: `weights.at("down_blocks").at(0)` and then [`Weights::param`].
+///
+/// It keeps a ledger of all that was asked for. A missing tensor or a wrong shape does not fail at once: [`Weights::finish`] reports
+/// all of them together.
+#[derive(Clone)]
+pub struct Weights {
+    source: Arc<dyn Source>,
+    dtype: DType,
+    device: Device,
+    prefix: String,
+    ledger: Arc<Mutex<Ledger>>,
+}
+
+/// How many problems one message lists.
+const LISTED: usize = 10;
+
+impl Weights {
+    /// The weights of `source`, to be held as `dtype` on `device` by the eager executor.
+    pub fn new(source: Arc<dyn Source>, dtype: DType, device: &Device) -> Self {
+        Self {
+            source,
+            dtype,
+            device: device.clone(),
+            prefix: String::new(),
+            ledger: Arc::default(),
+        }
+    }
+
+    /// The weights below `name`.
+    #[must_use]
+    pub fn at(&self, name: impl fmt::Display) -> Self {
+        let prefix = if self.prefix.is_empty() {
+            name.to_string()
+        } else {
+            format!("{}.{name}", self.prefix)
+        };
+        Self {
+            prefix,
+            ..self.clone()
+        }
+    }
+
+    fn full_name(&self, name: &str) -> String {
+        if self.prefix.is_empty() {
+            name.to_owned()
+        } else {
+            format!("{}.{name}", self.prefix)
+        }
+    }
+
+    /// Asks for a weight. Axes of size one at the end do not count: a linear layer may read what a file keeps as a 1×1 convolution.
+    pub fn param(&self, name: &str, shape: &[usize]) -> Param {
+        let full = self.full_name(name);
+        let found = self.source.shape(&full, shape);
+        let param = Param(Arc::new(Inner {
+            name: full,
+            shape: shape.to_vec(),
+            dtype: self.dtype,
+            device: self.device.clone(),
+            source: Arc::clone(&self.source),
+            value: OnceLock::new(),
+        }));
+        let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        match found {
+            None => ledger.problems.push(format!(
+                "tensor `{}` is missing, expected {shape:?}",
+                param.name()
+            )),
+            Some(got) if significant(&got) != significant(shape) => ledger.problems.push(format!(
+                "tensor `{}` has shape {got:?}, expected {shape:?}",
+                param.name()
+            )),
+            Some(_) => ledger.asked.push(param.clone()),
+        }
+        param
+    }
+
+    /// Ends the loading of a network: fails if anything was missing or misshapen, else reads every weight (all cores) and gives
+    /// the names that were asked for.
+    ///
+    /// # Errors
+    /// [`Error::Weights`] that lists up to ten problems; whatever reading a tensor gives.
+    pub fn finish(&self) -> Result<BTreeSet<String>> {
+        let names = self.check()?;
+        let asked = {
+            let ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+            ledger.asked.clone()
+        };
+        asked
+            .par_iter()
+            .try_for_each(|param| param.value().map(|_| ()))?;
+        Ok(names)
+    }
+
+    /// Bytes of everything that was asked for so far, in the type that the eager executor holds.
+    pub fn bytes(&self) -> u64 {
+        let ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        let size = self.dtype.size_in_bytes() as u64;
+        ledger
+            .asked
+            .iter()
+            .map(|param| param.shape().iter().map(|&n| n as u64).product::<u64>() * size)
+            .sum()
+    }
+
+    /// Like [`Weights::finish`], reading nothing: for recording a network and for executors that pack weights themselves.
+    ///
+    /// # Errors
+    /// [`Error::Weights`] that lists up to ten problems.
+    pub fn check(&self) -> Result<BTreeSet<String>> {
+        let ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        if ledger.problems.is_empty() {
+            return Ok(ledger.asked.iter().map(|p| p.name().to_owned()).collect());
+        }
+        let mut message = ledger.problems[..ledger.problems.len().min(LISTED)].join("; ");
+        if ledger.problems.len() > LISTED {
+            message += &format!("; and {} more", ledger.problems.len() - LISTED);
+        }
+        Err(Error::Weights(message))
+    }
+}
+
+/// A shape without the axes of size one at its end.
+fn significant(shape: &[usize]) -> &[usize] {
+    let end = shape.iter().rposition(|&n| n != 1).map_or(0, |i| i + 1);
+    &shape[..end]
+}

@@ -1,0 +1,199 @@
+//! The shared vocabulary of the networks: small layers that own their weights.
+
+mod attention;
+mod resnet;
+
+pub use attention::{Attention, FeedForward};
+pub use resnet::{Downsample, ResnetBlock, ResnetConfig, Upsample};
+
+use sd_kernels::ops::{self, apply};
+use sd_kernels::{Activation, Op, Padding, Param, Result, Tensor, Weights};
+
+/// `torch.nn.Conv2d`: `[b, i, h, w]` → `[b, o, h', w']`.
+pub struct Conv2d {
+    op: Op,
+}
+
+impl Conv2d {
+    /// A convolution with a bias; `kernel` pixels wide and high.
+    pub fn load(
+        weights: &Weights,
+        (input, output): (usize, usize),
+        kernel: usize,
+        stride: usize,
+        padding: Padding,
+    ) -> Self {
+        Self {
+            op: Op::Conv2d {
+                weight: weights.param("weight", &[output, input, kernel, kernel]),
+                bias: Some(weights.param("bias", &[output])),
+                stride,
+                padding,
+            },
+        }
+    }
+
+    /// A 3×3 convolution that keeps the size.
+    pub fn load3x3(weights: &Weights, channels: (usize, usize)) -> Self {
+        Self::load(weights, channels, 3, 1, Padding::same(1))
+    }
+
+    /// A 1×1 convolution.
+    pub fn load1x1(weights: &Weights, channels: (usize, usize)) -> Self {
+        Self::load(weights, channels, 1, 1, Padding::same(0))
+    }
+
+    /// Convolves `x [b, i, h, w]`.
+    ///
+    /// # Errors
+    /// When the shape does not fit or the executor fails.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        apply(self.op.clone(), &[x])
+    }
+}
+
+/// `torch.nn.Linear`: `[.., i]` → `[.., o]`.
+pub struct Linear {
+    weight: Param,
+    bias: Option<Param>,
+}
+
+impl Linear {
+    /// A linear layer with a bias.
+    pub fn load(weights: &Weights, input: usize, output: usize) -> Self {
+        Self {
+            bias: Some(weights.param("bias", &[output])),
+            ..Self::load_no_bias(weights, input, output)
+        }
+    }
+
+    /// A linear layer without a bias.
+    pub fn load_no_bias(weights: &Weights, input: usize, output: usize) -> Self {
+        Self {
+            weight: weights.param("weight", &[output, input]),
+            bias: None,
+        }
+    }
+
+    /// Multiplies `x [.., i]`.
+    ///
+    /// # Errors
+    /// When the shape does not fit or the executor fails.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let op = Op::Linear {
+            weight: self.weight.clone(),
+            bias: self.bias.clone(),
+        };
+        apply(op, &[x])
+    }
+}
+
+/// `torch.nn.GroupNorm`, with the activation that follows it.
+pub struct GroupNorm {
+    op: Op,
+}
+
+impl GroupNorm {
+    /// Normalises `channels` in `groups`, then applies `activation`.
+    pub fn load(
+        weights: &Weights,
+        channels: usize,
+        groups: usize,
+        eps: f64,
+        activation: Option<Activation>,
+    ) -> Self {
+        Self {
+            op: Op::GroupNorm {
+                weight: weights.param("weight", &[channels]),
+                bias: weights.param("bias", &[channels]),
+                groups,
+                eps,
+                activation,
+            },
+        }
+    }
+
+    /// Normalises `x [b, c, h, w]`.
+    ///
+    /// # Errors
+    /// When the shape does not fit or the executor fails.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        apply(self.op.clone(), &[x])
+    }
+}
+
+/// `torch.nn.LayerNorm` over the last axis.
+pub struct LayerNorm {
+    op: Op,
+}
+
+impl LayerNorm {
+    /// Normalises vectors of `width` elements.
+    pub fn load(weights: &Weights, width: usize, eps: f64) -> Self {
+        Self {
+            op: Op::LayerNorm {
+                weight: weights.param("weight", &[width]),
+                bias: weights.param("bias", &[width]),
+                eps,
+            },
+        }
+    }
+
+    /// Normalises `x [.., width]`.
+    ///
+    /// # Errors
+    /// When the shape does not fit or the executor fails.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        apply(self.op.clone(), &[x])
+    }
+}
+
+/// The timestep as sinusoids and two linear layers (diffusers `Timesteps` + `TimestepEmbedding`).
+pub struct TimeEmbedding {
+    sinusoid: Op,
+    linear_1: Linear,
+    linear_2: Linear,
+    activation: Activation,
+}
+
+/// What a [`TimeEmbedding`] needs to know.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TimeConfig {
+    /// Width of the sinusoids.
+    pub input: usize,
+    /// Width of the embedding.
+    pub output: usize,
+    /// Cosines first, as in every Stable Diffusion.
+    pub flip_sin_to_cos: bool,
+    /// Shift in the frequencies' denominator; 0 in every Stable Diffusion.
+    pub freq_shift: f64,
+    /// Between the two linear layers.
+    pub activation: Activation,
+}
+
+impl TimeEmbedding {
+    /// Reads `linear_1` and `linear_2`.
+    pub fn load(weights: &Weights, config: &TimeConfig) -> Self {
+        Self {
+            sinusoid: Op::Sinusoid {
+                width: config.input,
+                flip_sin_to_cos: config.flip_sin_to_cos,
+                freq_shift: config.freq_shift,
+            },
+            linear_1: Linear::load(&weights.at("linear_1"), config.input, config.output),
+            linear_2: Linear::load(&weights.at("linear_2"), config.output, config.output),
+            activation: config.activation,
+        }
+    }
+
+    /// Embeds timesteps `[b]` (0 to 999, fractions allowed) as `[b, output]`.
+    ///
+    /// # Errors
+    /// When the executor fails.
+    pub fn forward(&self, timestep: &Tensor) -> Result<Tensor> {
+        let x = apply(self.sinusoid.clone(), &[timestep])?; // [b, input]
+        let x = self.linear_1.forward(&x)?; // [b, output]
+        let x = ops::activate(&x, self.activation)?;
+        self.linear_2.forward(&x)
+    }
+}

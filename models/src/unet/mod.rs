@@ -1,0 +1,114 @@
+//! The denoising UNet of Stable Diffusion 1 and 2 (Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models",
+//! arXiv 2112.10752; diffusers 0.42.1 `UNet2DConditionModel`).
+//!
+//! In: latents `[b, in_channels, h, w]`, scaled as the sampler says; timestep `[b]`, 0 to 999; text states `[b, t, context]`.
+//! Out: the model's prediction `[b, out_channels, h, w]`.
+
+mod block;
+mod config;
+mod transformer;
+
+pub(crate) use config::activation;
+pub use config::{Config, Level, Mid};
+
+use block::{DownBlock, MidBlock, UpBlock};
+use sd_kernels::{Padding, Result, Tensor, Weights, ops};
+
+use crate::layers::{Conv2d, GroupNorm, TimeEmbedding};
+
+/// The network.
+pub struct UNet {
+    config: Config,
+    conv_in: Conv2d,
+    time_embedding: TimeEmbedding,
+    down: Vec<DownBlock>,
+    mid: Option<MidBlock>,
+    up: Vec<UpBlock>,
+    norm_out: GroupNorm,
+    conv_out: Conv2d,
+}
+
+impl UNet {
+    /// Asks for every weight of the network; [`Weights::finish`] tells whether all were there.
+    pub fn load(weights: &Weights, config: &Config) -> Self {
+        let first = config.levels[0].channels;
+        let conv = |name: &str, channels, kernel: usize| {
+            let padding = Padding::same(kernel.saturating_sub(1) / 2);
+            Conv2d::load(&weights.at(name), channels, kernel, 1, padding)
+        };
+        let count = config.levels.len();
+        Self {
+            conv_in: conv(
+                "conv_in",
+                (config.in_channels, first),
+                config.conv_in_kernel,
+            ),
+            time_embedding: TimeEmbedding::load(&weights.at("time_embedding"), &config.time),
+            down: (0..count)
+                .map(|i| DownBlock::load(&weights.at("down_blocks").at(i), config, i))
+                .collect(),
+            mid: MidBlock::load(&weights.at("mid_block"), config),
+            up: (0..count)
+                .map(|i| UpBlock::load(&weights.at("up_blocks").at(i), config, count - 1 - i))
+                .collect(),
+            norm_out: GroupNorm::load(
+                &weights.at("conv_norm_out"),
+                first,
+                config.groups,
+                config.eps,
+                Some(config.activation),
+            ),
+            conv_out: conv(
+                "conv_out",
+                (first, config.out_channels),
+                config.conv_out_kernel,
+            ),
+            config: config.clone(),
+        }
+    }
+
+    /// The network's structure.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// One prediction for `sample [b, in_channels, h, w]` at `timestep [b]` under `context [b, t, context]`.
+    ///
+    /// # Errors
+    /// When the shapes do not fit or the executor fails.
+    pub fn forward(&self, sample: &Tensor, timestep: &Tensor, context: &Tensor) -> Result<Tensor> {
+        // 1. time
+        let temb = self.time_embedding.forward(timestep)?; // [b, time width]
+        let temb = match self.config.time_activation {
+            Some(activation) => ops::activate(&temb, activation)?,
+            None => temb,
+        };
+
+        // 2. in
+        let sample = if self.config.center_input {
+            ops::affine(sample, 2.0, -1.0)?
+        } else {
+            sample.clone()
+        };
+        let mut x = self.conv_in.forward(&sample)?; // [b, c0, h, w]
+
+        // 3. down: every resnet and every downsampler leaves a skip
+        let mut skips = vec![x.clone()];
+        for block in &self.down {
+            x = block.forward(x, &temb, context, &mut skips)?;
+        }
+
+        // 4. middle
+        if let Some(mid) = &self.mid {
+            x = mid.forward(x, &temb, context)?;
+        }
+
+        // 5. up: every resnet takes a skip; each level ends at the size of the next skip
+        for block in &self.up {
+            x = block.forward(x, &temb, context, &mut skips)?;
+        }
+
+        // 6. out
+        self.conv_out.forward(&self.norm_out.forward(&x)?)
+    }
+}

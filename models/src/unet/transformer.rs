@@ -1,0 +1,93 @@
+//! The spatial transformer: pixels look at each other and at the text (diffusers `Transformer2DModel`, `BasicTransformerBlock`).
+
+use sd_kernels::{Result, Tensor, Weights, ops};
+
+use super::config::Level;
+use crate::layers::{Attention, FeedForward, GroupNorm, LayerNorm, Linear};
+
+/// Epsilon of the group norm in front, whatever the network's own.
+const GROUP_EPS: f64 = 1e-6;
+/// Epsilon of the layer norms.
+const LAYER_EPS: f64 = 1e-5;
+
+/// norm, linear in, blocks, linear out, plus the input. Files keep the two projections as linear layers or as 1×1 convolutions:
+/// the same arithmetic.
+pub(super) struct Transformer {
+    norm: GroupNorm,
+    proj_in: Linear,
+    blocks: Vec<Block>,
+    proj_out: Linear,
+}
+
+impl Transformer {
+    pub(super) fn load(weights: &Weights, groups: usize, depth: usize, level: &Level) -> Self {
+        let c = level.channels;
+        Self {
+            norm: GroupNorm::load(&weights.at("norm"), c, groups, GROUP_EPS, None),
+            proj_in: Linear::load(&weights.at("proj_in"), c, c),
+            blocks: (0..depth)
+                .map(|i| Block::load(&weights.at("transformer_blocks").at(i), level))
+                .collect(),
+            proj_out: Linear::load(&weights.at("proj_out"), c, c),
+        }
+    }
+
+    /// `x [b, c, h, w]`, `context [b, t, context]` → `[b, c, h, w]`.
+    pub(super) fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+        let (_, _, h, w) = x.dims4()?;
+        let sequence = ops::flatten(&self.norm.forward(x)?)?; // [b, h·w, c]
+        let mut y = self.proj_in.forward(&sequence)?;
+        for block in &self.blocks {
+            y = block.forward(&y, context)?;
+        }
+        let y = ops::unflatten(&self.proj_out.forward(&y)?, h, w)?; // [b, c, h, w]
+        ops::add(x, &y)
+    }
+}
+
+/// Self-attention, cross-attention, feed-forward, each behind a norm and around a residual.
+struct Block {
+    norm1: LayerNorm,
+    attn1: Attention,
+    only_cross_attention: bool,
+    norm2: LayerNorm,
+    attn2: Attention,
+    norm3: LayerNorm,
+    feed_forward: FeedForward,
+}
+
+impl Block {
+    fn load(weights: &Weights, level: &Level) -> Self {
+        let (c, heads) = (level.channels, level.heads);
+        let norm = |name| LayerNorm::load(&weights.at(name), c, LAYER_EPS);
+        let attention =
+            |name, context| Attention::load(&weights.at(name), c, context, heads, false);
+        let first_context = if level.only_cross_attention {
+            level.context
+        } else {
+            c
+        };
+        Self {
+            norm1: norm("norm1"),
+            attn1: attention("attn1", first_context),
+            only_cross_attention: level.only_cross_attention,
+            norm2: norm("norm2"),
+            attn2: attention("attn2", level.context),
+            norm3: norm("norm3"),
+            feed_forward: FeedForward::load(&weights.at("ff"), c),
+        }
+    }
+
+    /// `x [b, s, c]`, `context [b, t, context]` → `[b, s, c]`.
+    fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+        let h = self.norm1.forward(x)?;
+        let looked_at = if self.only_cross_attention {
+            context
+        } else {
+            &h
+        };
+        let x = ops::add(&self.attn1.forward(&h, looked_at)?, x)?;
+        let x = ops::add(&self.attn2.forward(&self.norm2.forward(&x)?, context)?, &x)?;
+        ops::add(&self.feed_forward.forward(&self.norm3.forward(&x)?)?, &x)
+    }
+}

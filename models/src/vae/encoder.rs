@@ -1,0 +1,107 @@
+//! Pictures to the distribution of their latents.
+
+use sd_kernels::{Result, Tensor, Weights, ops};
+
+use super::block::MidBlock;
+use super::config::{Config, EPS};
+use crate::layers::{Conv2d, Downsample, GroupNorm, ResnetBlock};
+
+/// One level: residual blocks, then half the size on all but the last.
+struct DownBlock {
+    resnets: Vec<ResnetBlock>,
+    downsample: Option<Downsample>,
+}
+
+/// The encoder with `quant_conv` behind.
+pub struct Encoder {
+    config: Config,
+    conv_in: Conv2d,
+    down: Vec<DownBlock>,
+    mid: MidBlock,
+    norm_out: GroupNorm,
+    conv_out: Conv2d,
+    quant_conv: Option<Conv2d>,
+}
+
+impl Encoder {
+    /// Asks for `encoder` and `quant_conv`.
+    pub fn load(weights: &Weights, config: &Config) -> Self {
+        let moments = 2 * config.latent_channels;
+        let quant = weights.at("quant_conv");
+        let weights = weights.at("encoder");
+        let (first, last) = (
+            config.channels[0],
+            config.channels[config.channels.len() - 1],
+        );
+        let count = config.channels.len();
+        let block = |i: usize| {
+            let weights = weights.at("down_blocks").at(i);
+            let (input, output) = (config.channels[i.saturating_sub(1)], config.channels[i]);
+            DownBlock {
+                resnets: (0..config.layers)
+                    .map(|j| {
+                        let input = if j == 0 { input } else { output };
+                        let weights = weights.at("resnets").at(j);
+                        ResnetBlock::load(&weights, (input, output), &config.resnet())
+                    })
+                    .collect(),
+                downsample: (i + 1 < count)
+                    .then(|| Downsample::load(&weights.at("downsamplers.0"), output, 0)),
+            }
+        };
+        let activation = Some(sd_kernels::Activation::Silu);
+        Self {
+            conv_in: Conv2d::load3x3(&weights.at("conv_in"), (config.in_channels, first)),
+            down: (0..count).map(block).collect(),
+            mid: MidBlock::load(&weights.at("mid_block"), config, last),
+            norm_out: GroupNorm::load(
+                &weights.at("conv_norm_out"),
+                last,
+                config.groups,
+                EPS,
+                activation,
+            ),
+            conv_out: Conv2d::load3x3(&weights.at("conv_out"), (last, moments)),
+            quant_conv: config
+                .quant_conv
+                .then(|| Conv2d::load1x1(&quant, (moments, moments))),
+            config: config.clone(),
+        }
+    }
+
+    /// Pictures `[b, 3, H, W]` in [−1, 1] → mean and logarithm of the variance, side by side, `[b, 2 · latent, H/scale, W/scale]`,
+    /// before scaling. The logarithm is not clamped yet.
+    ///
+    /// # Errors
+    /// When the shape does not fit or the executor fails.
+    pub fn moments(&self, pictures: &Tensor) -> Result<Tensor> {
+        let mut x = self.conv_in.forward(pictures)?;
+        for block in &self.down {
+            for resnet in &block.resnets {
+                x = resnet.forward(&x, None)?;
+            }
+            if let Some(downsample) = &block.downsample {
+                x = downsample.forward(&x)?;
+            }
+        }
+        let x = self.norm_out.forward(&self.mid.forward(&x)?)?;
+        let x = self.conv_out.forward(&x)?;
+        match &self.quant_conv {
+            Some(conv) => conv.forward(&x),
+            None => Ok(x),
+        }
+    }
+
+    /// The latents that the UNet knows for a sample of the distribution: `(sample − shift) · scaling`.
+    ///
+    /// # Errors
+    /// When the executor fails.
+    pub fn scale(&self, sample: &Tensor) -> Result<Tensor> {
+        let Config {
+            scaling_factor,
+            shift_factor,
+            ..
+        } = self.config;
+        ops::affine(sample, scaling_factor, -shift_factor * scaling_factor)
+    }
+}

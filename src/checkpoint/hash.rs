@@ -1,0 +1,40 @@
+//! A file's SHA-256, and the short form by which model sites know it.
+
+use std::io::Read;
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
+
+use super::safetensors::open_plain_file;
+use crate::error::{Error, Result};
+
+/// How much is read at a time, in bytes.
+const CHUNK: usize = 1 << 20;
+
+/// The SHA-256 of a whole file, 64 hexadecimal digits. Reads all of it: about a second for each 2 GB.
+///
+/// # Errors
+/// [`Error::Disk`] when the file cannot be read, [`Error::NotFound`] when it is not there.
+pub fn sha256_file(path: &Path) -> Result<String> {
+    let mut file = open_plain_file(path)?;
+    let mut hasher = Sha256::new();
+    let mut chunk = vec![0; CHUNK];
+    loop {
+        let read = match file.read(&mut chunk) {
+            Ok(read) => read,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(e) => return Err(Error::disk(path, "read", e)),
+        };
+        match chunk.get(..read) {
+            Some(bytes) if read > 0 => hasher.update(bytes),
+            _ => break,
+        }
+    }
+    let digits = hasher.finalize().into_iter().map(|b| format!("{b:02x}"));
+    Ok(digits.collect())
+}
+
+/// Civitai's AutoV2, A1111's `Model hash`: the first 10 digits of a file's SHA-256.
+pub fn auto_v2(sha256: &str) -> &str {
+    sha256.get(..10).unwrap_or(sha256)
+}

@@ -1,0 +1,136 @@
+//! Why a checkpoint cannot make pictures from text yet: one sentence for each kind, and the only place where they stand.
+
+use super::family::{Detection, Family, Variant};
+
+impl Detection {
+    /// The end of the sentence "FILE: …" that says what this is instead of a text-to-image checkpoint of a supported family, how that
+    /// was seen, and what to do; `None` when `generate` can use it.
+    pub fn refusal(&self) -> Option<String> {
+        if let Some(obstacle) = &self.obstacle {
+            return Some(match self.family {
+                Family::Unknown => obstacle.clone(),
+                _ => format!("this is {}, but {obstacle}", self.title()),
+            });
+        }
+        match self.family {
+            Family::Sd1 | Family::Sd2 => self.refuse_stable_diffusion(),
+            family => {
+                let seen = self.evidence.first().map_or("", String::as_str);
+                Some(format!(
+                    "this is {} ({seen}), {}",
+                    self.title(),
+                    advice(family)
+                ))
+            }
+        }
+    }
+
+    /// What this is, with its article: "an SDXL base checkpoint", "a Stable Diffusion 1 inpainting checkpoint", "a LoRA (LoKr)".
+    pub fn title(&self) -> String {
+        let mut title = match (self.family, self.missing.as_slice()) {
+            (Family::Sd1, ["text_encoder", "vae"]) => {
+                "the UNet alone of a Stable Diffusion 1".to_owned()
+            }
+            (Family::Sd2, ["text_encoder", "vae"]) => {
+                "the UNet alone of a Stable Diffusion 2".to_owned()
+            }
+            (family, _) => family.phrase().to_owned(),
+        };
+        let word = match self.variant {
+            Variant::Inpainting => Some("for inpainting"),
+            Variant::Pix2Pix => Some("for editing by instruction (pix2pix)"),
+            Variant::Zero123 => Some("for turning objects (Zero123)"),
+            Variant::Depth => Some("with a depth map"),
+            Variant::Text2Image | Variant::Other(_) | Variant::None => None,
+        };
+        if let Some(word) = word {
+            title = format!("{title} {word}");
+        }
+        if let Some(kind) = self.kind {
+            title = format!("{title} ({kind})");
+        }
+        title
+    }
+
+    fn refuse_stable_diffusion(&self) -> Option<String> {
+        let title = self.title();
+        match self.variant {
+            Variant::Text2Image | Variant::None => {}
+            Variant::Inpainting => {
+                return Some(format!(
+                    "this is {title}, which needs a picture and a mask, which this version does not take yet"
+                ));
+            }
+            Variant::Pix2Pix | Variant::Zero123 => {
+                return Some(format!(
+                    "this is {title}, which needs an input picture, which this version does not take yet"
+                ));
+            }
+            Variant::Depth => {
+                return Some(format!(
+                    "this is {title}, which needs a picture's depth, which this version does not take yet"
+                ));
+            }
+            Variant::Other(channels) => {
+                return Some(format!(
+                    "this is {title} whose UNet takes {channels} channels, and no kind of such a model is known"
+                ));
+            }
+        }
+        let (last, others) = self.missing.split_last()?;
+        let list = match others {
+            [] => (*last).to_owned(),
+            _ => format!("{} and {last}", others.join(", ")),
+        };
+        Some(format!(
+            "this is {title}: its {list} {} missing, and a picture needs all of unet, text_encoder and vae; give a whole checkpoint",
+            if others.is_empty() { "is" } else { "are" }
+        ))
+    }
+}
+
+/// What to do with a file of another family.
+fn advice(family: Family) -> &'static str {
+    match family {
+        Family::Lora => {
+            "not a base model; give a base model with --model, and the LoRA with --lora (not built yet)"
+        }
+        Family::Vae => {
+            "not a base model; give a base model with --model, and the VAE with --vae (not built yet)"
+        }
+        Family::ControlNet | Family::T2iAdapter => {
+            "not a base model; give a base model with --model, and this with --controlnet (not built yet)"
+        }
+        Family::Embedding => {
+            "not a base model; give a base model with --model, and this with --embedding (not built yet)"
+        }
+        Family::Upscaler => {
+            "not a base model; it makes finished pictures larger (`sd-rs upscale`, not built yet)"
+        }
+        Family::Taesd => {
+            "not a base model; it stands in for a model's VAE, which is not supported yet"
+        }
+        Family::IpAdapter | Family::Hypernetwork | Family::MotionModule => {
+            "not a base model, and not supported yet; give a base model with --model"
+        }
+        Family::TextEncoder | Family::T5 => {
+            "only a part of a model; give a whole checkpoint with --model"
+        }
+        Family::Unknown => "so it cannot be used; give a Stable Diffusion 1 or 2 checkpoint",
+        Family::Sd1
+        | Family::Sd2
+        | Family::Sdxl
+        | Family::SdxlRefiner
+        | Family::Ssd1b
+        | Family::Vega
+        | Family::Koala
+        | Family::Sd3
+        | Family::Sd35
+        | Family::Flux1
+        | Family::Flux2
+        | Family::Chroma
+        | Family::Svd
+        | Family::X4Upscaler
+        | Family::UnClip => "which is not supported yet; give a Stable Diffusion 1 or 2 checkpoint",
+    }
+}

@@ -1,0 +1,329 @@
+//! One safetensors file: opened only when it is a plain file and its header is good, then mapped; tensors are looked at where they lie.
+//!
+//! Nothing but the header is read when a file is opened, so a file of any size opens in milliseconds. This is the one file of the crate
+//! with `unsafe`: mapping a file, and giving mapped pages back.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{File, Metadata};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
+
+use memmap2::Mmap;
+
+use super::header::{self, Header, PREFIX, TensorInfo};
+use super::printable::printable;
+use super::sniff::{self, SNIFF_LENGTH};
+use crate::error::{Error, Result};
+
+/// The smallest page of any machine; ranges are given back from a multiple of it.
+const PAGE: usize = 4096;
+
+/// An open safetensors file.
+#[derive(Debug)]
+pub struct SafeTensors {
+    path: PathBuf,
+    size: u64,
+    tensors: Vec<TensorInfo>,
+    by_name: HashMap<String, usize>,
+    metadata: BTreeMap<String, String>,
+    store: Store,
+    /// The open file and when it was changed last; none for bytes in the program.
+    opened: Option<(File, Option<SystemTime>)>,
+    /// Why the file is read instead of mapped, when mapping was tried.
+    unmapped: Option<String>,
+}
+
+/// Where the bytes are.
+#[derive(Debug)]
+enum Store {
+    Mapped(Mmap),
+    /// The lock guards the position in the file.
+    Plain(Mutex<File>),
+    Static(&'static [u8]),
+}
+
+impl SafeTensors {
+    /// Opens `path`; `mapped` says whether to map it (else, and where mapping fails, each tensor is read when asked for).
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when there is no such file; [`Error::BadModel`] with one sentence when it is not a plain file, not safetensors
+    /// (the sentence says what it is instead), damaged, or cut short; [`Error::Disk`] when it cannot be read.
+    pub fn open(path: &Path, mapped: bool) -> Result<Self> {
+        let mut file = open_plain_file(path)?;
+        let about = file.metadata().map_err(|e| Error::disk(path, "read", e))?;
+        let size = about.len();
+        let header = read_header(&mut file, path, size)?;
+        let (store, unmapped) = make_store(&file, path, mapped)?;
+        Ok(Self {
+            opened: Some((file, about.modified().ok())),
+            unmapped,
+            ..Self::assemble(path, size, header, store)
+        })
+    }
+
+    /// The bytes of a file inside the program; `name` stands for its path in messages.
+    ///
+    /// # Errors
+    /// [`Error::BadModel`] as [`SafeTensors::open`].
+    pub fn from_static(name: impl Into<PathBuf>, bytes: &'static [u8]) -> Result<Self> {
+        let path = name.into();
+        let size = bytes.len() as u64;
+        let mut reader = io::Cursor::new(bytes);
+        let header = read_header(&mut reader, &path, size)?;
+        Ok(Self::assemble(&path, size, header, Store::Static(bytes)))
+    }
+
+    fn assemble(path: &Path, size: u64, header: Header, store: Store) -> Self {
+        let by_name = header
+            .tensors
+            .iter()
+            .enumerate()
+            .map(|(i, info)| (info.name.clone(), i))
+            .collect();
+        Self {
+            path: path.to_owned(),
+            size,
+            tensors: header.tensors,
+            by_name,
+            metadata: header.metadata,
+            store,
+            opened: None,
+            unmapped: None,
+        }
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file's size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The texts of the header's `__metadata__`. They may hold any character: see [`printable`].
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// The tensors in the order of their bytes.
+    pub fn entries(&self) -> impl Iterator<Item = &TensorInfo> {
+        self.tensors.iter()
+    }
+
+    /// The tensor of this name.
+    pub fn get(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(*self.by_name.get(name)?)
+    }
+
+    /// Why the file is not mapped although that was wanted, if so.
+    pub fn unmapped(&self) -> Option<&str> {
+        self.unmapped.as_deref()
+    }
+
+    /// The bytes of a tensor of this file, little endian, not aligned: borrowed from the mapping, or read.
+    ///
+    /// The file's size and time are looked at first: a mapped file that somebody cut short since would otherwise end the process.
+    ///
+    /// # Errors
+    /// [`Error::BadModel`] when the file has changed since it was opened or `info` is of another file; [`Error::Disk`] when reading fails.
+    pub fn bytes(&self, info: &TensorInfo) -> Result<Cow<'_, [u8]>> {
+        self.check_unchanged()?;
+        let outside = || {
+            let name = printable(&info.name);
+            Error::bad_model(
+                &self.path,
+                format!("tensor `{name}` does not lie in this file"),
+            )
+        };
+        match &self.store {
+            Store::Mapped(map) => map
+                .get(info.range.clone())
+                .map(Cow::Borrowed)
+                .ok_or_else(outside),
+            Store::Static(bytes) => bytes
+                .get(info.range.clone())
+                .map(Cow::Borrowed)
+                .ok_or_else(outside),
+            Store::Plain(_) if info.range.end as u64 > self.size => Err(outside()),
+            Store::Plain(file) => {
+                let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut bytes = vec![0; info.range.len()];
+                file.seek(SeekFrom::Start(info.range.start as u64))
+                    .and_then(|_| file.read_exact(&mut bytes))
+                    .map_err(|e| Error::disk(&self.path, "read", e))?;
+                Ok(Cow::Owned(bytes))
+            }
+        }
+    }
+
+    /// Tells the system that the bytes of a tensor are not needed any more: they leave this process's memory and come back from the file
+    /// if they are asked for again. So a file and its converted copy are never both resident. Does nothing where it cannot.
+    pub fn release(&self, info: &TensorInfo) {
+        if let Store::Mapped(map) = &self.store {
+            give_back(map, info);
+        }
+    }
+
+    fn check_unchanged(&self) -> Result<()> {
+        let Some((file, modified)) = &self.opened else {
+            return Ok(());
+        };
+        let now = file
+            .metadata()
+            .map_err(|e| Error::disk(&self.path, "read", e))?;
+        if now.len() != self.size {
+            let reason = format!(
+                "the file was {} bytes when it was opened and is {} now; something writes to it: try again when that is done",
+                self.size,
+                now.len()
+            );
+            return Err(Error::bad_model(&self.path, reason));
+        }
+        if now.modified().ok() != *modified {
+            return Err(Error::bad_model(
+                &self.path,
+                "the file was changed while it was read; try again when nothing writes to it",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Opens a plain file; anything else (a folder, a FIFO, a device) is refused without touching it, because opening a FIFO would wait.
+pub(super) fn open_plain_file(path: &Path) -> Result<File> {
+    let about = look_at(path)?;
+    if about.is_dir() {
+        return Err(Error::bad_model(
+            path,
+            "this is a folder, and a file is needed here",
+        ));
+    }
+    let not_plain = || {
+        Error::bad_model(
+            path,
+            "this is a pipe, a socket or a device, not a plain file; give a .safetensors file",
+        )
+    };
+    if !about.is_file() {
+        return Err(not_plain());
+    }
+    let file = File::open(path).map_err(|e| Error::disk(path, "open", e))?;
+    let opened = file.metadata().map_err(|e| Error::disk(path, "read", e))?;
+    if opened.is_file() {
+        Ok(file)
+    } else {
+        Err(not_plain())
+    }
+}
+
+/// What lies at `path`, links followed; a missing file, a link into nothing and a circle of links each get their sentence.
+pub(super) fn look_at(path: &Path) -> Result<Metadata> {
+    let error = match std::fs::metadata(path) {
+        Ok(about) => return Ok(about),
+        Err(error) => error,
+    };
+    let is_link = std::fs::symlink_metadata(path).is_ok_and(|about| about.is_symlink());
+    match (is_link, error.kind()) {
+        (true, io::ErrorKind::NotFound) => Err(Error::bad_model(
+            path,
+            "this is a symbolic link to a file that does not exist; download the file again",
+        )),
+        (true, io::ErrorKind::PermissionDenied) => Err(Error::disk(path, "read", error)),
+        (true, _) => Err(Error::bad_model(
+            path,
+            format!("this symbolic link leads nowhere ({error})"),
+        )),
+        (false, io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Err(Error::NotFound {
+            what: path.display().to_string(),
+            hint: "there is no such file or folder; check the path".to_owned(),
+        }),
+        (false, _) => Err(Error::disk(path, "read", error)),
+    }
+}
+
+/// Reads and checks the header. Its length is found possible before memory is taken for it.
+fn read_header(file: &mut (impl Read + Seek), path: &Path, size: u64) -> Result<Header> {
+    let bad = |reason: String| Error::bad_model(path, reason);
+    let broken = |e: io::Error| Error::disk(path, "read", e);
+    if size == 0 {
+        return Err(bad("this is an empty file; download it again".to_owned()));
+    }
+    let mut head = Vec::new();
+    file.by_ref()
+        .take(SNIFF_LENGTH as u64)
+        .read_to_end(&mut head)
+        .map_err(broken)?;
+    let Some((prefix, text)) = head.split_first_chunk::<PREFIX>() else {
+        let what =
+            sniff::recognise(&head).map_or_else(String::new, |what| format!(": it is {what}"));
+        return Err(bad(format!(
+            "the file is {} bytes, too small for a safetensors file, which has a header of at least 8{what}",
+            head.len()
+        )));
+    };
+    let length = header::header_length(*prefix, size);
+    // a possible length followed by the beginning of an object is taken at its word; everything else may be another kind of file
+    let plausible = length.is_ok() && text.trim_ascii_start().starts_with(b"{");
+    if let Some(what) = sniff::recognise(&head).filter(|_| !plausible) {
+        return Err(bad(format!("not a safetensors file: this is {what}")));
+    }
+    let length = length.map_err(bad)?;
+    if text.len() < length && text.first().is_some_and(|b| !b.is_ascii()) {
+        // spare reading a long header that cannot be one
+        return header::parse(text, size).map_err(bad);
+    }
+    let mut text = vec![0; length];
+    file.seek(SeekFrom::Start(PREFIX as u64))
+        .and_then(|_| file.read_exact(&mut text))
+        .map_err(broken)?;
+    header::parse(&text, size).map_err(bad)
+}
+
+/// A mapping of `file`, or the file itself with the reason why it could not be mapped.
+fn make_store(file: &File, path: &Path, mapped: bool) -> Result<(Store, Option<String>)> {
+    let unmapped = if mapped {
+        match map(file) {
+            Ok(map) => return Ok((Store::Mapped(map), None)),
+            Err(e) => Some(format!(
+                "the file cannot be mapped into memory ({e}), so it is read instead"
+            )),
+        }
+    } else {
+        None
+    };
+    let reader = file.try_clone().map_err(|e| Error::disk(path, "read", e))?;
+    Ok((Store::Plain(Mutex::new(reader)), unmapped))
+}
+
+#[allow(unsafe_code)]
+fn map(file: &File) -> io::Result<Mmap> {
+    // SAFETY: the mapping is read-only and private to `SafeTensors`, which hands out slices for as long as it lives. A mapped file must not
+    // be changed by others meanwhile: nobody can guarantee that, as for every program that maps files. The bytes are only ever copied or
+    // converted as numbers, for which every bit pattern is valid; `bytes` looks at size and time before each use, so that a file that
+    // was cut short ends in an error and not in SIGBUS, but for the moment between look and use.
+    unsafe { Mmap::map(file) }
+}
+
+#[cfg(unix)]
+#[allow(unsafe_code)]
+fn give_back(map: &Mmap, info: &TensorInfo) {
+    // from the first page that begins inside to the end of the last that does not reach beyond: neighbours stay resident
+    let start = info.range.start.next_multiple_of(PAGE);
+    let end = info.range.end / PAGE * PAGE;
+    if start >= end || end > map.len() {
+        return;
+    }
+    // SAFETY: for a shared, read-only mapping of a file `DontNeed` changes no content: pages leave this process and are taken from the file
+    // again at the next access. A failure leaves them where they are, so the result does not matter.
+    let _ = unsafe {
+        map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start)
+    };
+}
+
+#[cfg(not(unix))]
+fn give_back(_map: &Mmap, _info: &TensorInfo) {}

@@ -1,0 +1,170 @@
+//! What can be typed. Nothing is resolved here; see `docs` of each command for what it does.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::device::{DeviceChoice, DtypeChoice};
+use crate::pipeline::{PromptSyntax, Rng};
+
+/// Stable Diffusion in one binary.
+#[derive(Debug, Parser)]
+#[command(name = "sd-rs", version, about, propagate_version = true, arg_required_else_help = true)]
+pub struct Cli {
+    /// Say more; twice: everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count, conflicts_with = "quiet")]
+    pub verbose: u8,
+    /// Say nothing but results and errors
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make pictures from text
+    #[command(visible_alias = "txt2img")]
+    Generate(Box<GenerateArgs>),
+    /// Say what a model file is, and why
+    Inspect(InspectArgs),
+    /// Measure speed and memory
+    Bench(BenchArgs),
+    /// Say what this machine can do
+    Doctor(DoctorArgs),
+}
+
+/// Arguments of `generate`.
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// What to show
+    #[arg(short, long, allow_hyphen_values = true)]
+    pub prompt: String,
+    /// What not to show
+    #[arg(short, long, default_value = "", hide_default_value = true, allow_hyphen_values = true)]
+    pub negative_prompt: String,
+    /// A .safetensors file or a diffusers folder [default: the demonstration checkpoint in this binary]
+    #[arg(short, long)]
+    pub model: Option<PathBuf>,
+    /// Pixels, a multiple of 8 [default: the model's own size]
+    #[arg(short = 'W', long)]
+    pub width: Option<usize>,
+    /// Pixels, a multiple of 8 [default: the model's own size]
+    #[arg(short = 'H', long)]
+    pub height: Option<usize>,
+    /// Sampling steps [default: the model family's own]
+    #[arg(long)]
+    pub steps: Option<usize>,
+    /// Guidance; 1 is none [default: the model family's own]
+    #[arg(long, allow_negative_numbers = true)]
+    pub cfg_scale: Option<f64>,
+    /// A sampler by A1111's, ComfyUI's, diffusers' or stable-diffusion.cpp's name [default: the model's own]
+    #[arg(long)]
+    pub sampler: Option<String>,
+    /// A schedule by any of these tools' names
+    #[arg(long)]
+    pub schedule: Option<String>,
+    /// Image i uses seed + i [default: random, printed]
+    #[arg(short, long, allow_negative_numbers = true)]
+    pub seed: Option<i128>,
+    /// Images computed together
+    #[arg(short, long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    pub batch_size: u16,
+    /// Batches
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    pub count: u16,
+    /// Leave out the text encoder's last layers, in A1111's numbering; 1 leaves none
+    #[arg(long)]
+    pub clip_skip: Option<usize>,
+    /// The prompts' language
+    #[arg(long, value_enum, default_value_t)]
+    pub prompt_syntax: PromptSyntax,
+    /// Random numbers: PyTorch's CPU generator, or Philox as A1111's NV
+    #[arg(long, value_enum, default_value_t)]
+    pub rng: Rng,
+    /// The compute type
+    #[arg(long, value_enum, default_value_t)]
+    pub dtype: DtypeChoice,
+    /// auto, cpu, cuda, cuda:N or metal
+    #[arg(long, default_value = "auto")]
+    pub device: DeviceChoice,
+    /// Threads to compute with [default: one a core]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// Where the picture goes; {seed} and {n} are replaced, - is the standard output
+    #[arg(short, long, default_value = "sd-rs-{seed}.png")]
+    pub output: String,
+    /// Replace files that are there
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Save the denoised latents (safetensors, key `latents`, f32)
+    #[arg(long, value_name = "FILE")]
+    pub save_latents: Option<PathBuf>,
+    /// One JSON object a picture on the standard output
+    #[arg(long)]
+    pub json: bool,
+    /// Print the plan and the memory estimate, compute nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Begin even when the estimate says that memory will not do
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// Arguments of `inspect`.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// A model file or folder
+    pub file: PathBuf,
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// A model to measure [default: the demonstration checkpoint in this binary]
+    #[arg(short, long, conflicts_with = "random_weights")]
+    pub model: Option<PathBuf>,
+    /// A full-size network with made-up weights, no file needed
+    #[arg(long, value_enum, value_name = "FAMILY")]
+    pub random_weights: Option<RandomFamily>,
+    /// Pixels of each side [default: the model's own size]
+    #[arg(long)]
+    pub size: Option<usize>,
+    /// Network calls to measure, after one that is not counted
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub steps: u16,
+    /// The compute type
+    #[arg(long, value_enum, default_value_t)]
+    pub dtype: DtypeChoice,
+    /// auto, cpu, cuda, cuda:N or metal
+    #[arg(long, default_value = "auto")]
+    pub device: DeviceChoice,
+    /// Threads to compute with [default: one a core]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Families that can be made up at full size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum RandomFamily {
+    /// Stable Diffusion 1.5
+    Sd15,
+    /// Stable Diffusion 2.1
+    Sd21,
+}

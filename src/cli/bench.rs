@@ -1,0 +1,282 @@
+//! `sd-rs bench`: seconds, work and memory by stage and by layer class, beside what the machine can do at most.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Device, Tensor};
+use sd_kernels::op::LayerClass;
+use sd_kernels::profile;
+use sd_models::{clip, unet, vae};
+use serde_json::{Value, json};
+
+use super::args::{BenchArgs, RandomFamily};
+use super::{interrupt, open_model, print_line, set_threads};
+use crate::device;
+use crate::error::{Error, Result};
+use crate::pipeline::{Networks, peak_resident};
+use crate::spec::ModelSpec;
+
+/// Everything that was measured.
+struct Report {
+    family: String,
+    size: usize,
+    dtype: DType,
+    threads: usize,
+    load: Duration,
+    text: Duration,
+    steps: Vec<Duration>,
+    decode: Duration,
+    total: Duration,
+    /// Of one UNet call: GFLOP and seconds.
+    unet: BTreeMap<LayerClass, (f64, f64)>,
+    decode_gflop: f64,
+    peak_gflops: f64,
+    peak_rss: Option<u64>,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Whatever stops it.
+pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
+    let start = Instant::now();
+    interrupt::listen();
+    let threads = set_threads(args.threads)?;
+    let device = device::open(args.device)?;
+    let dtype = device::dtype(args.dtype, &device)?;
+    let say = |text: &str| {
+        if !quiet {
+            eprintln!("{text}");
+        }
+    };
+    say("loading");
+    let (family, networks, native) = load(args, &device, dtype)?;
+    let load = start.elapsed();
+    let scale = 1 << 3;
+    let size = args.size.unwrap_or(native);
+    if size == 0 || size > 8192 || !size.is_multiple_of(scale) {
+        return Err(Error::Usage(format!("--size is {size}, expected a multiple of {scale} up to 8192")));
+    }
+    let latent = size / scale;
+
+    say("encoding text");
+    let positions = networks.text().config().positions;
+    let ids = Tensor::zeros((2, positions), DType::U32, &device)?;
+    let begin = Instant::now();
+    let context = networks.text().forward(&ids.into(), 0)?.into_data()?;
+    let text = begin.elapsed();
+
+    let channels = networks.unet().config().in_channels;
+    let sample = Tensor::randn(0f32, 1.0, (2, channels, latent, latent), &device)?;
+    let mut steps = Vec::new();
+    let mut times = BTreeMap::new();
+    for i in 0..=args.steps {
+        check_stopped()?;
+        let begin = Instant::now();
+        let (out, classes) = profile::measure(|| networks.predict(&sample, 500.0, &context));
+        out?;
+        let took = begin.elapsed();
+        if i == 0 {
+            say(&format!("warm-up: {:.2} s", took.as_secs_f64()));
+            continue;
+        }
+        say(&format!("step {i} of {}: {:.2} s", args.steps, took.as_secs_f64()));
+        for (class, time) in classes {
+            *times.entry(class).or_insert(Duration::ZERO) += time;
+        }
+        steps.push(took);
+    }
+    check_stopped()?;
+    say("decoding");
+    let begin = Instant::now();
+    let latents = sample.narrow(0, 0, 1)?.narrow(1, 0, channels.min(networks.vae_latent_channels()))?;
+    networks.decode(&latents, dtype)?;
+    let decode = begin.elapsed();
+
+    let flop = networks.record_unet((latent, latent), 2)?.flop_by_class();
+    let unet = flop
+        .into_iter()
+        .map(|(class, flop)| {
+            let seconds = times.get(&class).map_or(0.0, Duration::as_secs_f64) / f64::from(args.steps);
+            (class, (flop as f64 / 1e9, seconds))
+        })
+        .collect();
+    let decode_flop: u64 = networks.record_vae((latent, latent), 1)?.flop_by_class().values().sum();
+    let report = Report {
+        family,
+        size,
+        dtype,
+        threads,
+        load,
+        text,
+        steps,
+        decode,
+        total: start.elapsed(),
+        unet,
+        decode_gflop: decode_flop as f64 / 1e9,
+        peak_rss: peak_resident(),
+        peak_gflops: measure_peak(&device)?,
+    };
+    print_line(&if args.json { report.json().to_string() } else { report.table() })
+}
+
+fn check_stopped() -> Result<()> {
+    if interrupt::stopped() { Err(Error::Interrupted) } else { Ok(()) }
+}
+
+fn load(args: &BenchArgs, device: &Device, dtype: DType) -> Result<(String, Networks, usize)> {
+    let Some(family) = args.random_weights else {
+        let checkpoint = open_model(args.model.as_deref())?;
+        let spec = ModelSpec::read(&checkpoint, &checkpoint.detect()?)?;
+        let (networks, _) = Networks::load(&spec, device, dtype)?;
+        return Ok((spec.family.name().to_owned(), networks, spec.defaults.size));
+    };
+    let (text, unet, name) = match family {
+        RandomFamily::Sd15 => (
+            json!({ "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12 }),
+            json!({ "cross_attention_dim": 768 }),
+            "sd15",
+        ),
+        RandomFamily::Sd21 => (
+            json!({ "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
+                    "num_attention_heads": 16, "hidden_act": "gelu" }),
+            json!({ "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20] }),
+            "sd21",
+        ),
+    };
+    let vae = json!({
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D"],
+        "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"],
+        "layers_per_block": 2,
+    });
+    let broken = |e: sd_models::config::ConfigError| Error::Usage(e.to_string());
+    let configs = (
+        clip::Config::from_json(&text).map_err(broken)?,
+        unet::Config::from_json(&unet).map_err(broken)?,
+        vae::Config::from_json(&vae).map_err(broken)?,
+    );
+    let networks = Networks::random((&configs.0, &configs.1, &configs.2), device, dtype)?;
+    Ok((name.to_owned(), networks, if family == RandomFamily::Sd21 { 768 } else { 512 }))
+}
+
+/// GFLOP/s of a large product, the best of three: what the machine gives to those who ask nicely.
+fn measure_peak(device: &Device) -> Result<f64> {
+    const N: usize = 1536;
+    let a = Tensor::randn(0f32, 1.0, (N, N), device)?;
+    let mut best = f64::INFINITY;
+    for _ in 0..3 {
+        let begin = Instant::now();
+        a.matmul(&a)?;
+        best = best.min(begin.elapsed().as_secs_f64());
+    }
+    Ok(2.0 * (N as f64).powi(3) / best / 1e9)
+}
+
+fn median(times: &[Duration]) -> f64 {
+    let mut seconds: Vec<f64> = times.iter().map(Duration::as_secs_f64).collect();
+    seconds.sort_by(f64::total_cmp);
+    match seconds.len() {
+        0 => 0.0,
+        n if n % 2 == 1 => seconds[n / 2],
+        n => (seconds[n / 2 - 1] + seconds[n / 2]) / 2.0,
+    }
+}
+
+fn rate(gflop: f64, seconds: f64) -> Option<f64> {
+    (seconds > 0.0 && gflop > 0.0).then(|| gflop / seconds)
+}
+
+impl Report {
+    fn json(&self) -> Value {
+        let classes = |value: &dyn Fn(&(f64, f64)) -> Value| -> Value {
+            self.unet
+                .iter()
+                .map(|(class, measured)| (class.name().to_owned(), value(measured)))
+                .collect::<serde_json::Map<_, _>>()
+                .into()
+        };
+        json!({
+            "family": self.family,
+            "size": self.size,
+            "batch": 1,
+            "dtype": device::dtype_name(self.dtype),
+            "device": "cpu",
+            "threads": self.threads,
+            "cpu_level": cpu_level(),
+            "timings": {
+                "load_s": self.load.as_secs_f64(),
+                "text_s": self.text.as_secs_f64(),
+                "step_s": self.steps.iter().map(Duration::as_secs_f64).collect::<Vec<_>>(),
+                "decode_s": self.decode.as_secs_f64(),
+                "total_s": self.total.as_secs_f64(),
+            },
+            "gflop": classes(&|(gflop, _)| json!(gflop)),
+            "gflops": classes(&|&(gflop, seconds)| json!(rate(gflop, seconds))),
+            "class_s": classes(&|(_, seconds)| json!(seconds)),
+            "decode_gflop": self.decode_gflop,
+            "peak_gflops": self.peak_gflops,
+            "peak_rss_bytes": self.peak_rss,
+            "peak_device_bytes": Value::Null,
+            "machine": std::env::consts::ARCH,
+        })
+    }
+
+    fn table(&self) -> String {
+        let step = median(&self.steps);
+        let gflop: f64 = self.unet.values().map(|(gflop, _)| gflop).sum();
+        let share = |rate: f64| format!("{:5.1} %", 100.0 * rate / self.peak_gflops);
+        let mut lines = vec![
+            format!(
+                "{} at {}×{}, {}, {} threads, cpu ({})",
+                self.family,
+                self.size,
+                self.size,
+                device::dtype_name(self.dtype),
+                self.threads,
+                cpu_level()
+            ),
+            format!("load            {:8.2} s", self.load.as_secs_f64()),
+            format!("text            {:8.2} s", self.text.as_secs_f64()),
+            format!(
+                "unet step       {step:8.2} s   median of {}, guidance included   {:7.1} GFLOP {:7.1} GFLOP/s  {}",
+                self.steps.len(),
+                gflop,
+                gflop / step,
+                share(gflop / step)
+            ),
+        ];
+        for (class, &(gflop, seconds)) in &self.unet {
+            let speed = rate(gflop, seconds).map_or(String::new(), |rate| {
+                format!("{gflop:7.1} GFLOP {rate:7.1} GFLOP/s  {}", share(rate))
+            });
+            lines.push(format!("  {:13} {seconds:8.2} s   {speed}", class.name()));
+        }
+        let decode = self.decode.as_secs_f64();
+        lines.push(format!(
+            "vae decode      {decode:8.2} s   {:7.1} GFLOP {:7.1} GFLOP/s  {}",
+            self.decode_gflop,
+            self.decode_gflop / decode,
+            share(self.decode_gflop / decode)
+        ));
+        lines.push(format!("machine's peak  {:8.1} GFLOP/s in a large f32 product", self.peak_gflops));
+        if let Some(bytes) = self.peak_rss {
+            lines.push(format!("peak memory     {:8.2} GB", bytes as f64 / 1e9));
+        }
+        lines.join("\n")
+    }
+}
+
+/// The widest vector instructions that this processor has.
+fn cpu_level() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") {
+            return if is_x86_feature_detected!("avx512bf16") { "avx512bf16" } else { "avx512" };
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            return "avx2";
+        }
+    }
+    "portable"
+}

@@ -1,0 +1,241 @@
+//! `sd-rs generate`: text to pictures.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+
+use super::args::GenerateArgs;
+use super::{interrupt, model_name, open_model, print_line, set_threads};
+use crate::device;
+use crate::error::{Error, Result};
+use crate::output::{self, Parameters, Target};
+use crate::pipeline::{Batch, Control, Engine, Event, Plan, Request, peak_resident};
+
+/// What does not change from picture to picture.
+struct Job<'a> {
+    args: &'a GenerateArgs,
+    engine: &'a Engine,
+    plan: &'a Plan,
+    request: &'a Request,
+    threads: usize,
+    start: Instant,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Whatever stops it.
+pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
+    let start = Instant::now();
+    interrupt::listen();
+    let threads = set_threads(args.threads)?;
+    let request = request(args)?;
+    let device = device::open(args.device)?;
+    let dtype = device::dtype(args.dtype, &device)?;
+    output::check_target(&args.output, args.save_latents.as_deref())?;
+    let checkpoint = open_model(args.model.as_deref())?;
+    let engine = Engine::load(&checkpoint, &device, dtype)?;
+    let plan = Plan::new(&engine, &request)?;
+    let job = Job {
+        args,
+        engine: &engine,
+        plan: &plan,
+        request: &request,
+        threads,
+        start,
+    };
+    if args.dry_run {
+        return print_line(&job.describe());
+    }
+    let bar = progress_bar(quiet);
+    let mut listener = |event: Event| {
+        match event {
+            Event::Warning(text) => bar.suspend(|| tracing::warn!("{text}")),
+            Event::Encoded => bar.set_message("denoising"),
+            Event::Step { done, total } => {
+                bar.set_length(total as u64);
+                bar.set_position(done as u64);
+            }
+            Event::Decoding => bar.set_message("decoding"),
+        }
+        if interrupt::stopped() { Control::Stop } else { Control::Continue }
+    };
+    let mut index = 0;
+    let mut latents = Vec::new();
+    let result = engine.generate(&request, &plan, &mut listener, &mut |batch| {
+        bar.suspend(|| job.save(&batch, index))?;
+        index += batch.pictures.len();
+        if args.save_latents.is_some() {
+            latents.push(batch.latents);
+        }
+        Ok(())
+    });
+    bar.finish_and_clear();
+    result?;
+    if let Some(path) = &args.save_latents {
+        let all = candle_core::Tensor::cat(&latents, 0)?;
+        let values: Vec<f32> = all.flatten_all()?.to_vec1()?;
+        output::save_latents(path, &values, all.dims())?;
+    }
+    Ok(())
+}
+
+fn request(args: &GenerateArgs) -> Result<Request> {
+    let seed = match args.seed {
+        // -1 means random in every tool
+        None | Some(-1) => None,
+        Some(seed) => Some(u64::try_from(seed).map_err(|_| {
+            Error::Usage(format!("--seed is {seed}, expected 0 to {} (or -1 for a random one)", u64::MAX))
+        })?),
+    };
+    Ok(Request {
+        prompt: args.prompt.clone(),
+        negative_prompt: args.negative_prompt.clone(),
+        prompt_syntax: args.prompt_syntax,
+        width: args.width,
+        height: args.height,
+        steps: args.steps,
+        cfg_scale: args.cfg_scale,
+        sampler: args.sampler.clone(),
+        schedule: args.schedule.clone(),
+        seed,
+        batch_size: usize::from(args.batch_size),
+        count: usize::from(args.count),
+        clip_skip: args.clip_skip,
+        rng: args.rng,
+        dtype: args.dtype,
+        force: args.force || args.dry_run,
+    })
+}
+
+/// A bar on a terminal, nothing elsewhere.
+fn progress_bar(quiet: bool) -> ProgressBar {
+    if quiet || !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(0);
+    let template = "{msg:9} {wide_bar} {pos}/{len}  {per_sec}  {eta} left";
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar.set_message("encoding");
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}
+
+impl Job<'_> {
+    fn save(&self, batch: &Batch, first: usize) -> Result<()> {
+        for (i, picture) in batch.pictures.iter().enumerate() {
+            let target = Target {
+                template: &self.args.output,
+                seed: picture.seed,
+                index: first + i,
+                count: self.plan.pictures(),
+                overwrite: self.args.overwrite,
+            };
+            let parameters = self.parameters(picture.seed);
+            let path = output::save(&picture.image, &target, &parameters, &self.request_json(picture.seed))?;
+            self.report(path, picture.seed, batch)?;
+        }
+        Ok(())
+    }
+
+    fn report(&self, path: Option<PathBuf>, seed: u64, batch: &Batch) -> Result<()> {
+        let Some(path) = path else {
+            return Ok(()); // the picture itself went to the standard output
+        };
+        if self.args.json {
+            return print_line(&self.json(&path.display().to_string(), seed, batch).to_string());
+        }
+        tracing::info!("seed {seed}: {:.2} s", self.start.elapsed().as_secs_f64());
+        print_line(&format!("{} (seed {seed})", path.display()))
+    }
+
+    fn json(&self, path: &str, seed: u64, batch: &Batch) -> Value {
+        let seconds = |d: Duration| d.as_secs_f64();
+        let timings = &batch.timings;
+        let mut object = self.common_json(seed);
+        if let Some(fields) = object.as_object_mut() {
+            fields.insert("path".to_owned(), json!(path));
+            fields.insert(
+                "timings".to_owned(),
+                json!({
+                    "load_s": seconds(self.engine.load_time()),
+                    "text_s": seconds(timings.text),
+                    "denoise_s": seconds(timings.denoise),
+                    "step_s": timings.steps.iter().copied().map(seconds).collect::<Vec<_>>(),
+                    "decode_s": seconds(timings.decode),
+                    "total_s": seconds(self.start.elapsed()),
+                }),
+            );
+            fields.insert("peak_rss_bytes".to_owned(), json!(peak_resident()));
+        }
+        object
+    }
+
+    fn common_json(&self, seed: u64) -> Value {
+        json!({
+            "path": Value::Null,
+            "seed": seed,
+            "width": self.plan.width,
+            "height": self.plan.height,
+            "steps": self.plan.steps,
+            "cfg_scale": self.plan.cfg_scale,
+            "sampler": self.plan.sampler,
+            "schedule": self.plan.schedule,
+            "model": model_name(self.args.model.as_deref()),
+            "family": self.engine.spec().family.name(),
+            "dtype": device::dtype_name(self.engine.networks().dtype()),
+            "device": "cpu",
+            "threads": self.threads,
+        })
+    }
+
+    /// Our exact request, for the picture's second text chunk.
+    fn request_json(&self, seed: u64) -> Value {
+        let mut object = self.common_json(seed);
+        if let Some(fields) = object.as_object_mut() {
+            for key in ["path", "threads", "device"] {
+                fields.shift_remove(key);
+            }
+            fields.insert("prompt".to_owned(), json!(self.request.prompt));
+            fields.insert("negative_prompt".to_owned(), json!(self.request.negative_prompt));
+            fields.insert("clip_skip".to_owned(), json!(self.plan.clip_skip));
+            fields.insert("rng".to_owned(), json!(format!("{:?}", self.plan.rng).to_lowercase()));
+            let syntax = format!("{:?}", self.request.prompt_syntax).to_lowercase();
+            fields.insert("prompt_syntax".to_owned(), json!(syntax));
+            fields.insert("batch_size".to_owned(), json!(self.plan.batch_size));
+        }
+        object
+    }
+
+    fn parameters(&self, _seed: u64) -> Parameters {
+        todo!()
+    }
+
+    fn describe(&self) -> String {
+        let mut object = self.common_json(self.plan.seed);
+        if let Some(fields) = object.as_object_mut() {
+            fields.shift_remove("path");
+            fields.insert("pictures".to_owned(), json!(self.plan.pictures()));
+            fields.insert("network_calls".to_owned(), json!(self.plan.trajectory.calls.len()));
+            fields.insert("memory_bytes".to_owned(), json!(self.plan.memory));
+        }
+        if self.args.json {
+            return object.to_string();
+        }
+        let lines = object.as_object().map(|fields| {
+            fields
+                .iter()
+                .map(|(key, value)| match value {
+                    Value::String(text) => format!("{key:14} {text}"),
+                    other => format!("{key:14} {other}"),
+                })
+                .collect::<Vec<_>>()
+        });
+        lines.unwrap_or_default().join("\n")
+    }
+}

@@ -1,0 +1,15 @@
+#![doc = include_str!("ARCHITECTURE.md")]
+
+pub mod checkpoint;
+pub mod cli;
+pub mod demo;
+pub mod device;
+pub mod error;
+pub mod output;
+pub mod pipeline;
+pub mod sampling;
+pub mod spec;
+pub mod text;
+pub mod weights;
+
+pub use error::{Error, Result};

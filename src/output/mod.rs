@@ -1,0 +1,11 @@
+//! What leaves the program: pictures with the story of how they were made, and latents. Nothing here knows how they are computed.
+
+mod file;
+pub mod image;
+pub mod infotext;
+pub mod png;
+pub mod save;
+
+pub use image::Image;
+pub use infotext::{NoiseSource, Parameters};
+pub use save::{Target, check_target, save, save_latents};

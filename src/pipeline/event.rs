@@ -1,0 +1,39 @@
+//! What a run tells while it goes, and how it is stopped.
+
+/// Something that has happened.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// A notice for the user: something was cut, ignored or corrected.
+    Warning(String),
+    /// The texts are encoded.
+    Encoded,
+    /// A step is done.
+    Step {
+        /// Steps done.
+        done: usize,
+        /// Steps in all, over all batches.
+        total: usize,
+    },
+    /// The latents are being decoded.
+    Decoding,
+}
+
+/// What the listener wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Control {
+    /// Go on.
+    Continue,
+    /// Stop as soon as possible; the run ends with [`crate::Error::Interrupted`].
+    Stop,
+}
+
+/// Receives events.
+pub type Listener<'a> = dyn FnMut(Event) -> Control + 'a;
+
+/// Sends an event and turns a wish to stop into the error that ends the run.
+pub(super) fn send(listener: &mut Listener<'_>, event: Event) -> crate::Result<()> {
+    match listener(event) {
+        Control::Continue => Ok(()),
+        Control::Stop => Err(crate::Error::Interrupted),
+    }
+}

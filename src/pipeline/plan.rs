@@ -1,0 +1,164 @@
+//! A request resolved against a model: sizes, seeds, coefficients. Every refusal happens here, before any work.
+
+use super::request::{Request, Rng};
+use super::{Engine, memory};
+use crate::error::{Error, Result};
+use crate::sampling::{self, NoiseSchedule, Trajectory};
+
+/// The widest picture in pixels that is taken on.
+const MAX_SIZE: usize = 8192;
+/// More steps than the training had make no sense.
+const MAX_STEPS: usize = 1000;
+/// Pictures in one run.
+const MAX_PICTURES: usize = 10_000;
+
+/// What will run.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Pixels.
+    pub width: usize,
+    /// Pixels.
+    pub height: usize,
+    /// Steps as the user counts them.
+    pub steps: usize,
+    /// Guidance.
+    pub cfg_scale: f64,
+    /// The sampler's name as reports and picture files give it.
+    pub sampler: String,
+    /// The schedule's name.
+    pub schedule: String,
+    /// Every coefficient of the run.
+    pub trajectory: Trajectory,
+    /// The first seed.
+    pub seed: u64,
+    /// Pictures computed together.
+    pub batch_size: usize,
+    /// Batches.
+    pub count: usize,
+    /// A1111's numbering.
+    pub clip_skip: usize,
+    /// Which random numbers.
+    pub rng: Rng,
+    /// Bytes at the peak, estimated.
+    pub memory: u64,
+    /// Notices for the user.
+    pub warnings: Vec<String>,
+}
+
+impl Plan {
+    /// Resolves `request` for the model of `engine`.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for values out of range, [`Error::Unsupported`] for what is not built, [`Error::NoMemory`] when the estimate
+    /// exceeds what is free.
+    pub fn new(engine: &Engine, request: &Request) -> Result<Self> {
+        let spec = engine.spec();
+        let scale = spec.vae.config.scale();
+        let side = |name: &str, wanted: Option<usize>| -> Result<usize> {
+            let size = wanted.unwrap_or(spec.defaults.size);
+            let multiple = scale.max(8);
+            if size == 0 || size > MAX_SIZE || !size.is_multiple_of(multiple) {
+                return Err(Error::Usage(format!(
+                    "--{name} is {size}, expected a multiple of {multiple} from {multiple} to {MAX_SIZE}"
+                )));
+            }
+            Ok(size)
+        };
+        let (width, height) = (side("width", request.width)?, side("height", request.height)?);
+        let steps = request.steps.unwrap_or(spec.defaults.steps);
+        if !(1..=MAX_STEPS).contains(&steps) {
+            return Err(Error::Usage(format!("--steps is {steps}, expected 1 to {MAX_STEPS}")));
+        }
+        let cfg_scale = request.cfg_scale.unwrap_or(spec.defaults.cfg_scale);
+        if !(0.0..=1000.0).contains(&cfg_scale) {
+            return Err(Error::Usage(format!("--cfg-scale is {cfg_scale}, expected 0 to 1000")));
+        }
+        let (batch_size, count) = (request.batch_size.max(1), request.count.max(1));
+        if batch_size.saturating_mul(count) > MAX_PICTURES {
+            return Err(Error::Usage(format!(
+                "{count} batches of {batch_size} pictures are too many, expected at most {MAX_PICTURES} pictures"
+            )));
+        }
+        let layers = spec.text.config.layers;
+        let clip_skip = request.clip_skip.unwrap_or(1);
+        if !(1..=layers.max(1)).contains(&clip_skip) {
+            return Err(Error::Usage(format!(
+                "--clip-skip is {clip_skip}, expected 1 to {layers}, the layers of this model's text encoder"
+            )));
+        }
+        let mut warnings = Vec::new();
+        let chosen = choose_sampling(engine, request, steps, &mut warnings)?;
+        let memory = memory::estimate(engine.networks(), (width / scale, height / scale), batch_size, cfg_scale != 1.0)?;
+        if !request.force {
+            memory::check(memory)?;
+        }
+        Ok(Self {
+            width,
+            height,
+            steps,
+            cfg_scale,
+            sampler: chosen.sampler,
+            schedule: chosen.schedule,
+            trajectory: chosen.trajectory,
+            seed: request.seed.unwrap_or_else(random_seed),
+            batch_size,
+            count,
+            clip_skip,
+            rng: request.rng,
+            memory,
+            warnings,
+        })
+    }
+
+    /// Pictures in the whole run.
+    pub fn pictures(&self) -> usize {
+        self.batch_size * self.count
+    }
+
+    /// Whether the negative prompt has a say.
+    pub fn guided(&self) -> bool {
+        self.cfg_scale != 1.0
+    }
+}
+
+struct Chosen {
+    sampler: String,
+    schedule: String,
+    trajectory: Trajectory,
+}
+
+/// The folder's own sampler when none is named, A1111's reading of the name otherwise.
+fn choose_sampling(
+    engine: &Engine,
+    request: &Request,
+    steps: usize,
+    warnings: &mut Vec<String>,
+) -> Result<Chosen> {
+    let spec = engine.spec();
+    if let (None, None, Some(config)) = (&request.sampler, &request.schedule, &spec.scheduler) {
+        let (trajectory, warning) = sampling::diffusers(config, steps)?;
+        warnings.extend(warning);
+        return Ok(Chosen {
+            sampler: config.class_name.trim_end_matches("Scheduler").to_owned(),
+            schedule: "model".to_owned(),
+            trajectory,
+        });
+    }
+    let sampler = request.sampler.as_deref().unwrap_or(spec.defaults.sampler);
+    let (sampler, schedule) = sampling::parse(sampler, request.schedule.as_deref())?;
+    let levels = spec.scheduler.as_ref().map_or_else(NoiseSchedule::default, NoiseSchedule::new);
+    let trajectory = sampling::by_name(sampler, schedule, steps, (&levels, spec.prediction))?;
+    Ok(Chosen {
+        sampler: sampler.name().to_owned(),
+        schedule: schedule.name().to_owned(),
+        trajectory,
+    })
+}
+
+/// A seed as A1111 draws them: 32 bits, so that every tool can repeat it.
+fn random_seed() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    // the standard library seeds its hasher from the operating system
+    let hash = std::collections::hash_map::RandomState::new().build_hasher().finish();
+    hash & 0xffff_ffff
+}

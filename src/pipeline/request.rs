@@ -1,0 +1,60 @@
+//! What was asked for: plain data, nothing resolved. The command line and every other door end here.
+
+use crate::device::DtypeChoice;
+
+/// Which language a prompt is written in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum PromptSyntax {
+    /// A1111's: emphasis, BREAK, chunks beyond 75 tokens.
+    #[default]
+    A1111,
+    /// The text as it is, cut where the tower ends, as diffusers does.
+    Plain,
+}
+
+/// Which random numbers a seed means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Rng {
+    /// PyTorch's CPU generator, float32.
+    #[default]
+    Cpu,
+    /// Philox, as A1111's `NV`.
+    Nv,
+}
+
+/// A request for pictures from text.
+#[derive(Debug, Clone, Default)]
+pub struct Request {
+    /// What to show.
+    pub prompt: String,
+    /// What not to show.
+    pub negative_prompt: String,
+    /// The prompts' language.
+    pub prompt_syntax: PromptSyntax,
+    /// Pixels, a multiple of 8; the model's own size when absent.
+    pub width: Option<usize>,
+    /// Pixels, a multiple of 8; the model's own size when absent.
+    pub height: Option<usize>,
+    /// Sampling steps.
+    pub steps: Option<usize>,
+    /// Guidance; 1 is none.
+    pub cfg_scale: Option<f64>,
+    /// A sampler by any tool's name; the model's own when absent.
+    pub sampler: Option<String>,
+    /// A schedule by any tool's name.
+    pub schedule: Option<String>,
+    /// The first picture's seed; random when absent.
+    pub seed: Option<u64>,
+    /// Pictures computed together; 0 counts as 1.
+    pub batch_size: usize,
+    /// Batches one after another; 0 counts as 1.
+    pub count: usize,
+    /// A1111's numbering: 1 is the family's own layer.
+    pub clip_skip: Option<usize>,
+    /// Which random numbers.
+    pub rng: Rng,
+    /// The compute type.
+    pub dtype: DtypeChoice,
+    /// Begin even when the memory estimate says that it will not fit.
+    pub force: bool,
+}

@@ -1,0 +1,41 @@
+//! What a network predicts, turned into an estimate of the clean latents and of the noise (k-diffusion `external.py`).
+
+use super::trajectory::Linear;
+
+/// What a network predicts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Prediction {
+    /// The noise ε.
+    #[default]
+    Epsilon,
+    /// The velocity `α·ε − σ·x₀` (Salimans & Ho, arXiv 2202.00512).
+    V,
+    /// The clean latents x₀.
+    Sample,
+}
+
+/// Estimates of x₀ and ε for latents `x = α·x₀ + σ·ε` and the network's `output`.
+pub(super) fn estimates(
+    prediction: Prediction,
+    (alpha, sigma): (f64, f64),
+    x: &Linear,
+    output: &Linear,
+) -> (Linear, Linear) {
+    let (x, output) = (x.clone(), output.clone());
+    match prediction {
+        Prediction::Epsilon => ((x - output.clone() * sigma) * (1.0 / alpha), output),
+        Prediction::Sample => (output.clone(), (x - output * alpha) * (1.0 / sigma)),
+        Prediction::V => (x.clone() * alpha - output.clone() * sigma, output * alpha + x * sigma),
+    }
+}
+
+/// The estimate of x₀ for latents `x = x₀ + σ·ε`; the network sees `x / √(σ² + 1)`.
+pub(super) fn denoised(prediction: Prediction, sigma: f64, x: &Linear, output: &Linear) -> Linear {
+    let norm = (sigma * sigma + 1.0).sqrt();
+    let (x, output) = (x.clone(), output.clone());
+    match prediction {
+        Prediction::Epsilon => x - output * sigma,
+        Prediction::Sample => output,
+        Prediction::V => x * (1.0 / (norm * norm)) - output * (sigma / norm),
+    }
+}

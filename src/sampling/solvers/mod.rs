@@ -1,0 +1,61 @@
+//! How to step: one family of papers a file. Each turns noise levels or timesteps into a [`Trajectory`](super::Trajectory).
+
+pub(super) mod ddim;
+pub(super) mod dpm;
+pub(super) mod kdiffusion;
+pub(super) mod pndm;
+pub(super) mod unipc;
+
+use super::prediction::Prediction;
+use super::trajectory::{Call, Linear, Trajectory, sample};
+
+/// What σ-space solvers (x = x₀ + σ·ε) share: the levels, the timesteps that go with them, what the network predicts.
+pub(super) struct Levels {
+    /// One more than there are steps.
+    pub(super) sigmas: Vec<f64>,
+    /// What the network is told at each level but the last.
+    pub(super) timesteps: Vec<f64>,
+    /// What the network predicts.
+    pub(super) prediction: Prediction,
+    /// The initial noise is multiplied by this.
+    pub(super) init_noise_sigma: f64,
+}
+
+impl Levels {
+    /// Pairs of neighbouring levels.
+    pub(super) fn pairs(&self) -> impl Iterator<Item = (usize, f64, f64)> + '_ {
+        self.sigmas.windows(2).enumerate().map(|(i, pair)| (i, pair[0], pair[1]))
+    }
+
+    /// A run without calls yet.
+    pub(super) fn trajectory(&self, registers: usize) -> Trajectory {
+        Trajectory {
+            init_noise_sigma: self.init_noise_sigma,
+            registers,
+            steps: self.sigmas.len() - 1,
+            sigmas: self.sigmas.clone(),
+            calls: Vec::new(),
+        }
+    }
+}
+
+/// What the network sees of `x = x₀ + σ·ε`.
+pub(super) fn scaled(x: Linear, sigma: f64) -> Linear {
+    x * (1.0 / (sigma * sigma + 1.0).sqrt())
+}
+
+/// A call at latents that the network sees as they are.
+pub(super) fn plain_call(step: usize, timestep: f64, sigma: f64) -> Call {
+    Call { timestep, sigma, step, input: sample().combo(), then: Vec::new() }
+}
+
+/// α and σ of latents of unit variance at the noise level σ/α.
+pub(super) fn alpha_sigma(level: f64) -> (f64, f64) {
+    let alpha = 1.0 / (level * level + 1.0).sqrt();
+    (alpha, level * alpha)
+}
+
+/// ln(α/σ) of the noise level σ/α.
+pub(super) fn lambda(level: f64) -> f64 {
+    -level.ln()
+}

@@ -1,0 +1,151 @@
+//! UniPC: Zhao et al., "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models", arXiv 2302.04867, with
+//! B(h) = h or eʰ − 1 (diffusers `UniPCMultistepScheduler`).
+
+use super::super::config::{SchedulerConfig, SigmaMap};
+use super::super::prediction::estimates;
+use super::super::schedule::NoiseSchedule;
+use super::super::trajectory::{Linear, Register, Trajectory, output, sample, saved};
+use super::dpm::levels;
+use super::{alpha_sigma, lambda, plain_call};
+use crate::error::{Error, Result};
+
+struct UniPc<'a> {
+    config: &'a SchedulerConfig,
+    sigmas: Vec<f64>,
+    /// Converted predictions are kept in as many registers, one more than the order; the last register holds the latents that the
+    /// last prediction step began from.
+    history: usize,
+}
+
+pub(in super::super) fn unipc(
+    config: &SchedulerConfig,
+    schedule: &NoiseSchedule,
+    steps: usize,
+) -> Result<Trajectory> {
+    if !matches!(config.solver_type.as_str(), "bh1" | "bh2" | "midpoint" | "heun" | "logrho") {
+        return Err(Error::Unsupported(format!(
+            "scheduler config field `solver_type` is \"{}\", expected bh1 or bh2",
+            config.solver_type
+        )));
+    }
+    let rounded = config.sigma_map == SigmaMap::Karras;
+    let (mut sigmas, timesteps) = levels(config, schedule, (steps, config.num_train_timesteps), rounded);
+    if config.sigma_map != SigmaMap::None && !config.final_sigma_zero {
+        // here the remapped levels end at their own last, not at the model's
+        let n = sigmas.len();
+        sigmas[n - 1] = sigmas[n - 2];
+    }
+    let solver = UniPc { config, sigmas, history: config.solver_order + 1 };
+    let count = timesteps.len();
+    let mut run = Trajectory {
+        init_noise_sigma: 1.0,
+        registers: solver.history + 1,
+        steps: count,
+        sigmas: solver.sigmas.clone(),
+        calls: Vec::new(),
+    };
+    let mut last_order = 0;
+    for (i, &t) in timesteps.iter().enumerate() {
+        let scales = alpha_sigma(solver.sigmas[i]);
+        let (x0, epsilon) = estimates(config.prediction, scales, &sample(), &output());
+        let mut call = plain_call(i, t, solver.sigmas[i]);
+        let converted = if config.predict_x0 { x0 } else { epsilon };
+        call.then.push(converted.into(Register::Saved(i % solver.history)));
+        if i > 0 && !config.disable_corrector.contains(&(i - 1)) {
+            call.then.push(solver.step(i - 1, last_order, true).into(Register::Sample));
+        }
+        call.then.push(sample().into(Register::Saved(solver.history)));
+        let order = if config.lower_order_final {
+            config.solver_order.min(count - i)
+        } else {
+            config.solver_order
+        };
+        last_order = order.min(i + 1);
+        call.then.push(solver.step(i, last_order, false).into(Register::Sample));
+        run.calls.push(call);
+    }
+    Ok(run)
+}
+
+impl UniPc<'_> {
+    /// From level `from` to the next, by the predictor or (with the prediction at the next level in hand) the corrector.
+    fn step(&self, from: usize, order: usize, correct: bool) -> Linear {
+        let ((alpha_t, sigma_t), (alpha_s, sigma_s)) =
+            (alpha_sigma(self.sigmas[from + 1]), alpha_sigma(self.sigmas[from]));
+        let at = |i: usize| lambda(self.sigmas[i]);
+        let h = at(from + 1) - at(from);
+        let hh = if self.config.predict_x0 { -h } else { h };
+        let b_h = if self.config.solver_type == "bh1" { hh } else { hh.exp_m1() };
+        let m = |i: usize| saved(i % self.history);
+        let start = saved(self.history);
+        let (scale, weight) = if self.config.predict_x0 {
+            (sigma_t / sigma_s, alpha_t)
+        } else {
+            (alpha_t / alpha_s, sigma_t)
+        };
+        let x = start * scale - m(from) * (weight * hh.exp_m1());
+        let ratios: Vec<f64> = (1..order).map(|k| (at(from - k) - at(from)) / h).collect();
+        let mut residual = Linear::default();
+        let weights = if correct { corrector(&ratios, hh, b_h) } else { predictor(&ratios, hh, b_h) };
+        for (k, (ratio, rho)) in ratios.iter().zip(&weights).enumerate() {
+            residual = residual + (m(from - k - 1) - m(from)) * (rho / ratio);
+        }
+        if correct {
+            residual = residual + (m(from + 1) - m(from)) * weights[order - 1];
+        }
+        if residual == Linear::default() { x } else { x - residual * (weight * b_h) }
+    }
+}
+
+/// Right-hand sides b₁ … bₙ of the order conditions.
+fn conditions(n: usize, hh: f64, b_h: f64) -> Vec<f64> {
+    let mut phi = hh.exp_m1() / hh - 1.0;
+    let mut factorial = 1.0;
+    (1..=n)
+        .map(|i| {
+            let b = phi * factorial / b_h;
+            factorial *= (i + 1) as f64;
+            phi = phi / hh - 1.0 / factorial;
+            b
+        })
+        .collect()
+}
+
+fn predictor(ratios: &[f64], hh: f64, b_h: f64) -> Vec<f64> {
+    match ratios.len() {
+        0 => Vec::new(),
+        1 => vec![0.5],
+        n => solve(ratios, &conditions(n, hh, b_h)),
+    }
+}
+
+fn corrector(ratios: &[f64], hh: f64, b_h: f64) -> Vec<f64> {
+    if ratios.is_empty() {
+        return vec![0.5];
+    }
+    let nodes: Vec<f64> = ratios.iter().copied().chain([1.0]).collect();
+    solve(&nodes, &conditions(nodes.len(), hh, b_h))
+}
+
+/// Solves Σⱼ nodeⱼ^i · xⱼ = bᵢ, i from 0, by elimination with pivoting.
+fn solve(nodes: &[f64], b: &[f64]) -> Vec<f64> {
+    let n = nodes.len();
+    let mut rows: Vec<Vec<f64>> = (0..n)
+        .map(|i| nodes.iter().map(|r| r.powi(i as i32)).chain([b[i]]).collect())
+        .collect();
+    for column in 0..n {
+        let pivot = (column..n)
+            .max_by(|&a, &b| rows[a][column].abs().total_cmp(&rows[b][column].abs()))
+            .unwrap_or(column);
+        rows.swap(column, pivot);
+        for row in 0..n {
+            if row != column {
+                let factor = rows[row][column] / rows[column][column];
+                for k in column..=n {
+                    rows[row][k] -= factor * rows[column][k];
+                }
+            }
+        }
+    }
+    (0..n).map(|i| rows[i][n] / rows[i][i]).collect()
+}

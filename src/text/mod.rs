@@ -1,0 +1,32 @@
+//! Prompts to what the UNet reads: text → pieces → tokens → chunks → states.
+
+pub mod chunks;
+mod encode;
+pub mod prompt;
+pub mod tokenizer;
+
+pub use encode::{Conditioning, encode};
+pub use tokenizer::ClipTokenizer;
+
+use crate::checkpoint::Checkpoint;
+use crate::error::Result;
+use crate::spec::{ModelSpec, Pad};
+
+/// The folder's own tokenizer where it has one, CLIP's in this binary otherwise.
+///
+/// # Errors
+/// When the folder's tokenizer is broken or does not fit the model.
+pub fn tokenizer_for(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<ClipTokenizer> {
+    let folder = checkpoint.path().join("tokenizer");
+    let tokenizer = if checkpoint.is_folder() && folder.is_dir() {
+        ClipTokenizer::from_folder(&folder)?
+    } else {
+        let mut tokenizer = ClipTokenizer::embedded()?;
+        if spec.defaults.pad == Pad::Zero {
+            tokenizer.set_pad(0);
+        }
+        tokenizer
+    };
+    tokenizer.check_vocab(spec.text.config.vocabulary)?;
+    Ok(tokenizer)
+}

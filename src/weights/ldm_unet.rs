@@ -1,0 +1,259 @@
+//! The UNet of single files (CompVis' latent-diffusion names): structure and names read from the tensors' shapes.
+//!
+//! `input_blocks.N`, `middle_block.N`, `output_blocks.N` are walked in order; what stands in a block tells what it is: `in_layers` a
+//! residual block, `transformer_blocks` a transformer, `op` a downsampler, `conv` an upsampler.
+
+use sd_kernels::Activation;
+use sd_models::layers::TimeConfig;
+use sd_models::unet::{Config, Level, Mid};
+
+use super::layout::{Inner, Layout, inner};
+
+const RESNET: &[Inner] = &[
+    inner("norm1", "in_layers.0"),
+    inner("conv1", "in_layers.2"),
+    inner("time_emb_proj", "emb_layers.1"),
+    inner("norm2", "out_layers.0"),
+    inner("conv2", "out_layers.3"),
+    inner("conv_shortcut", "skip_connection"),
+];
+const DOWNSAMPLE: &[Inner] = &[inner("conv", "op")];
+const TIME: &[Inner] = &[inner("linear_1", "0"), inner("linear_2", "2")];
+
+/// Group norms of CompVis' code always have 32 groups.
+const GROUPS: usize = 32;
+/// More blocks than any network has.
+const MAX_BLOCKS: usize = 256;
+
+/// The shapes of the file, by stored name.
+pub(crate) type Shapes<'a> = dyn Fn(&str) -> Option<Vec<usize>> + 'a;
+
+/// A level while it is being read.
+struct Draft {
+    channels: usize,
+    down: Vec<usize>,
+    up: Vec<usize>,
+}
+
+struct Reader<'a> {
+    prefix: &'a str,
+    shapes: &'a Shapes<'a>,
+    layout: Layout,
+    levels: Vec<Draft>,
+    /// Context width and whether the projections are linear, from the first transformer.
+    transformer: Option<(usize, bool)>,
+}
+
+/// Structure and names of the UNet below `prefix` (such as `model.diffusion_model`).
+///
+/// # Errors
+/// A sentence that says what is missing or cannot be.
+pub(crate) fn read(prefix: &str, shapes: &Shapes<'_>) -> Result<(Config, Layout), String> {
+    let mut reader = Reader {
+        prefix,
+        shapes,
+        layout: Layout::default(),
+        levels: Vec::new(),
+        transformer: None,
+    };
+    let (first, in_channels, conv_in_kernel) = reader.conv("input_blocks.0.0.weight")?;
+    let (out_channels, _, conv_out_kernel) = reader.conv("out.2.weight")?;
+    reader.top();
+    reader.down()?;
+    let mid = reader.middle();
+    reader.up()?;
+    let (time_output, time_input) = match reader.shape("time_embed.0.weight").as_deref() {
+        Some(&[output, input]) => (output, input),
+        _ => return Err(reader.missing("time_embed.0.weight")),
+    };
+    let (context, linear) = reader.transformer.unwrap_or((768, false));
+    let levels = reader
+        .levels
+        .iter()
+        .map(|draft| Level {
+            channels: draft.channels,
+            heads: heads(draft.channels, linear),
+            context,
+            only_cross_attention: false,
+            down: draft.down.clone(),
+            up: draft.up.clone(),
+        })
+        .collect::<Vec<_>>();
+    let groups = groups(levels.iter().map(|level| level.channels).chain([first]));
+    let config = Config {
+        in_channels,
+        out_channels,
+        levels,
+        mid,
+        mid_scale: 1.0,
+        groups,
+        eps: 1e-5,
+        activation: Activation::Silu,
+        time: TimeConfig {
+            input: time_input,
+            output: time_output,
+            flip_sin_to_cos: true,
+            freq_shift: 0.0,
+            activation: Activation::Silu,
+        },
+        time_activation: None,
+        scale_shift: false,
+        downsample_padding: 1,
+        center_input: false,
+        conv_in_kernel,
+        conv_out_kernel,
+    };
+    Ok((config, reader.layout))
+}
+
+/// Stable Diffusion 1 has eight heads at every level; Stable Diffusion 2 (linear projections) has heads 64 wide. Shapes do not tell:
+/// where the rule does not divide the channels, the nearest count that does is taken.
+fn heads(channels: usize, linear: bool) -> usize {
+    let wanted = if linear { (channels / 64).max(1) } else { 8 };
+    (1..=wanted)
+        .rev()
+        .find(|&n| channels.is_multiple_of(n))
+        .unwrap_or(1)
+}
+
+/// 32, or the largest power of two below it that divides all channel counts: shapes do not tell.
+pub(super) fn groups(channels: impl Iterator<Item = usize> + Clone) -> usize {
+    let mut groups = GROUPS;
+    while groups > 1 && channels.clone().any(|c| !c.is_multiple_of(groups)) {
+        groups /= 2;
+    }
+    groups
+}
+
+impl Reader<'_> {
+    fn name(&self, name: &str) -> String {
+        format!("{}.{name}", self.prefix).trim_start_matches('.').to_owned()
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        (self.shapes)(&self.name(name))
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.shape(name).is_some()
+    }
+
+    fn missing(&self, name: &str) -> String {
+        format!("tensor `{}` is missing or has an unexpected rank", self.name(name))
+    }
+
+    /// Output channels, input channels and width of a convolution.
+    fn conv(&self, name: &str) -> Result<(usize, usize, usize), String> {
+        match self.shape(name).as_deref() {
+            Some(&[o, i, _, k]) if o > 0 && i > 0 && k > 0 => Ok((o, i, k)),
+            _ => Err(self.missing(name)),
+        }
+    }
+
+    fn rename(&mut self, canonical: &str, stored: &str, inner: &'static [Inner]) {
+        let stored = self.name(stored);
+        self.layout.rename(canonical, &stored, inner);
+    }
+
+    fn top(&mut self) {
+        self.rename("conv_in", "input_blocks.0.0", &[]);
+        self.rename("time_embedding", "time_embed", TIME);
+        self.rename("conv_norm_out", "out.0", &[]);
+        self.rename("conv_out", "out.2", &[]);
+    }
+
+    /// Transformer blocks of the transformer at `stored`; notes its context width and kind.
+    fn depth(&mut self, stored: &str) -> usize {
+        let block = |i: usize| format!("{stored}.transformer_blocks.{i}.attn2.to_k.weight");
+        let depth = (0..MAX_BLOCKS).take_while(|&i| self.has(&block(i))).count();
+        if let (None, Some(&[_, context])) = (self.transformer, self.shape(&block(0)).as_deref()) {
+            let linear = self.shape(&format!("{stored}.proj_in.weight")).is_some_and(|s| s.len() == 2);
+            self.transformer = Some((context, linear));
+        }
+        depth
+    }
+
+    fn down(&mut self) -> Result<(), String> {
+        let mut layer = 0;
+        let mut fresh = true;
+        for n in 1..MAX_BLOCKS {
+            let block = format!("input_blocks.{n}");
+            let level = self.levels.len().saturating_sub(usize::from(!fresh));
+            if self.has(&format!("{block}.0.op.weight")) {
+                let canonical = format!("down_blocks.{level}.downsamplers.0");
+                self.rename(&canonical, &format!("{block}.0"), DOWNSAMPLE);
+                (layer, fresh) = (0, true);
+                continue;
+            }
+            if !self.has(&format!("{block}.0.in_layers.2.weight")) {
+                break;
+            }
+            let (channels, _, _) = self.conv(&format!("{block}.0.out_layers.3.weight"))?;
+            if fresh {
+                self.levels.push(Draft { channels, down: Vec::new(), up: Vec::new() });
+                fresh = false;
+            }
+            self.rename(&format!("down_blocks.{level}.resnets.{layer}"), &format!("{block}.0"), RESNET);
+            let depth = self.depth(&format!("{block}.1"));
+            if depth > 0 {
+                self.rename(&format!("down_blocks.{level}.attentions.{layer}"), &format!("{block}.1"), &[]);
+            }
+            if let Some(draft) = self.levels.last_mut() {
+                draft.down.push(depth);
+            }
+            layer += 1;
+        }
+        if self.levels.is_empty() {
+            return Err(self.missing("input_blocks.1.0.in_layers.2.weight"));
+        }
+        Ok(())
+    }
+
+    fn middle(&mut self) -> Mid {
+        self.rename("mid_block.resnets.0", "middle_block.0", RESNET);
+        if !self.has("middle_block.0.in_layers.2.weight") {
+            return Mid::None;
+        }
+        let depth = self.depth("middle_block.1");
+        if depth == 0 {
+            return Mid::Resnet;
+        }
+        self.rename("mid_block.attentions.0", "middle_block.1", &[]);
+        self.rename("mid_block.resnets.1", "middle_block.2", RESNET);
+        Mid::Attention { depth }
+    }
+
+    fn up(&mut self) -> Result<(), String> {
+        let count = self.levels.len();
+        let (mut block_index, mut layer) = (0, 0);
+        for n in 0..MAX_BLOCKS {
+            let block = format!("output_blocks.{n}");
+            if !self.has(&format!("{block}.0.in_layers.2.weight")) {
+                break;
+            }
+            if block_index >= count {
+                return Err(format!("`{}` goes up more levels than the way down has", self.name(&block)));
+            }
+            let canonical = format!("up_blocks.{block_index}");
+            self.rename(&format!("{canonical}.resnets.{layer}"), &format!("{block}.0"), RESNET);
+            let depth = self.depth(&format!("{block}.1"));
+            if depth > 0 {
+                self.rename(&format!("{canonical}.attentions.{layer}"), &format!("{block}.1"), &[]);
+            }
+            self.levels[count - 1 - block_index].up.push(depth);
+            layer += 1;
+            let upsampler = ["1", "2"]
+                .iter()
+                .map(|i| format!("{block}.{i}"))
+                .find(|child| self.has(&format!("{child}.conv.weight")));
+            if let Some(upsampler) = upsampler {
+                self.rename(&format!("{canonical}.upsamplers.0"), &upsampler, &[]);
+                (block_index, layer) = (block_index + 1, 0);
+            }
+        }
+        match self.levels.iter().position(|level| level.up.is_empty()) {
+            Some(level) => Err(format!("`{}` has no blocks for level {level}", self.name("output_blocks"))),
+            None => Ok(()),
+        }
+    }
+}

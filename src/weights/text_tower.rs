@@ -1,0 +1,113 @@
+//! Text towers of single files: transformers' spelling (Stable Diffusion 1) and OpenCLIP's (Stable Diffusion 2), read from shapes.
+
+use sd_kernels::Activation;
+use sd_models::clip::Config;
+
+use super::layout::{Inner, Layout, Rows, inner};
+use super::ldm_unet::Shapes;
+
+const fn third(canonical: &'static str, stored: &'static str, index: usize) -> Inner {
+    Inner {
+        canonical,
+        stored,
+        rows: Some(Rows { index, count: 3 }),
+    }
+}
+
+const BLOCK: &[Inner] = &[
+    inner("layer_norm1", "ln_1"),
+    third("self_attn.q_proj.weight", "attn.in_proj_weight", 0),
+    third("self_attn.k_proj.weight", "attn.in_proj_weight", 1),
+    third("self_attn.v_proj.weight", "attn.in_proj_weight", 2),
+    third("self_attn.q_proj.bias", "attn.in_proj_bias", 0),
+    third("self_attn.k_proj.bias", "attn.in_proj_bias", 1),
+    third("self_attn.v_proj.bias", "attn.in_proj_bias", 2),
+    inner("self_attn.out_proj", "attn.out_proj"),
+    inner("layer_norm2", "ln_2"),
+    inner("mlp.fc1", "mlp.c_fc"),
+    inner("mlp.fc2", "mlp.c_proj"),
+];
+
+/// Heads are 64 wide in every CLIP tower; narrower towers have one.
+const HEAD_WIDTH: usize = 64;
+/// More layers than any tower has.
+const MAX_LAYERS: usize = 256;
+
+fn heads(width: usize) -> usize {
+    if width.is_multiple_of(HEAD_WIDTH) { (width / HEAD_WIDTH).max(1) } else { 1 }
+}
+
+fn matrix(shapes: &Shapes<'_>, name: &str) -> Result<(usize, usize), String> {
+    match shapes(name).as_deref() {
+        Some(&[rows, columns]) if rows > 0 && columns > 0 => Ok((rows, columns)),
+        _ => Err(format!("tensor `{name}` is missing or has an unexpected rank")),
+    }
+}
+
+fn count_layers(shapes: &Shapes<'_>, name: impl Fn(usize) -> String) -> usize {
+    (0..MAX_LAYERS).take_while(|&i| shapes(&name(i)).is_some()).count()
+}
+
+/// A tower in transformers' spelling below `prefix` (such as `cond_stage_model.transformer`), with or without `text_model.`.
+///
+/// # Errors
+/// A sentence that says what is missing.
+pub(crate) fn read_transformers(prefix: &str, shapes: &Shapes<'_>) -> Result<(Config, Layout), String> {
+    let inside = format!("{prefix}.text_model");
+    let has_inside = shapes(&format!("{inside}.embeddings.token_embedding.weight")).is_some();
+    let root = if has_inside { inside } else { prefix.to_owned() };
+    let (vocabulary, width) = matrix(shapes, &format!("{root}.embeddings.token_embedding.weight"))?;
+    let (positions, _) = matrix(shapes, &format!("{root}.embeddings.position_embedding.weight"))?;
+    let (intermediate, _) = matrix(shapes, &format!("{root}.encoder.layers.0.mlp.fc1.weight"))?;
+    let mut layout = Layout::identity(&root);
+    layout.ignore(&format!("{root}.embeddings.position_ids"));
+    layout.ignore(&format!("{prefix}.text_projection"));
+    layout.ignore(&format!("{prefix}.logit_scale"));
+    let config = Config {
+        vocabulary,
+        positions,
+        width,
+        intermediate,
+        layers: count_layers(shapes, |i| format!("{root}.encoder.layers.{i}.mlp.fc1.weight")),
+        heads: heads(width),
+        activation: Activation::QuickGelu,
+        eps: 1e-5,
+    };
+    Ok((config, layout))
+}
+
+/// A tower in OpenCLIP's spelling below `prefix` (such as `cond_stage_model.model`). Stable Diffusion 2 takes the states behind the
+/// last layer but one: the last is left out, as in diffusers' folders of these models.
+///
+/// # Errors
+/// A sentence that says what is missing.
+pub(crate) fn read_open_clip(prefix: &str, shapes: &Shapes<'_>) -> Result<(Config, Layout), String> {
+    let block = |i: usize| format!("{prefix}.transformer.resblocks.{i}");
+    let (vocabulary, width) = matrix(shapes, &format!("{prefix}.token_embedding.weight"))?;
+    let (positions, _) = matrix(shapes, &format!("{prefix}.positional_embedding"))?;
+    let (intermediate, _) = matrix(shapes, &format!("{}.mlp.c_fc.weight", block(0)))?;
+    let stored = count_layers(shapes, |i| format!("{}.mlp.c_fc.weight", block(i)));
+    let layers = stored.saturating_sub(1);
+    let mut layout = Layout::default();
+    layout.rename("embeddings.token_embedding", &format!("{prefix}.token_embedding"), &[]);
+    layout.rename("embeddings.position_embedding.weight", &format!("{prefix}.positional_embedding"), &[]);
+    layout.rename("final_layer_norm", &format!("{prefix}.ln_final"), &[]);
+    for i in 0..layers {
+        layout.rename(&format!("encoder.layers.{i}"), &block(i), BLOCK);
+    }
+    layout.ignore(&block(layers));
+    for name in ["text_projection", "logit_scale", "attn_mask"] {
+        layout.ignore(&format!("{prefix}.{name}"));
+    }
+    let config = Config {
+        vocabulary,
+        positions,
+        width,
+        intermediate,
+        layers,
+        heads: heads(width),
+        activation: Activation::Gelu,
+        eps: 1e-5,
+    };
+    Ok((config, layout))
+}
