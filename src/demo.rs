@@ -1,33 +1,45 @@
 //! The demonstration checkpoint: a small trained Stable Diffusion inside the binary, so that the first command needs no download.
 //! It is a diffusers folder like any other; nothing depends on its sizes.
 
-use crate::checkpoint::{Checkpoint, Embedded};
+use crate::checkpoint::{Checkpoint, EmbeddedCheckpoint, EmbeddedComponent};
 use crate::error::Result;
 
-/// One component of the folder in `assets/demo`.
-macro_rules! component {
+/// One network of the folder in `assets/demo`.
+macro_rules! network {
     ($name:literal, $weights:literal) => {
-        Embedded {
+        EmbeddedComponent {
             name: $name,
             config: include_str!(concat!("../assets/demo/", $name, "/config.json")),
-            weights: include_bytes!(concat!("../assets/demo/", $name, "/", $weights)),
+            tensors: Some(include_bytes!(concat!(
+                "../assets/demo/",
+                $name,
+                "/",
+                $weights
+            ))),
         }
     };
 }
+
+const COMPONENTS: &[EmbeddedComponent] = &[
+    network!("unet", "diffusion_pytorch_model.safetensors"),
+    network!("vae", "diffusion_pytorch_model.safetensors"),
+    network!("text_encoder", "model.safetensors"),
+    EmbeddedComponent {
+        name: "scheduler",
+        config: include_str!("../assets/demo/scheduler/scheduler_config.json"),
+        tensors: None,
+    },
+];
 
 /// Opens it.
 ///
 /// # Errors
 /// Never for a binary that was built whole.
 pub fn checkpoint() -> Result<Checkpoint> {
-    Checkpoint::embedded(
-        "demonstration checkpoint",
-        &[
-            component!("unet", "diffusion_pytorch_model.safetensors"),
-            component!("vae", "diffusion_pytorch_model.safetensors"),
-            component!("text_encoder", "model.safetensors"),
-        ],
-        include_str!("../assets/demo/scheduler/scheduler_config.json"),
-        include_str!("../assets/demo/sd-rs.json"),
-    )
+    Checkpoint::from_parts(&EmbeddedCheckpoint {
+        name: "demonstration checkpoint",
+        model_index: include_str!("../assets/demo/model_index.json"),
+        defaults: Some(include_str!("../assets/demo/sd-rs.json")),
+        components: COMPONENTS,
+    })
 }

@@ -34,7 +34,9 @@ impl std::str::FromStr for DeviceChoice {
             .strip_prefix("cuda:")
             .and_then(|index| index.parse().ok())
             .map(Self::Cuda)
-            .ok_or_else(|| format!("unknown device \"{name}\"; expected auto, cpu, cuda, cuda:N or metal"))
+            .ok_or_else(|| {
+                format!("unknown device \"{name}\"; expected auto, cpu, cuda, cuda:N or metal")
+            })
     }
 }
 
@@ -60,10 +62,12 @@ pub fn open(choice: DeviceChoice) -> Result<Device> {
     match choice {
         DeviceChoice::Auto | DeviceChoice::Cpu => Ok(Device::Cpu),
         DeviceChoice::Cuda(_) => Err(Error::Unsupported(
-            "this version computes on the cpu only: cuda is not built yet; use --device cpu".to_owned(),
+            "this version computes on the cpu only: cuda is not built yet; use --device cpu"
+                .to_owned(),
         )),
         DeviceChoice::Metal => Err(Error::Unsupported(
-            "this version computes on the cpu only: metal is not built yet; use --device cpu".to_owned(),
+            "this version computes on the cpu only: metal is not built yet; use --device cpu"
+                .to_owned(),
         )),
     }
 }
@@ -76,13 +80,21 @@ pub fn dtype(choice: DtypeChoice, device: &Device) -> Result<DType> {
     match choice {
         DtypeChoice::Auto | DtypeChoice::F32 => Ok(DType::F32),
         DtypeChoice::F16 | DtypeChoice::Bf16 => {
-            let name = if choice == DtypeChoice::F16 { "f16" } else { "bf16" };
+            let name = if choice == DtypeChoice::F16 {
+                "f16"
+            } else {
+                "bf16"
+            };
             if device.is_cpu() {
                 return Err(Error::Unsupported(format!(
                     "--dtype {name} is not built for the cpu yet; use --dtype f32 (16-bit checkpoints load either way)"
                 )));
             }
-            Ok(if choice == DtypeChoice::F16 { DType::F16 } else { DType::BF16 })
+            Ok(if choice == DtypeChoice::F16 {
+                DType::F16
+            } else {
+                DType::BF16
+            })
         }
     }
 }

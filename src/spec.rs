@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use crate::checkpoint::{Checkpoint, Detection, Family, Prediction, TensorSet};
+use crate::checkpoint::{self, Checkpoint, Detection, Family, TensorSet};
 use crate::error::{Error, Result};
-use crate::sampling::SchedulerConfig;
+use crate::sampling::{Prediction, SchedulerConfig};
 use crate::weights::Layout;
 use sd_models::config::ConfigResult;
 use sd_models::{clip, unet, vae};
@@ -78,7 +78,11 @@ pub fn defaults(family: Family, prediction: Prediction) -> Defaults {
         steps: 20,
         cfg_scale: 7.5,
         sampler: "DPM++ 2M",
-        pad: if family == Family::Sd2 { Pad::Zero } else { Pad::End },
+        pad: if family == Family::Sd2 {
+            Pad::Zero
+        } else {
+            Pad::End
+        },
     }
 }
 
@@ -92,7 +96,10 @@ impl ModelSpec {
     /// [`Error::Unsupported`] for other families, by name; [`Error::BadModel`] when a component or a config is broken.
     pub fn read(checkpoint: &Checkpoint, detection: &Detection) -> Result<Self> {
         if let Some(refusal) = detection.refusal() {
-            return Err(Error::Unsupported(format!("{}: {refusal}", checkpoint.path().display())));
+            return Err(Error::Unsupported(format!(
+                "{}: {refusal}",
+                checkpoint.path().display()
+            )));
         }
         if checkpoint.is_folder() {
             Self::from_folder(checkpoint, detection)
@@ -105,7 +112,9 @@ impl ModelSpec {
         let scheduler = match checkpoint.config("scheduler") {
             Some(value) => Some(
                 SchedulerConfig::from_json(value)
-                    .map_err(|e| Error::bad_model(checkpoint.path().join("scheduler"), e.to_string()))?
+                    .map_err(|e| {
+                        Error::bad_model(checkpoint.path().join("scheduler"), e.to_string())
+                    })?
                     .corrected_for_stable_diffusion(),
             ),
             None => None,
@@ -113,20 +122,40 @@ impl ModelSpec {
         let unet = folder_component(checkpoint, "unet", unet::Config::from_json)?;
         let mut vae = folder_component(checkpoint, "vae", vae::Config::from_json)?;
         // diffusers renamed the autoencoder's attention in 2023; older folders keep the old names
-        for (name, old) in [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")] {
+        for (name, old) in [
+            ("to_q", "query"),
+            ("to_k", "key"),
+            ("to_v", "value"),
+            ("to_out.0", "proj_attn"),
+        ] {
             vae.layout.alias(&format!(".{name}."), &format!(".{old}."));
         }
         let mut text = folder_component(checkpoint, "text_encoder", clip::Config::from_json)?;
-        if text.tensors.info("text_model.embeddings.token_embedding.weight").is_some() {
+        if text
+            .tensors
+            .info("text_model.embeddings.token_embedding.weight")
+            .is_some()
+        {
             text.layout = Layout::identity("text_model");
         }
-        for known in ["text_model.embeddings.position_ids", "embeddings.position_ids"] {
+        for known in [
+            "text_model.embeddings.position_ids",
+            "embeddings.position_ids",
+        ] {
             text.layout.ignore(known);
         }
-        let prediction = detection.prediction.unwrap_or(Prediction::Epsilon);
+        let prediction = scheduler
+            .as_ref()
+            .map_or(Prediction::Epsilon, |config| config.prediction);
         let mut defaults = defaults(detection.family, prediction);
-        let sample_size = checkpoint.config("unet").and_then(|c| c.get("sample_size")).and_then(Value::as_u64);
-        if let Some(size) = sample_size.and_then(|n| usize::try_from(n).ok()).filter(|n| (1..=1024).contains(n)) {
+        let sample_size = checkpoint
+            .config("unet")
+            .and_then(|c| c.get("sample_size"))
+            .and_then(Value::as_u64);
+        if let Some(size) = sample_size
+            .and_then(|n| usize::try_from(n).ok())
+            .filter(|n| (1..=1024).contains(n))
+        {
             defaults.size = size * vae.config.scale();
         }
         defaults.amend(checkpoint.defaults());
@@ -150,21 +179,32 @@ impl ModelSpec {
         let component = |prefix: &str, layout| (Arc::clone(&tensors), layout, prefix.to_owned());
         let unet_prefix = "model.diffusion_model";
         let vae_prefix = "first_stage_model";
-        let (unet_config, layout) = crate::weights::ldm_unet::read(unet_prefix, &shapes).map_err(broken)?;
+        let (unet_config, layout) =
+            crate::weights::ldm_unet::read(unet_prefix, &shapes).map_err(broken)?;
         let unet = Component::new(unet_config, component(unet_prefix, layout));
         let (vae_config, layout) =
             crate::weights::ldm_vae::read(vae_prefix, SCALING_FACTOR, &shapes).map_err(broken)?;
         let vae = Component::new(vae_config, component(vae_prefix, layout));
         let (text_prefix, text) = if detection.family == Family::Sd2 {
             let prefix = "cond_stage_model.model";
-            (prefix, crate::weights::text_tower::read_open_clip(prefix, &shapes))
+            (
+                prefix,
+                crate::weights::text_tower::read_open_clip(prefix, &shapes),
+            )
         } else {
             let prefix = "cond_stage_model.transformer";
-            (prefix, crate::weights::text_tower::read_transformers(prefix, &shapes))
+            (
+                prefix,
+                crate::weights::text_tower::read_transformers(prefix, &shapes),
+            )
         };
         let (text_config, layout) = text.map_err(broken)?;
         let text = Component::new(text_config, component(text_prefix, layout));
-        let prediction = detection.prediction.unwrap_or(Prediction::Epsilon);
+        let prediction = match detection.prediction {
+            Some(checkpoint::Prediction::V) => Prediction::V,
+            Some(checkpoint::Prediction::Sample) => Prediction::Sample,
+            Some(checkpoint::Prediction::Epsilon) | None => Prediction::Epsilon,
+        };
         Ok(Self {
             family: detection.family,
             prediction,
@@ -192,7 +232,10 @@ impl Defaults {
     /// Takes over what a folder's `sd-rs.json` says: `steps` and `cfg_scale`.
     fn amend(&mut self, file: Option<&Value>) {
         let Some(file) = file else { return };
-        let steps = file.get("steps").and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok());
+        let steps = file
+            .get("steps")
+            .and_then(Value::as_u64)
+            .and_then(|n| usize::try_from(n).ok());
         if let Some(steps) = steps.filter(|n| (1..=1000).contains(n)) {
             self.steps = steps;
         }
@@ -214,6 +257,10 @@ fn folder_component<C>(
     let config = checkpoint
         .config(name)
         .ok_or_else(|| Error::bad_model(path.join("config.json"), "the file is missing"))?;
-    let config = parse(config).map_err(|e| Error::bad_model(path.join("config.json"), e.to_string()))?;
-    Ok(Component::new(config, (tensors, Layout::identity(""), String::new())))
+    let config =
+        parse(config).map_err(|e| Error::bad_model(path.join("config.json"), e.to_string()))?;
+    Ok(Component::new(
+        config,
+        (tensors, Layout::identity(""), String::new()),
+    ))
 }

@@ -18,7 +18,13 @@ pub trait Source: Send + Sync {
     ///
     /// # Errors
     /// When the tensor cannot be read; the message names it.
-    fn read(&self, name: &str, shape: &[usize], dtype: DType, device: &Device) -> Result<candle_core::Tensor>;
+    fn read(
+        &self,
+        name: &str,
+        shape: &[usize],
+        dtype: DType,
+        device: &Device,
+    ) -> Result<candle_core::Tensor>;
 }
 
 struct Inner {
@@ -50,7 +56,9 @@ impl Param {
     /// # Errors
     /// When the source cannot read it.
     pub fn read(&self, dtype: DType, device: &Device) -> Result<candle_core::Tensor> {
-        self.0.source.read(&self.0.name, &self.0.shape, dtype, device)
+        self.0
+            .source
+            .read(&self.0.name, &self.0.shape, dtype, device)
     }
 
     /// The weight as a candle tensor, read at the first call and kept.

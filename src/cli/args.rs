@@ -5,11 +5,19 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::device::{DeviceChoice, DtypeChoice};
-use crate::pipeline::{PromptSyntax, Rng};
+use crate::output::save::DEFAULT_NAME;
+use crate::pipeline::Rng;
+use crate::text::Syntax;
 
 /// Stable Diffusion in one binary.
 #[derive(Debug, Parser)]
-#[command(name = "sd-rs", version, about, propagate_version = true, arg_required_else_help = true)]
+#[command(
+    name = "sd-rs",
+    version,
+    about,
+    propagate_version = true,
+    arg_required_else_help = true
+)]
 pub struct Cli {
     /// Say more; twice: everything
     #[arg(short, long, global = true, action = clap::ArgAction::Count, conflicts_with = "quiet")]
@@ -43,7 +51,13 @@ pub struct GenerateArgs {
     #[arg(short, long, allow_hyphen_values = true)]
     pub prompt: String,
     /// What not to show
-    #[arg(short, long, default_value = "", hide_default_value = true, allow_hyphen_values = true)]
+    #[arg(
+        short,
+        long,
+        default_value = "",
+        hide_default_value = true,
+        allow_hyphen_values = true
+    )]
     pub negative_prompt: String,
     /// A .safetensors file or a diffusers folder [default: the demonstration checkpoint in this binary]
     #[arg(short, long)]
@@ -80,7 +94,7 @@ pub struct GenerateArgs {
     pub clip_skip: Option<usize>,
     /// The prompts' language
     #[arg(long, value_enum, default_value_t)]
-    pub prompt_syntax: PromptSyntax,
+    pub prompt_syntax: Syntax,
     /// Random numbers: PyTorch's CPU generator, or Philox as A1111's NV
     #[arg(long, value_enum, default_value_t)]
     pub rng: Rng,
@@ -94,7 +108,7 @@ pub struct GenerateArgs {
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
     /// Where the picture goes; {seed} and {n} are replaced, - is the standard output
-    #[arg(short, long, default_value = "sd-rs-{seed}.png")]
+    #[arg(short, long, default_value = DEFAULT_NAME)]
     pub output: String,
     /// Replace files that are there
     #[arg(long)]

@@ -55,7 +55,9 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
     let scale = 1 << 3;
     let size = args.size.unwrap_or(native);
     if size == 0 || size > 8192 || !size.is_multiple_of(scale) {
-        return Err(Error::Usage(format!("--size is {size}, expected a multiple of {scale} up to 8192")));
+        return Err(Error::Usage(format!(
+            "--size is {size}, expected a multiple of {scale} up to 8192"
+        )));
     }
     let latent = size / scale;
 
@@ -80,7 +82,11 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
             say(&format!("warm-up: {:.2} s", took.as_secs_f64()));
             continue;
         }
-        say(&format!("step {i} of {}: {:.2} s", args.steps, took.as_secs_f64()));
+        say(&format!(
+            "step {i} of {}: {:.2} s",
+            args.steps,
+            took.as_secs_f64()
+        ));
         for (class, time) in classes {
             *times.entry(class).or_insert(Duration::ZERO) += time;
         }
@@ -89,7 +95,10 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
     check_stopped()?;
     say("decoding");
     let begin = Instant::now();
-    let latents = sample.narrow(0, 0, 1)?.narrow(1, 0, channels.min(networks.vae_latent_channels()))?;
+    let latents =
+        sample
+            .narrow(0, 0, 1)?
+            .narrow(1, 0, channels.min(networks.vae_latent_channels()))?;
     networks.decode(&latents, dtype)?;
     let decode = begin.elapsed();
 
@@ -97,11 +106,16 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
     let unet = flop
         .into_iter()
         .map(|(class, flop)| {
-            let seconds = times.get(&class).map_or(0.0, Duration::as_secs_f64) / f64::from(args.steps);
+            let seconds =
+                times.get(&class).map_or(0.0, Duration::as_secs_f64) / f64::from(args.steps);
             (class, (flop as f64 / 1e9, seconds))
         })
         .collect();
-    let decode_flop: u64 = networks.record_vae((latent, latent), 1)?.flop_by_class().values().sum();
+    let decode_flop: u64 = networks
+        .record_vae((latent, latent), 1)?
+        .flop_by_class()
+        .values()
+        .sum();
     let report = Report {
         family,
         size,
@@ -117,19 +131,27 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
         peak_rss: peak_resident(),
         peak_gflops: measure_peak(&device)?,
     };
-    print_line(&if args.json { report.json().to_string() } else { report.table() })
+    print_line(&if args.json {
+        report.json().to_string()
+    } else {
+        report.table()
+    })
 }
 
 fn check_stopped() -> Result<()> {
-    if interrupt::stopped() { Err(Error::Interrupted) } else { Ok(()) }
+    if interrupt::stopped() {
+        Err(Error::Interrupted)
+    } else {
+        Ok(())
+    }
 }
 
 fn load(args: &BenchArgs, device: &Device, dtype: DType) -> Result<(String, Networks, usize)> {
     let Some(family) = args.random_weights else {
         let checkpoint = open_model(args.model.as_deref())?;
-        let spec = ModelSpec::read(&checkpoint, &checkpoint.detect()?)?;
+        let spec = ModelSpec::read(&checkpoint, &crate::checkpoint::detect(&checkpoint))?;
         let (networks, _) = Networks::load(&spec, device, dtype)?;
-        return Ok((spec.family.name().to_owned(), networks, spec.defaults.size));
+        return Ok((spec.family.id().to_owned(), networks, spec.defaults.size));
     };
     let (text, unet, name) = match family {
         RandomFamily::Sd15 => (
@@ -157,7 +179,15 @@ fn load(args: &BenchArgs, device: &Device, dtype: DType) -> Result<(String, Netw
         vae::Config::from_json(&vae).map_err(broken)?,
     );
     let networks = Networks::random((&configs.0, &configs.1, &configs.2), device, dtype)?;
-    Ok((name.to_owned(), networks, if family == RandomFamily::Sd21 { 768 } else { 512 }))
+    Ok((
+        name.to_owned(),
+        networks,
+        if family == RandomFamily::Sd21 {
+            768
+        } else {
+            512
+        },
+    ))
 }
 
 /// GFLOP/s of a large product, the best of three: what the machine gives to those who ask nicely.
@@ -259,7 +289,10 @@ impl Report {
             self.decode_gflop / decode,
             share(self.decode_gflop / decode)
         ));
-        lines.push(format!("machine's peak  {:8.1} GFLOP/s in a large f32 product", self.peak_gflops));
+        lines.push(format!(
+            "machine's peak  {:8.1} GFLOP/s in a large f32 product",
+            self.peak_gflops
+        ));
         if let Some(bytes) = self.peak_rss {
             lines.push(format!("peak memory     {:8.2} GB", bytes as f64 / 1e9));
         }
@@ -272,7 +305,11 @@ fn cpu_level() -> &'static str {
     #[cfg(target_arch = "x86_64")]
     {
         if is_x86_feature_detected!("avx512f") {
-            return if is_x86_feature_detected!("avx512bf16") { "avx512bf16" } else { "avx512" };
+            return if is_x86_feature_detected!("avx512bf16") {
+                "avx512bf16"
+            } else {
+                "avx512"
+            };
         }
         if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
             return "avx2";

@@ -11,8 +11,8 @@ use super::args::GenerateArgs;
 use super::{interrupt, model_name, open_model, print_line, set_threads};
 use crate::device;
 use crate::error::{Error, Result};
-use crate::output::{self, Parameters, Target};
-use crate::pipeline::{Batch, Control, Engine, Event, Plan, Request, peak_resident};
+use crate::output::{self, NoiseSource, Parameters, Target};
+use crate::pipeline::{Batch, Control, Engine, Event, Plan, Request, Rng, peak_resident};
 
 /// What does not change from picture to picture.
 struct Job<'a> {
@@ -35,7 +35,7 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     let request = request(args)?;
     let device = device::open(args.device)?;
     let dtype = device::dtype(args.dtype, &device)?;
-    output::check_target(&args.output, args.save_latents.as_deref())?;
+    output::check_target(&args.output, args.save_latents.as_deref(), args.overwrite)?;
     let checkpoint = open_model(args.model.as_deref())?;
     let engine = Engine::load(&checkpoint, &device, dtype)?;
     let plan = Plan::new(&engine, &request)?;
@@ -50,6 +50,10 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     if args.dry_run {
         return print_line(&job.describe());
     }
+    for index in 0..plan.pictures() {
+        job.target(index, plan.seed.wrapping_add(index as u64))
+            .check()?;
+    }
     let bar = progress_bar(quiet);
     let mut listener = |event: Event| {
         match event {
@@ -61,7 +65,11 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
             }
             Event::Decoding => bar.set_message("decoding"),
         }
-        if interrupt::stopped() { Control::Stop } else { Control::Continue }
+        if interrupt::stopped() {
+            Control::Stop
+        } else {
+            Control::Continue
+        }
     };
     let mut index = 0;
     let mut latents = Vec::new();
@@ -78,7 +86,7 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     if let Some(path) = &args.save_latents {
         let all = candle_core::Tensor::cat(&latents, 0)?;
         let values: Vec<f32> = all.flatten_all()?.to_vec1()?;
-        output::save_latents(path, &values, all.dims())?;
+        output::save_latents(path, &values, all.dims(), args.overwrite)?;
     }
     Ok(())
 }
@@ -88,7 +96,10 @@ fn request(args: &GenerateArgs) -> Result<Request> {
         // -1 means random in every tool
         None | Some(-1) => None,
         Some(seed) => Some(u64::try_from(seed).map_err(|_| {
-            Error::Usage(format!("--seed is {seed}, expected 0 to {} (or -1 for a random one)", u64::MAX))
+            Error::Usage(format!(
+                "--seed is {seed}, expected 0 to {} (or -1 for a random one)",
+                u64::MAX
+            ))
         })?),
     };
     Ok(Request {
@@ -129,18 +140,27 @@ fn progress_bar(quiet: bool) -> ProgressBar {
 impl Job<'_> {
     fn save(&self, batch: &Batch, first: usize) -> Result<()> {
         for (i, picture) in batch.pictures.iter().enumerate() {
-            let target = Target {
-                template: &self.args.output,
-                seed: picture.seed,
-                index: first + i,
-                count: self.plan.pictures(),
-                overwrite: self.args.overwrite,
-            };
+            let target = self.target(first + i, picture.seed);
             let parameters = self.parameters(picture.seed);
-            let path = output::save(&picture.image, &target, &parameters, &self.request_json(picture.seed))?;
+            let path = output::save(
+                &picture.image,
+                &target,
+                &parameters,
+                &self.request_json(picture.seed),
+            )?;
             self.report(path, picture.seed, batch)?;
         }
         Ok(())
+    }
+
+    fn target(&self, index: usize, seed: u64) -> Target<'_> {
+        Target {
+            template: &self.args.output,
+            seed,
+            index,
+            count: self.plan.pictures(),
+            overwrite: self.args.overwrite,
+        }
     }
 
     fn report(&self, path: Option<PathBuf>, seed: u64, batch: &Batch) -> Result<()> {
@@ -148,7 +168,11 @@ impl Job<'_> {
             return Ok(()); // the picture itself went to the standard output
         };
         if self.args.json {
-            return print_line(&self.json(&path.display().to_string(), seed, batch).to_string());
+            return print_line(
+                &self
+                    .json(&path.display().to_string(), seed, batch)
+                    .to_string(),
+            );
         }
         tracing::info!("seed {seed}: {:.2} s", self.start.elapsed().as_secs_f64());
         print_line(&format!("{} (seed {seed})", path.display()))
@@ -187,7 +211,7 @@ impl Job<'_> {
             "sampler": self.plan.sampler,
             "schedule": self.plan.schedule,
             "model": model_name(self.args.model.as_deref()),
-            "family": self.engine.spec().family.name(),
+            "family": self.engine.spec().family.id(),
             "dtype": device::dtype_name(self.engine.networks().dtype()),
             "device": "cpu",
             "threads": self.threads,
@@ -202,9 +226,15 @@ impl Job<'_> {
                 fields.shift_remove(key);
             }
             fields.insert("prompt".to_owned(), json!(self.request.prompt));
-            fields.insert("negative_prompt".to_owned(), json!(self.request.negative_prompt));
+            fields.insert(
+                "negative_prompt".to_owned(),
+                json!(self.request.negative_prompt),
+            );
             fields.insert("clip_skip".to_owned(), json!(self.plan.clip_skip));
-            fields.insert("rng".to_owned(), json!(format!("{:?}", self.plan.rng).to_lowercase()));
+            fields.insert(
+                "rng".to_owned(),
+                json!(format!("{:?}", self.plan.rng).to_lowercase()),
+            );
             let syntax = format!("{:?}", self.request.prompt_syntax).to_lowercase();
             fields.insert("prompt_syntax".to_owned(), json!(syntax));
             fields.insert("batch_size".to_owned(), json!(self.plan.batch_size));
@@ -212,8 +242,27 @@ impl Job<'_> {
         object
     }
 
-    fn parameters(&self, _seed: u64) -> Parameters {
-        todo!()
+    fn parameters(&self, seed: u64) -> Parameters {
+        Parameters {
+            prompt: self.request.prompt.clone(),
+            negative_prompt: self.request.negative_prompt.clone(),
+            steps: u32::try_from(self.plan.steps).ok(),
+            sampler: Some(self.plan.sampler.clone()),
+            schedule_type: Some(self.plan.schedule.clone()),
+            cfg_scale: Some(self.plan.cfg_scale),
+            seed: Some(seed),
+            size: u32::try_from(self.plan.width)
+                .ok()
+                .zip(u32::try_from(self.plan.height).ok()),
+            model: Some(model_name(self.args.model.as_deref())),
+            clip_skip: u32::try_from(self.plan.clip_skip).unwrap_or(1),
+            rng: match self.plan.rng {
+                Rng::Cpu => NoiseSource::Cpu,
+                Rng::Nv => NoiseSource::Nv,
+            },
+            version: Some(Parameters::our_version()),
+            ..Parameters::default()
+        }
     }
 
     fn describe(&self) -> String {
@@ -221,7 +270,10 @@ impl Job<'_> {
         if let Some(fields) = object.as_object_mut() {
             fields.shift_remove("path");
             fields.insert("pictures".to_owned(), json!(self.plan.pictures()));
-            fields.insert("network_calls".to_owned(), json!(self.plan.trajectory.calls.len()));
+            fields.insert(
+                "network_calls".to_owned(),
+                json!(self.plan.trajectory.calls.len()),
+            );
             fields.insert("memory_bytes".to_owned(), json!(self.plan.memory));
         }
         if self.args.json {

@@ -42,8 +42,15 @@ fn model_name(model: Option<&Path>) -> String {
     let Some(path) = model else {
         return "demo".to_owned();
     };
-    let stem = if path.is_dir() { path.file_name() } else { path.file_stem() };
-    stem.map_or_else(|| path.display().to_string(), |stem| stem.to_string_lossy().into_owned())
+    let stem = if path.is_dir() {
+        path.file_name()
+    } else {
+        path.file_stem()
+    };
+    stem.map_or_else(
+        || path.display().to_string(),
+        |stem| stem.to_string_lossy().into_owned(),
+    )
 }
 
 /// Sets the number of threads of every parallel loop; must come before the first of them.
@@ -60,7 +67,9 @@ fn set_threads(threads: Option<u16>) -> Result<usize> {
 /// Writes a line to stdout; a reader that has gone away is no error.
 fn print_line(line: &str) -> Result<()> {
     match writeln!(std::io::stdout(), "{line}") {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::disk("stdout", "write", e)),
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::disk("stdout", "write", e))
+        }
         _ => Ok(()),
     }
 }

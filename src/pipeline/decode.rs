@@ -7,7 +7,11 @@ use crate::error::{Error, Result};
 use crate::output::Image;
 
 /// Decodes one picture `[1, c, h, w]`. A result that is not finite is decoded again in f32, with a notice.
-pub(super) fn decode(networks: &Networks, latents: &Tensor, warnings: &mut Vec<String>) -> Result<Image> {
+pub(super) fn decode(
+    networks: &Networks,
+    latents: &Tensor,
+    warnings: &mut Vec<String>,
+) -> Result<Image> {
     let picture = networks.decode(latents, networks.dtype())?;
     if let Some(image) = to_image(&picture)? {
         return Ok(image);

@@ -22,11 +22,16 @@ impl Registers {
             Register::Sample => Ok(&self.sample),
             Register::ModelInput => Ok(&self.model_input),
             Register::ModelOutput => Ok(&self.model_output),
-            Register::Saved(index) => self
-                .saved
-                .get(index)
-                .and_then(Option::as_ref)
-                .ok_or_else(|| Error::Numeric(format!("sampler register {index} is read before it is written"))),
+            Register::Saved(index) => {
+                self.saved
+                    .get(index)
+                    .and_then(Option::as_ref)
+                    .ok_or_else(|| {
+                        Error::Numeric(format!(
+                            "sampler register {index} is read before it is written"
+                        ))
+                    })
+            }
         }
     }
 
@@ -49,7 +54,11 @@ impl Registers {
         let mut sum: Option<Tensor> = None;
         for &(register, coefficient) in terms {
             let term = self.get(register)?;
-            let term = if coefficient == 1.0 { term.clone() } else { (term * coefficient)? };
+            let term = if coefficient == 1.0 {
+                term.clone()
+            } else {
+                (term * coefficient)?
+            };
             sum = Some(match sum {
                 Some(sum) => (sum + term)?,
                 None => term,
@@ -82,8 +91,16 @@ impl BatchNoise {
     /// Standard normal numbers `[b, c, h, w]`.
     pub(super) fn draw(&mut self) -> Result<Tensor> {
         let [c, h, w] = self.shape;
-        let values: Vec<f32> = self.generators.iter_mut().flat_map(|g| g.normal(c * h * w)).collect();
-        Ok(Tensor::from_vec(values, (self.generators.len(), c, h, w), &self.device)?)
+        let values: Vec<f32> = self
+            .generators
+            .iter_mut()
+            .flat_map(|g| g.normal(c * h * w))
+            .collect();
+        Ok(Tensor::from_vec(
+            values,
+            (self.generators.len(), c, h, w),
+            &self.device,
+        )?)
     }
 }
 
@@ -113,9 +130,18 @@ pub(super) fn run(
         step(&mut registers, call, noise)?;
         check_finite(&registers.sample, index + 1)?;
         times.push(start.elapsed());
-        let last_of_step = trajectory.calls.get(index + 1).is_none_or(|next| next.step != call.step);
+        let last_of_step = trajectory
+            .calls
+            .get(index + 1)
+            .is_none_or(|next| next.step != call.step);
         if last_of_step {
-            send(listener, Event::Step { done: done + call.step + 1, total })?;
+            send(
+                listener,
+                Event::Step {
+                    done: done + call.step + 1,
+                    total,
+                },
+            )?;
         }
     }
     Ok((registers.sample, times))
@@ -124,7 +150,11 @@ pub(super) fn run(
 fn step(registers: &mut Registers, call: &Call, noise: &mut BatchNoise) -> Result<()> {
     for assign in &call.then {
         match assign {
-            Assign::Linear { to, terms, noise: fresh } => {
+            Assign::Linear {
+                to,
+                terms,
+                noise: fresh,
+            } => {
                 let mut value = registers.combine(terms)?;
                 if let Some(coefficient) = fresh {
                     let drawn = noise.draw()?;
@@ -134,7 +164,11 @@ fn step(registers: &mut Registers, call: &Call, noise: &mut BatchNoise) -> Resul
                 }
                 registers.set(*to, value);
             }
-            Assign::Clamp { register, low, high } => {
+            Assign::Clamp {
+                register,
+                low,
+                high,
+            } => {
                 let value = registers.get(*register)?.clamp(*low, *high)?;
                 registers.set(*register, value);
             }
@@ -145,7 +179,11 @@ fn step(registers: &mut Registers, call: &Call, noise: &mut BatchNoise) -> Resul
 
 fn check_finite(latents: &Tensor, call: usize) -> Result<()> {
     // the sum is finite exactly when every element is: latents are far from overflow
-    let sum = latents.to_dtype(DType::F32)?.abs()?.sum_all()?.to_scalar::<f32>()?;
+    let sum = latents
+        .to_dtype(DType::F32)?
+        .abs()?
+        .sum_all()?
+        .to_scalar::<f32>()?;
     if sum.is_finite() {
         return Ok(());
     }
@@ -153,4 +191,3 @@ fn check_finite(latents: &Tensor, call: usize) -> Result<()> {
         "the latents are not numbers any more after network call {call}; the checkpoint may be damaged, or the guidance far too high"
     )))
 }
-

@@ -10,9 +10,16 @@ const WORKSPACE: u64 = 250 << 20;
 ///
 /// # Errors
 /// When the networks cannot take the size.
-pub(super) fn estimate(networks: &Networks, size: (usize, usize), batch: usize, guided: bool) -> Result<u64> {
+pub(super) fn estimate(
+    networks: &Networks,
+    size: (usize, usize),
+    batch: usize,
+    guided: bool,
+) -> Result<u64> {
     let bytes = networks.dtype().size_in_bytes() as u64;
-    let unet = networks.record_unet(size, if guided { 2 * batch } else { batch })?.peak_elements();
+    let unet = networks
+        .record_unet(size, if guided { 2 * batch } else { batch })?
+        .peak_elements();
     let vae = networks.record_vae(size, 1)?.peak_elements();
     Ok(networks.weight_bytes() + unet.max(vae) * bytes + WORKSPACE)
 }
@@ -38,10 +45,23 @@ pub(super) fn check(needed: u64) -> Result<()> {
 pub fn available() -> Option<u64> {
     let field = |text: &str, name: &str| -> Option<u64> {
         let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-        line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
+        line.split_whitespace()
+            .next()?
+            .parse::<u64>()
+            .ok()?
+            .checked_mul(1024)
     };
-    let free = field(&std::fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable:")?;
-    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let free = field(
+        &std::fs::read_to_string("/proc/meminfo").ok()?,
+        "MemAvailable:",
+    )?;
+    let number = |path: &str| {
+        std::fs::read_to_string(path)
+            .ok()?
+            .trim()
+            .parse::<u64>()
+            .ok()
+    };
     let group = number("/sys/fs/cgroup/memory.max")
         .zip(number("/sys/fs/cgroup/memory.current"))
         .map(|(limit, used)| limit.saturating_sub(used));
@@ -51,7 +71,11 @@ pub fn available() -> Option<u64> {
 fn status(name: &str) -> Option<u64> {
     let text = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-    line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
+    line.split_whitespace()
+        .next()?
+        .parse::<u64>()
+        .ok()?
+        .checked_mul(1024)
 }
 
 /// Bytes resident now.

@@ -12,18 +12,18 @@ pub use event::{Control, Event, Listener};
 pub use memory::{available, peak_resident};
 pub use networks::Networks;
 pub use plan::Plan;
-pub use request::{PromptSyntax, Request, Rng};
+pub use request::{Request, Rng};
 
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{self, Checkpoint};
 use crate::error::{Error, Result};
 use crate::output::Image;
 use crate::sampling::Generator;
 use crate::spec::ModelSpec;
-use crate::text::{self, ClipTokenizer, Conditioning};
+use crate::text::{self, ClipTokenizer, Conditioning, Texts};
 use denoise::BatchNoise;
 
 /// A loaded model.
@@ -75,13 +75,19 @@ impl Engine {
     /// When the family is not supported, something is missing, or a file cannot be read.
     pub fn load(checkpoint: &Checkpoint, device: &Device, dtype: DType) -> Result<Self> {
         let start = Instant::now();
-        let detection = checkpoint.detect()?;
+        let detection = checkpoint::detect(checkpoint);
         let spec = ModelSpec::read(checkpoint, &detection)?;
         let tokenizer = text::tokenizer_for(checkpoint, &spec)?;
-        let (networks, warnings) = Networks::load(&spec, device, dtype).map_err(|e| match e {
+        let (networks, unused) = Networks::load(&spec, device, dtype).map_err(|e| match e {
             Error::Weights(reason) => Error::bad_model(checkpoint.path(), reason),
             other => other,
         })?;
+        let warnings = checkpoint
+            .warnings()
+            .iter()
+            .cloned()
+            .chain(unused)
+            .collect();
         Ok(Self {
             spec,
             tokenizer,
@@ -127,7 +133,17 @@ impl Engine {
             event::send(listener, Event::Warning(warning.clone()))?;
         }
         let start = Instant::now();
-        let conditioning = text::encode(&self.networks, &self.tokenizer, request, plan.clip_skip)?;
+        let conditioning = text::encode(
+            self.networks.text(),
+            self.networks.device(),
+            &self.tokenizer,
+            Texts {
+                prompt: &request.prompt,
+                negative: &request.negative_prompt,
+                syntax: request.prompt_syntax,
+                clip_skip: plan.clip_skip,
+            },
+        )?;
         let text_time = start.elapsed();
         for warning in &conditioning.warnings {
             event::send(listener, Event::Warning(warning.clone()))?;
@@ -152,18 +168,27 @@ impl Engine {
             .map(|i| plan.seed.wrapping_add((index * plan.batch_size + i) as u64))
             .collect();
         let scale = self.spec.vae.config.scale();
-        let shape = [self.spec.vae.config.latent_channels, plan.height / scale, plan.width / scale];
+        let shape = [
+            self.spec.vae.config.latent_channels,
+            plan.height / scale,
+            plan.width / scale,
+        ];
         let generators = seeds.iter().map(|&seed| match plan.rng {
             Rng::Cpu => Generator::torch(seed),
             Rng::Nv => Generator::philox(seed),
         });
         let mut noise = BatchNoise::new(generators.collect(), shape, self.networks.device());
         let context = conditioning.for_batch(plan.batch_size, plan.guided())?;
-        let mut model = |sample: &Tensor, timestep: f64| self.guided(plan, sample, timestep, &context);
-        let progress = (index * plan.trajectory.steps, plan.count * plan.trajectory.steps);
+        let mut model =
+            |sample: &Tensor, timestep: f64| self.guided(plan, sample, timestep, &context);
+        let progress = (
+            index * plan.trajectory.steps,
+            plan.count * plan.trajectory.steps,
+        );
 
         let start = Instant::now();
-        let (latents, steps) = denoise::run(&plan.trajectory, &mut noise, &mut model, progress, listener)?;
+        let (latents, steps) =
+            denoise::run(&plan.trajectory, &mut noise, &mut model, progress, listener)?;
         let denoise = start.elapsed();
 
         event::send(listener, Event::Decoding)?;
@@ -191,12 +216,21 @@ impl Engine {
 
     /// Classifier-free guidance (Ho & Salimans, arXiv 2207.12598): unconditional + scale · (conditional − unconditional), both in
     /// one call of the network.
-    fn guided(&self, plan: &Plan, sample: &Tensor, timestep: f64, context: &Tensor) -> Result<Tensor> {
+    fn guided(
+        &self,
+        plan: &Plan,
+        sample: &Tensor,
+        timestep: f64,
+        context: &Tensor,
+    ) -> Result<Tensor> {
         if !plan.guided() {
             return self.networks.predict(sample, timestep, context);
         }
         let both = Tensor::cat(&[sample, sample], 0)?;
-        let predictions = self.networks.predict(&both, timestep, context)?.chunk(2, 0)?;
+        let predictions = self
+            .networks
+            .predict(&both, timestep, context)?
+            .chunk(2, 0)?;
         let [unconditional, conditional] = predictions.as_slice() else {
             return Err(Error::Numeric("guidance needs two predictions".to_owned()));
         };

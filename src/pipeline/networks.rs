@@ -54,7 +54,11 @@ impl Networks {
             warnings.extend(unused(name, &source.unused(&[prefix])));
         }
         // the encoder is there for pictures that come in; a prompt needs only the decoder
-        let prefix = |part: &str| format!("{}.{part}", spec.vae.prefix).trim_start_matches('.').to_owned();
+        let prefix = |part: &str| {
+            format!("{}.{part}", spec.vae.prefix)
+                .trim_start_matches('.')
+                .to_owned()
+        };
         let decoder = [prefix("decoder."), prefix("post_quant_conv.")];
         let unused_vae = vae.unused(&decoder.each_ref().map(String::as_str));
         warnings.extend(unused("autoencoder", &unused_vae));
@@ -86,8 +90,11 @@ impl Networks {
         dtype: DType,
     ) -> Result<Self> {
         let weights = |source: &Arc<dyn Source>| Weights::new(Arc::clone(source), dtype, device);
-        let (text_weights, unet_weights, vae_weights) =
-            (weights(&sources.text), weights(&sources.unet), weights(&sources.vae));
+        let (text_weights, unet_weights, vae_weights) = (
+            weights(&sources.text),
+            weights(&sources.unet),
+            weights(&sources.vae),
+        );
         let networks = Self {
             text: TextEncoder::load(&text_weights, text),
             unet: UNet::load(&unet_weights, unet),
@@ -161,11 +168,16 @@ impl Networks {
     /// When the shapes do not fit or the executor fails.
     pub fn decode(&self, latents: &Tensor, dtype: DType) -> Result<Tensor> {
         if dtype == self.dtype {
-            return Ok(self.vae.forward(&latents.to_dtype(dtype)?.into())?.into_data()?);
+            return Ok(self
+                .vae
+                .forward(&latents.to_dtype(dtype)?.into())?
+                .into_data()?);
         }
         let weights = Weights::new(Arc::clone(&self.vae_source), dtype, &self.device);
         let decoder = Decoder::load(&weights, self.vae.config());
-        Ok(decoder.forward(&latents.to_dtype(dtype)?.into())?.into_data()?)
+        Ok(decoder
+            .forward(&latents.to_dtype(dtype)?.into())?
+            .into_data()?)
     }
 
     /// One call of the UNet, recorded, for latents of `w × h`: what it costs and what it holds.
@@ -190,7 +202,8 @@ impl Networks {
     pub fn record_vae(&self, (w, h): (usize, usize), batch: usize) -> Result<Graph> {
         let graph = Graph::new();
         let channels = self.vae.config().latent_channels;
-        self.vae.forward(&graph.input("latents", &[batch, channels, h, w]))?;
+        self.vae
+            .forward(&graph.input("latents", &[batch, channels, h, w]))?;
         Ok(graph)
     }
 }

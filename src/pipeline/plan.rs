@@ -64,14 +64,21 @@ impl Plan {
             }
             Ok(size)
         };
-        let (width, height) = (side("width", request.width)?, side("height", request.height)?);
+        let (width, height) = (
+            side("width", request.width)?,
+            side("height", request.height)?,
+        );
         let steps = request.steps.unwrap_or(spec.defaults.steps);
         if !(1..=MAX_STEPS).contains(&steps) {
-            return Err(Error::Usage(format!("--steps is {steps}, expected 1 to {MAX_STEPS}")));
+            return Err(Error::Usage(format!(
+                "--steps is {steps}, expected 1 to {MAX_STEPS}"
+            )));
         }
         let cfg_scale = request.cfg_scale.unwrap_or(spec.defaults.cfg_scale);
         if !(0.0..=1000.0).contains(&cfg_scale) {
-            return Err(Error::Usage(format!("--cfg-scale is {cfg_scale}, expected 0 to 1000")));
+            return Err(Error::Usage(format!(
+                "--cfg-scale is {cfg_scale}, expected 0 to 1000"
+            )));
         }
         let (batch_size, count) = (request.batch_size.max(1), request.count.max(1));
         if batch_size.saturating_mul(count) > MAX_PICTURES {
@@ -88,7 +95,12 @@ impl Plan {
         }
         let mut warnings = Vec::new();
         let chosen = choose_sampling(engine, request, steps, &mut warnings)?;
-        let memory = memory::estimate(engine.networks(), (width / scale, height / scale), batch_size, cfg_scale != 1.0)?;
+        let memory = memory::estimate(
+            engine.networks(),
+            (width / scale, height / scale),
+            batch_size,
+            cfg_scale != 1.0,
+        )?;
         if !request.force {
             memory::check(memory)?;
         }
@@ -146,7 +158,10 @@ fn choose_sampling(
     }
     let sampler = request.sampler.as_deref().unwrap_or(spec.defaults.sampler);
     let (sampler, schedule) = sampling::parse(sampler, request.schedule.as_deref())?;
-    let levels = spec.scheduler.as_ref().map_or_else(NoiseSchedule::default, NoiseSchedule::new);
+    let levels = spec
+        .scheduler
+        .as_ref()
+        .map_or_else(NoiseSchedule::default, NoiseSchedule::new);
     let trajectory = sampling::by_name(sampler, schedule, steps, (&levels, spec.prediction))?;
     Ok(Chosen {
         sampler: sampler.name().to_owned(),
@@ -159,6 +174,8 @@ fn choose_sampling(
 fn random_seed() -> u64 {
     use std::hash::{BuildHasher, Hasher};
     // the standard library seeds its hasher from the operating system
-    let hash = std::collections::hash_map::RandomState::new().build_hasher().finish();
+    let hash = std::collections::hash_map::RandomState::new()
+        .build_hasher()
+        .finish();
     hash & 0xffff_ffff
 }

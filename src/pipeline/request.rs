@@ -1,16 +1,7 @@
 //! What was asked for: plain data, nothing resolved. The command line and every other door end here.
 
 use crate::device::DtypeChoice;
-
-/// Which language a prompt is written in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
-pub enum PromptSyntax {
-    /// A1111's: emphasis, BREAK, chunks beyond 75 tokens.
-    #[default]
-    A1111,
-    /// The text as it is, cut where the tower ends, as diffusers does.
-    Plain,
-}
+use crate::text::Syntax;
 
 /// Which random numbers a seed means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
@@ -30,7 +21,7 @@ pub struct Request {
     /// What not to show.
     pub negative_prompt: String,
     /// The prompts' language.
-    pub prompt_syntax: PromptSyntax,
+    pub prompt_syntax: Syntax,
     /// Pixels, a multiple of 8; the model's own size when absent.
     pub width: Option<usize>,
     /// Pixels, a multiple of 8; the model's own size when absent.

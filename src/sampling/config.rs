@@ -110,7 +110,9 @@ impl Default for SchedulerConfig {
 }
 
 fn wrong(field: &str, value: &Value, expected: &str) -> Error {
-    Error::Usage(format!("scheduler config field `{field}` is {value}, expected {expected}"))
+    Error::Usage(format!(
+        "scheduler config field `{field}` is {value}, expected {expected}"
+    ))
 }
 
 /// Typed access with diffusers' defaults.
@@ -124,8 +126,13 @@ impl Reader<'_> {
     fn number(&self, field: &str, default: f64) -> Result<f64> {
         self.get(field).map_or(Ok(default), |v| match v {
             // Python writes infinities as text that JSON readers refuse, or as strings
-            Value::String(s) if s.eq_ignore_ascii_case("-inf") || s == "-Infinity" => Ok(f64::NEG_INFINITY),
-            v => v.as_f64().filter(|n| n.is_finite()).ok_or_else(|| wrong(field, v, "a number")),
+            Value::String(s) if s.eq_ignore_ascii_case("-inf") || s == "-Infinity" => {
+                Ok(f64::NEG_INFINITY)
+            }
+            v => v
+                .as_f64()
+                .filter(|n| n.is_finite())
+                .ok_or_else(|| wrong(field, v, "a number")),
         })
     }
 
@@ -139,14 +146,19 @@ impl Reader<'_> {
     }
 
     fn flag(&self, field: &str, default: bool) -> Result<bool> {
-        self.get(field)
-            .map_or(Ok(default), |v| v.as_bool().ok_or_else(|| wrong(field, v, "true or false")))
+        self.get(field).map_or(Ok(default), |v| {
+            v.as_bool().ok_or_else(|| wrong(field, v, "true or false"))
+        })
     }
 
     fn text(&self, field: &str, default: &str) -> Result<String> {
         self.get(field).map_or_else(
             || Ok(default.to_owned()),
-            |v| v.as_str().map(str::to_owned).ok_or_else(|| wrong(field, v, "a text")),
+            |v| {
+                v.as_str()
+                    .map(str::to_owned)
+                    .ok_or_else(|| wrong(field, v, "a text"))
+            },
         )
     }
 }
@@ -161,32 +173,65 @@ impl SchedulerConfig {
         let class_name = r.text("_class_name", "PNDMScheduler")?;
         let class = class_name.as_str();
         let leading = matches!(class, "PNDMScheduler" | "DDIMScheduler");
-        let spacing = match r.text("timestep_spacing", if leading { "leading" } else { "linspace" })?.as_str() {
+        let spacing = match r
+            .text(
+                "timestep_spacing",
+                if leading { "leading" } else { "linspace" },
+            )?
+            .as_str()
+        {
             "linspace" => Spacing::Linspace,
             "leading" => Spacing::Leading,
             "trailing" => Spacing::Trailing,
-            other => return Err(wrong("timestep_spacing", &other.into(), "linspace, leading or trailing")),
+            other => {
+                return Err(wrong(
+                    "timestep_spacing",
+                    &other.into(),
+                    "linspace, leading or trailing",
+                ));
+            }
         };
         // Heun and LMS were written with other betas in mind
         let heun_or_lms = matches!(class, "HeunDiscreteScheduler");
-        let (start, end) = if heun_or_lms { (0.00085, 0.012) } else { (0.0001, 0.02) };
+        let (start, end) = if heun_or_lms {
+            (0.00085, 0.012)
+        } else {
+            (0.0001, 0.02)
+        };
         let beta_schedule = match r.text("beta_schedule", "linear")?.as_str() {
             "linear" => BetaSchedule::Linear,
             "scaled_linear" => BetaSchedule::ScaledLinear,
             "squaredcos_cap_v2" => BetaSchedule::SquaredCosine,
             other => {
-                return Err(wrong("beta_schedule", &other.into(), "linear, scaled_linear or squaredcos_cap_v2"));
+                return Err(wrong(
+                    "beta_schedule",
+                    &other.into(),
+                    "linear, scaled_linear or squaredcos_cap_v2",
+                ));
             }
         };
         let prediction = match r.text("prediction_type", "epsilon")?.as_str() {
             "epsilon" => Prediction::Epsilon,
             "v_prediction" => Prediction::V,
             "sample" | "original_sample" => Prediction::Sample,
-            other => return Err(wrong("prediction_type", &other.into(), "epsilon, v_prediction or sample")),
+            other => {
+                return Err(wrong(
+                    "prediction_type",
+                    &other.into(),
+                    "epsilon, v_prediction or sample",
+                ));
+            }
         };
-        for field in ["thresholding", "use_beta_sigmas", "use_flow_sigmas", "use_dynamic_shifting"] {
+        for field in [
+            "thresholding",
+            "use_beta_sigmas",
+            "use_flow_sigmas",
+            "use_dynamic_shifting",
+        ] {
             if r.flag(field, false)? {
-                return Err(Error::Unsupported(format!("scheduler config field `{field}` is not supported yet")));
+                return Err(Error::Unsupported(format!(
+                    "scheduler config field `{field}` is not supported yet"
+                )));
             }
         }
         let maps = [
@@ -206,7 +251,13 @@ impl SchedulerConfig {
                 list.as_array()
                     .and_then(|l| l.iter().map(Value::as_f64).collect::<Option<Vec<_>>>())
                     .filter(|l| l.len() == train && l.iter().all(|b| (0.0..=1.0).contains(b)))
-                    .ok_or_else(|| wrong("trained_betas", &"…".into(), &format!("{train} numbers from 0 to 1")))?,
+                    .ok_or_else(|| {
+                        wrong(
+                            "trained_betas",
+                            &"…".into(),
+                            &format!("{train} numbers from 0 to 1"),
+                        )
+                    })?,
             ),
             None => None,
         };
@@ -214,7 +265,11 @@ impl SchedulerConfig {
             return Err(wrong("num_train_timesteps", &train.into(), "at least 2"));
         }
         let disable_corrector = r.get("disable_corrector").and_then(Value::as_array);
-        let solver_type = if class == "UniPCMultistepScheduler" { "bh2" } else { "midpoint" };
+        let solver_type = if class == "UniPCMultistepScheduler" {
+            "bh2"
+        } else {
+            "midpoint"
+        };
         Ok(Self {
             num_train_timesteps: train,
             beta_start: r.number("beta_start", start)?,
@@ -228,7 +283,13 @@ impl SchedulerConfig {
             final_sigma_zero: match r.text("final_sigmas_type", "zero")?.as_str() {
                 "zero" => true,
                 "sigma_min" => false,
-                other => return Err(wrong("final_sigmas_type", &other.into(), "zero or sigma_min")),
+                other => {
+                    return Err(wrong(
+                        "final_sigmas_type",
+                        &other.into(),
+                        "zero or sigma_min",
+                    ));
+                }
             },
             rescale_betas_zero_snr: r.flag("rescale_betas_zero_snr", false)?,
             set_alpha_to_one: r.flag("set_alpha_to_one", class == "DDIMScheduler")?,
@@ -244,7 +305,12 @@ impl SchedulerConfig {
             euler_at_final: r.flag("euler_at_final", false)?,
             predict_x0: r.flag("predict_x0", true)?,
             disable_corrector: disable_corrector
-                .map(|l| l.iter().filter_map(Value::as_u64).filter_map(|n| usize::try_from(n).ok()).collect())
+                .map(|l| {
+                    l.iter()
+                        .filter_map(Value::as_u64)
+                        .filter_map(|n| usize::try_from(n).ok())
+                        .collect()
+                })
                 .unwrap_or_default(),
             lambda_min_clipped: r.number("lambda_min_clipped", f64::NEG_INFINITY)?,
             sigma_min: r.get("sigma_min").and_then(Value::as_f64),
@@ -256,7 +322,11 @@ impl SchedulerConfig {
     /// diffusers' Stable Diffusion pipelines force `steps_offset` to 1 and `clip_sample` off, whatever the file says.
     #[must_use]
     pub fn corrected_for_stable_diffusion(self) -> Self {
-        Self { steps_offset: 1, clip_sample: false, ..self }
+        Self {
+            steps_offset: 1,
+            clip_sample: false,
+            ..self
+        }
     }
 
     /// DDIM and PNDM follow the rescaled schedule to its end; the others keep away from the division by zero.

@@ -53,7 +53,10 @@ pub fn diffusers(config: &SchedulerConfig, steps: usize) -> Result<(Trajectory, 
             warning = Some(format!(
                 "the folder's scheduler is {other}, which is not built yet; PNDM takes its place (name one with --sampler)"
             ));
-            let config = SchedulerConfig { skip_prk_steps: true, ..config.clone() };
+            let config = SchedulerConfig {
+                skip_prk_steps: true,
+                ..config.clone()
+            };
             solvers::pndm::pndm(&config, &schedule, steps)?
         }
     };
@@ -70,16 +73,26 @@ fn discrete_levels(config: &SchedulerConfig, schedule: &NoiseSchedule, steps: us
     } else {
         timesteps.iter().map(|&t| schedule.interpolate(t)).collect()
     };
-    let ends = (sigmas.first().copied().unwrap_or_default(), sigmas.last().copied().unwrap_or_default());
+    let ends = (
+        sigmas.first().copied().unwrap_or_default(),
+        sigmas.last().copied().unwrap_or_default(),
+    );
     // LMS spreads its Karras levels between its own ends too
     if let Some(remapped) = spacing::remap(config, ends, steps) {
         timesteps = remapped.iter().map(|&s| schedule.timestep(s)).collect();
         sigmas = remapped;
     }
-    sigmas.push(if config.final_sigma_zero { 0.0 } else { schedule.sigma_min() });
+    sigmas.push(if config.final_sigma_zero {
+        0.0
+    } else {
+        schedule.sigma_min()
+    });
     let sigmas = spacing::to_f32(sigmas);
     if config.continuous && config.prediction == Prediction::V {
-        timesteps = sigmas[..sigmas.len() - 1].iter().map(|s| 0.25 * s.ln()).collect();
+        timesteps = sigmas[..sigmas.len() - 1]
+            .iter()
+            .map(|s| 0.25 * s.ln())
+            .collect();
     }
     let timesteps: Vec<f64> = timesteps.iter().map(|&t| f64::from(t as f32)).collect();
     let max = sigmas.iter().copied().fold(0.0, f64::max);
@@ -88,8 +101,17 @@ fn discrete_levels(config: &SchedulerConfig, schedule: &NoiseSchedule, steps: us
         _ => max,
     };
     // with one level more than timesteps the last two are never reached
-    let sigmas = if config.log_linear { sigmas[..=timesteps.len()].to_vec() } else { sigmas };
-    Levels { sigmas, timesteps, prediction: config.prediction, init_noise_sigma }
+    let sigmas = if config.log_linear {
+        sigmas[..=timesteps.len()].to_vec()
+    } else {
+        sigmas
+    };
+    Levels {
+        sigmas,
+        timesteps,
+        prediction: config.prediction,
+        init_noise_sigma,
+    }
 }
 
 /// The run that A1111 makes of a sampler's and a schedule's name, on the noise levels of the model.
@@ -103,9 +125,17 @@ pub fn by_name(
     (levels, prediction): (&NoiseSchedule, Prediction),
 ) -> Result<Trajectory> {
     let sigmas = schedule.sigmas(levels, steps);
-    let timesteps = sigmas[..steps].iter().map(|&s| levels.timestep(s)).collect();
+    let timesteps = sigmas[..steps]
+        .iter()
+        .map(|&s| levels.timestep(s))
+        .collect();
     let init_noise_sigma = sigmas.first().copied().unwrap_or_default();
-    let run = Levels { sigmas, timesteps, prediction, init_noise_sigma };
+    let run = Levels {
+        sigmas,
+        timesteps,
+        prediction,
+        init_noise_sigma,
+    };
     Ok(match sampler {
         Sampler::Euler => kdiffusion::euler(&run),
         Sampler::EulerA => kdiffusion::euler_ancestral(&run, true),

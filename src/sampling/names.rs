@@ -22,24 +22,64 @@ pub enum Sampler {
 
 /// Each sampler with A1111's name first; the rest in the form that [`plain`] makes of names.
 const SAMPLERS: &[(Sampler, &str, &[&str])] = &[
-    (Sampler::Euler, "Euler", &["euler", "keuler", "eulerdiscrete", "eulerdiscretescheduler"]),
+    (
+        Sampler::Euler,
+        "Euler",
+        &["euler", "keuler", "eulerdiscrete", "eulerdiscretescheduler"],
+    ),
     (
         Sampler::EulerA,
         "Euler a",
-        &["eulera", "keulera", "eulerancestral", "keulerancestral", "eulerancestraldiscrete", "eulerancestraldiscretescheduler"],
+        &[
+            "eulera",
+            "keulera",
+            "eulerancestral",
+            "keulerancestral",
+            "eulerancestraldiscrete",
+            "eulerancestraldiscretescheduler",
+        ],
     ),
-    (Sampler::Heun, "Heun", &["heun", "kheun", "heundiscrete", "heundiscretescheduler"]),
-    (Sampler::Lms, "LMS", &["lms", "klms", "lmsdiscrete", "lmsdiscretescheduler"]),
-    (Sampler::DpmPp2m, "DPM++ 2M", &["dpm++2m", "kdpm++2m", "dpmpp2m", "kdpmpp2m", "dpmsolver++2m"]),
+    (
+        Sampler::Heun,
+        "Heun",
+        &["heun", "kheun", "heundiscrete", "heundiscretescheduler"],
+    ),
+    (
+        Sampler::Lms,
+        "LMS",
+        &["lms", "klms", "lmsdiscrete", "lmsdiscretescheduler"],
+    ),
+    (
+        Sampler::DpmPp2m,
+        "DPM++ 2M",
+        &[
+            "dpm++2m",
+            "kdpm++2m",
+            "dpmpp2m",
+            "kdpmpp2m",
+            "dpmsolver++2m",
+        ],
+    ),
     (
         Sampler::DpmPp2sA,
         "DPM++ 2S a",
-        &["dpm++2sa", "kdpm++2sa", "dpmpp2sa", "kdpmpp2sa", "dpmpp2sancestral", "dpm++2sancestral", "kdpmpp2sancestral"],
+        &[
+            "dpm++2sa",
+            "kdpm++2sa",
+            "dpmpp2sa",
+            "kdpmpp2sa",
+            "dpmpp2sancestral",
+            "dpm++2sancestral",
+            "kdpmpp2sancestral",
+        ],
     ),
 ];
 
 const SCHEDULES: &[(Schedule, &[&str])] = &[
-    (Schedule::Normal, &["normal", "uniform", "discrete", "default"]),
+    (
+        Schedule::Normal,
+        &["normal", "uniform", "discrete", "default"],
+    ),
     (Schedule::Karras, &["karras"]),
     (Schedule::Exponential, &["exponential"]),
     (Schedule::SgmUniform, &["sgmuniform"]),
@@ -48,18 +88,59 @@ const SCHEDULES: &[(Schedule, &[&str])] = &[
 
 /// Names that exist elsewhere and are not built yet.
 const KNOWN_SAMPLERS: &[&str] = &[
-    "ddim", "plms", "pndm", "unipc", "unipcbh2", "lcm", "tcd", "ddpm", "restart", "ipndm", "ipndmv", "deis", "dpm2", "dpm2a", "dpm2ancestral",
-    "dpmfast", "dpmadaptive", "dpm++sde", "dpmppsde", "dpm++2msde", "dpmpp2msde", "dpm++2msdeheun", "dpm++3msde", "dpmpp3msde",
-    "dpm++2mv2", "heunpp2", "ddimcfg++", "eulercfgpp", "resmultistep", "er_sde", "uni_pc",
+    "ddim",
+    "plms",
+    "pndm",
+    "unipc",
+    "unipcbh2",
+    "lcm",
+    "tcd",
+    "ddpm",
+    "restart",
+    "ipndm",
+    "ipndmv",
+    "deis",
+    "dpm2",
+    "dpm2a",
+    "dpm2ancestral",
+    "dpmfast",
+    "dpmadaptive",
+    "dpm++sde",
+    "dpmppsde",
+    "dpm++2msde",
+    "dpmpp2msde",
+    "dpm++2msdeheun",
+    "dpm++3msde",
+    "dpmpp3msde",
+    "dpm++2mv2",
+    "heunpp2",
+    "ddimcfg++",
+    "eulercfgpp",
+    "resmultistep",
+    "er_sde",
+    "uni_pc",
 ];
 const KNOWN_SCHEDULES: &[&str] = &[
-    "beta", "polyexponential", "ddim", "ddimuniform", "kloptimal", "alignyoursteps", "ays", "gits", "turbo", "linearquadratic", "bong_tangent",
+    "beta",
+    "polyexponential",
+    "ddim",
+    "ddimuniform",
+    "kloptimal",
+    "alignyoursteps",
+    "ays",
+    "gits",
+    "turbo",
+    "linearquadratic",
+    "bong_tangent",
 ];
 
 impl Sampler {
     /// A1111's name.
     pub fn name(self) -> &'static str {
-        SAMPLERS.iter().find(|(s, _, _)| *s == self).map_or("", |(_, name, _)| name)
+        SAMPLERS
+            .iter()
+            .find(|(s, _, _)| *s == self)
+            .map_or("", |(_, name, _)| name)
     }
 
     /// What A1111's schedule "Automatic" means for this sampler.
@@ -110,11 +191,16 @@ pub fn parse(sampler: &str, schedule: Option<&str>) -> Result<(Sampler, Schedule
     });
     let Some(found) = found else {
         let names: Vec<&str> = SAMPLERS.iter().map(|(_, name, _)| *name).collect();
-        let base = name.strip_suffix("karras").or_else(|| name.strip_suffix("exponential")).unwrap_or(&name);
+        let base = name
+            .strip_suffix("karras")
+            .or_else(|| name.strip_suffix("exponential"))
+            .unwrap_or(&name);
         let known = KNOWN_SAMPLERS.iter().any(|known| plain(known) == base);
         let list = names.join(", ");
         return Err(if known {
-            Error::Unsupported(format!("sampler \"{sampler}\" is not built yet; choose from {list}"))
+            Error::Unsupported(format!(
+                "sampler \"{sampler}\" is not built yet; choose from {list}"
+            ))
         } else {
             Error::Usage(format!("unknown sampler \"{sampler}\"; choose from {list}"))
         });
@@ -123,7 +209,10 @@ pub fn parse(sampler: &str, schedule: Option<&str>) -> Result<(Sampler, Schedule
         Some(name) => self::schedule(name)?,
         None => folded,
     };
-    Ok((found, schedule.unwrap_or_else(|| found.automatic_schedule())))
+    Ok((
+        found,
+        schedule.unwrap_or_else(|| found.automatic_schedule()),
+    ))
 }
 
 /// Reads a schedule's name; `None` for "automatic".
@@ -135,12 +224,25 @@ fn schedule(name: &str) -> Result<Option<Schedule>> {
     if let Some(schedule) = find_schedule(&plain_name) {
         return Ok(Some(schedule));
     }
-    let list = SCHEDULES.iter().map(|(s, _)| s.name()).collect::<Vec<_>>().join(", ");
-    Err(if KNOWN_SCHEDULES.iter().any(|known| plain(known) == plain_name) {
-        Error::Unsupported(format!("schedule \"{name}\" is not built yet; choose from Automatic, {list}"))
-    } else {
-        Error::Usage(format!("unknown schedule \"{name}\"; choose from Automatic, {list}"))
-    })
+    let list = SCHEDULES
+        .iter()
+        .map(|(s, _)| s.name())
+        .collect::<Vec<_>>()
+        .join(", ");
+    Err(
+        if KNOWN_SCHEDULES
+            .iter()
+            .any(|known| plain(known) == plain_name)
+        {
+            Error::Unsupported(format!(
+                "schedule \"{name}\" is not built yet; choose from Automatic, {list}"
+            ))
+        } else {
+            Error::Usage(format!(
+                "unknown schedule \"{name}\"; choose from Automatic, {list}"
+            ))
+        },
+    )
 }
 
 #[cfg(test)]
@@ -150,18 +252,43 @@ mod tests {
 
     #[test]
     fn every_tools_spelling_is_read() {
-        for name in ["Euler a", "euler_a", "k_euler_a", "euler_ancestral", "EulerAncestralDiscreteScheduler"] {
-            assert_eq!(parse(name, None).unwrap(), (Sampler::EulerA, Schedule::Normal), "{name}");
+        for name in [
+            "Euler a",
+            "euler_a",
+            "k_euler_a",
+            "euler_ancestral",
+            "EulerAncestralDiscreteScheduler",
+        ] {
+            assert_eq!(
+                parse(name, None).unwrap(),
+                (Sampler::EulerA, Schedule::Normal),
+                "{name}"
+            );
         }
-        assert_eq!(parse("DPM++ 2M Karras", None).unwrap(), (Sampler::DpmPp2m, Schedule::Karras));
-        assert_eq!(parse("dpmpp_2m", Some("sgm_uniform")).unwrap(), (Sampler::DpmPp2m, Schedule::SgmUniform));
-        assert_eq!(parse("dpm++2m", Some("Automatic")).unwrap().1, Schedule::Karras);
+        assert_eq!(
+            parse("DPM++ 2M Karras", None).unwrap(),
+            (Sampler::DpmPp2m, Schedule::Karras)
+        );
+        assert_eq!(
+            parse("dpmpp_2m", Some("sgm_uniform")).unwrap(),
+            (Sampler::DpmPp2m, Schedule::SgmUniform)
+        );
+        assert_eq!(
+            parse("dpm++2m", Some("Automatic")).unwrap().1,
+            Schedule::Karras
+        );
     }
 
     #[test]
     fn what_is_not_built_is_named() {
-        assert!(matches!(parse("DPM++ SDE Karras", None), Err(Error::Unsupported(_))));
+        assert!(matches!(
+            parse("DPM++ SDE Karras", None),
+            Err(Error::Unsupported(_))
+        ));
         assert!(matches!(parse("Eular", None), Err(Error::Usage(_))));
-        assert!(matches!(parse("Euler", Some("beta")), Err(Error::Unsupported(_))));
+        assert!(matches!(
+            parse("Euler", Some("beta")),
+            Err(Error::Unsupported(_))
+        ));
     }
 }

@@ -43,7 +43,9 @@ pub struct Torch {
 
 impl std::fmt::Debug for Torch {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Torch").field("index", &self.index).finish_non_exhaustive()
+        f.debug_struct("Torch")
+            .field("index", &self.index)
+            .finish_non_exhaustive()
     }
 }
 
@@ -58,7 +60,11 @@ impl Torch {
                 .wrapping_mul(previous ^ (previous >> 30))
                 .wrapping_add(i as u32);
         }
-        Self { state, index: N, cached: None }
+        Self {
+            state,
+            index: N,
+            cached: None,
+        }
     }
 
     fn next_u32(&mut self) -> u32 {
@@ -167,7 +173,10 @@ fn philox4x32(mut counter: [u32; 4], seed: u64) -> [u32; 4] {
             (a >> 32) as u32 ^ counter[3] ^ key[1],
             a as u32,
         ];
-        key = [key[0].wrapping_add(0x9e37_79b9), key[1].wrapping_add(0xbb67_ae85)];
+        key = [
+            key[0].wrapping_add(0x9e37_79b9),
+            key[1].wrapping_add(0xbb67_ae85),
+        ];
     }
     counter
 }
@@ -178,7 +187,10 @@ mod tests {
 
     fn close(got: &[f32], want: &[f32]) {
         for (got, want) in got.iter().zip(want) {
-            assert!((got - want).abs() <= 2e-6 * want.abs().max(1.0), "{got} {want}");
+            assert!(
+                (got - want).abs() <= 2e-6 * want.abs().max(1.0),
+                "{got} {want}"
+            );
         }
     }
 
@@ -194,6 +206,9 @@ mod tests {
     fn philox_equals_a1111_nv() {
         // webui's documented first values for seed 0
         let got = Generator::philox(0).normal(4);
-        close(&got, &[-0.924_662_6, -0.425_344_15, -2.643_845_8, 0.145_183_88]);
+        close(
+            &got,
+            &[-0.924_662_6, -0.425_344_15, -2.643_845_8, 0.145_183_88],
+        );
     }
 }

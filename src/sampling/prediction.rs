@@ -25,7 +25,10 @@ pub(super) fn estimates(
     match prediction {
         Prediction::Epsilon => ((x - output.clone() * sigma) * (1.0 / alpha), output),
         Prediction::Sample => (output.clone(), (x - output * alpha) * (1.0 / sigma)),
-        Prediction::V => (x.clone() * alpha - output.clone() * sigma, output * alpha + x * sigma),
+        Prediction::V => (
+            x.clone() * alpha - output.clone() * sigma,
+            output * alpha + x * sigma,
+        ),
     }
 }
 

@@ -24,7 +24,13 @@ fn linspace_f32(start: f64, end: f64, n: usize) -> Vec<f32> {
     let (start, end) = (start as f32, end as f32);
     let step = (end - start) / (n.max(2) - 1) as f32;
     (0..n)
-        .map(|i| if i < n / 2 { start + step * i as f32 } else { end - step * (n - 1 - i) as f32 })
+        .map(|i| {
+            if i < n / 2 {
+                start + step * i as f32
+            } else {
+                end - step * (n - 1 - i) as f32
+            }
+        })
         .collect()
 }
 
@@ -35,12 +41,18 @@ fn betas(config: &SchedulerConfig) -> Vec<f32> {
     }
     match config.beta_schedule {
         BetaSchedule::Linear => linspace_f32(config.beta_start, config.beta_end, n),
-        BetaSchedule::ScaledLinear => linspace_f32(config.beta_start.sqrt(), config.beta_end.sqrt(), n)
-            .into_iter()
-            .map(|b| b * b)
-            .collect(),
+        BetaSchedule::ScaledLinear => {
+            linspace_f32(config.beta_start.sqrt(), config.beta_end.sqrt(), n)
+                .into_iter()
+                .map(|b| b * b)
+                .collect()
+        }
         BetaSchedule::SquaredCosine => {
-            let alpha_bar = |t: f64| ((t + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2).cos().powi(2);
+            let alpha_bar = |t: f64| {
+                ((t + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2)
+                    .cos()
+                    .powi(2)
+            };
             (0..n)
                 .map(|i| {
                     let (t1, t2) = (i as f64 / n as f64, (i + 1) as f64 / n as f64);
@@ -70,10 +82,17 @@ fn rescale_zero_snr(betas: &[f32]) -> Vec<f32> {
         return Vec::new();
     };
     let scale = first / (first - last);
-    let bars: Vec<f64> = roots.iter().map(|root| ((root - last) * scale).powi(2)).collect();
+    let bars: Vec<f64> = roots
+        .iter()
+        .map(|root| ((root - last) * scale).powi(2))
+        .collect();
     (0..bars.len())
         .map(|i| {
-            let alpha = if i == 0 { bars[0] } else { bars[i] / bars[i - 1] };
+            let alpha = if i == 0 {
+                bars[0]
+            } else {
+                bars[i] / bars[i - 1]
+            };
             (1.0 - alpha) as f32
         })
         .collect()
@@ -97,7 +116,11 @@ impl NoiseSchedule {
             .map(|&a| f64::from(((1.0 - a as f32) / a as f32).sqrt()))
             .collect();
         let log_sigmas = sigmas.iter().map(|s| s.ln()).collect();
-        Self { alphas_cumprod, sigmas, log_sigmas }
+        Self {
+            alphas_cumprod,
+            sigmas,
+            log_sigmas,
+        }
     }
 
     /// Training timesteps.

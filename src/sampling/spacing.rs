@@ -7,7 +7,13 @@ use super::schedule::NoiseSchedule;
 pub(super) fn linspace(start: f64, end: f64, n: usize) -> Vec<f64> {
     let step = (end - start) / (n.max(2) - 1) as f64;
     (0..n)
-        .map(|i| if n > 1 && i == n - 1 { end } else { start + step * i as f64 })
+        .map(|i| {
+            if n > 1 && i == n - 1 {
+                end
+            } else {
+                start + step * i as f64
+            }
+        })
         .collect()
 }
 
@@ -20,7 +26,9 @@ fn trailing(train: usize, steps: usize) -> Vec<f64> {
     let ratio = train as f64 / steps as f64;
     // `numpy.arange(train, 0, -ratio)`: as many as fit, by division
     let count = (train as f64 / ratio).ceil() as usize;
-    (0..count).map(|i| round(train as f64 - i as f64 * ratio) - 1.0).collect()
+    (0..count)
+        .map(|i| round(train as f64 - i as f64 * ratio) - 1.0)
+        .collect()
 }
 
 /// diffusers' timesteps for solvers that take `steps` of them, noisiest first. `whole`: linspace rounded to integers.
@@ -30,11 +38,16 @@ pub(super) fn timesteps(config: &SchedulerConfig, steps: usize, whole: bool) -> 
         Spacing::Linspace => {
             let mut t = linspace(0.0, (train - 1) as f64, steps);
             t.reverse();
-            t.iter().map(|&t| if whole { round(t) } else { f64::from(t as f32) }).collect()
+            t.iter()
+                .map(|&t| if whole { round(t) } else { f64::from(t as f32) })
+                .collect()
         }
         Spacing::Leading => {
             let ratio = train / steps;
-            (0..steps).rev().map(|i| (i * ratio + config.steps_offset) as f64).collect()
+            (0..steps)
+                .rev()
+                .map(|i| (i * ratio + config.steps_offset) as f64)
+                .collect()
         }
         Spacing::Trailing => trailing(train, steps),
     }
@@ -49,12 +62,17 @@ pub(super) fn multistep_timesteps(config: &SchedulerConfig, last: usize, steps: 
         }
         Spacing::Leading => {
             let ratio = last / (steps + 1);
-            (1..=steps).rev().map(|i| (i * ratio + config.steps_offset) as f64).collect()
+            (1..=steps)
+                .rev()
+                .map(|i| (i * ratio + config.steps_offset) as f64)
+                .collect()
         }
         Spacing::Trailing => {
             let ratio = config.num_train_timesteps as f64 / steps as f64;
             let count = (last as f64 / ratio).ceil() as usize;
-            (0..count).map(|i| round(last as f64 - i as f64 * ratio) - 1.0).collect()
+            (0..count)
+                .map(|i| round(last as f64 - i as f64 * ratio) - 1.0)
+                .collect()
         }
     }
 }
@@ -62,16 +80,26 @@ pub(super) fn multistep_timesteps(config: &SchedulerConfig, last: usize, steps: 
 /// Karras et al., arXiv 2206.00364, equation 5, ρ = 7.
 pub(super) fn karras(min: f64, max: f64, n: usize) -> Vec<f64> {
     let (low, high) = (min.powf(1.0 / 7.0), max.powf(1.0 / 7.0));
-    linspace(0.0, 1.0, n).iter().map(|ramp| (high + ramp * (low - high)).powi(7)).collect()
+    linspace(0.0, 1.0, n)
+        .iter()
+        .map(|ramp| (high + ramp * (low - high)).powi(7))
+        .collect()
 }
 
 /// Even in log σ.
 pub(super) fn exponential(min: f64, max: f64, n: usize) -> Vec<f64> {
-    linspace(max.ln(), min.ln(), n).iter().map(|l| l.exp()).collect()
+    linspace(max.ln(), min.ln(), n)
+        .iter()
+        .map(|l| l.exp())
+        .collect()
 }
 
 /// Remaps noise levels between `from` (noisiest, least noisy), or leaves them.
-pub(super) fn remap(config: &SchedulerConfig, (max, min): (f64, f64), n: usize) -> Option<Vec<f64>> {
+pub(super) fn remap(
+    config: &SchedulerConfig,
+    (max, min): (f64, f64),
+    n: usize,
+) -> Option<Vec<f64>> {
     let min = config.sigma_min.unwrap_or(min);
     let max = config.sigma_max.unwrap_or(max);
     match config.sigma_map {
@@ -107,7 +135,10 @@ impl Schedule {
         let (min, max) = (schedule.sigma_min(), schedule.sigma_max());
         let last = (schedule.len() - 1) as f64;
         let mut sigmas = match self {
-            Self::Normal => linspace(last, 0.0, steps).iter().map(|&t| schedule.sigma(t)).collect(),
+            Self::Normal => linspace(last, 0.0, steps)
+                .iter()
+                .map(|&t| schedule.sigma(t))
+                .collect(),
             Self::Karras => karras(min, max, steps),
             Self::Exponential => exponential(min, max, steps),
             Self::SgmUniform => {
@@ -117,7 +148,11 @@ impl Schedule {
             Self::Simple => {
                 let stride = schedule.len() as f64 / steps as f64;
                 (0..steps)
-                    .map(|i| schedule.sigmas[schedule.len() - 1 - ((i as f64 * stride) as usize).min(schedule.len() - 1)])
+                    .map(|i| {
+                        schedule.sigmas[schedule.len()
+                            - 1
+                            - ((i as f64 * stride) as usize).min(schedule.len() - 1)]
+                    })
                     .collect()
             }
         };

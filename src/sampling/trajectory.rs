@@ -79,7 +79,10 @@ impl Trajectory {
         noise: &mut dyn FnMut() -> Vec<f32>,
         model: &mut dyn FnMut(&[f32], f64) -> Vec<f32>,
     ) -> Vec<f32> {
-        let init: Vec<f64> = noise().iter().map(|&x| f64::from(x) * self.init_noise_sigma).collect();
+        let init: Vec<f64> = noise()
+            .iter()
+            .map(|&x| f64::from(x) * self.init_noise_sigma)
+            .collect();
         let n = init.len();
         let mut state = vec![vec![0f64; n]; 3 + self.registers];
         state[0] = init;
@@ -90,15 +93,24 @@ impl Trajectory {
             Register::Saved(i) => 3 + i,
         };
         let combine = |state: &[Vec<f64>], terms: &Combo| -> Vec<f64> {
-            (0..n).map(|k| terms.iter().map(|&(r, c)| c * state[index(r)][k]).sum()).collect()
+            (0..n)
+                .map(|k| terms.iter().map(|&(r, c)| c * state[index(r)][k]).sum())
+                .collect()
         };
         for call in &self.calls {
             state[1] = combine(&state, &call.input);
             let seen: Vec<f32> = state[1].iter().map(|&x| x as f32).collect();
-            state[2] = model(&seen, call.timestep).iter().map(|&x| f64::from(x)).collect();
+            state[2] = model(&seen, call.timestep)
+                .iter()
+                .map(|&x| f64::from(x))
+                .collect();
             for assign in &call.then {
                 match assign {
-                    Assign::Linear { to, terms, noise: fresh } => {
+                    Assign::Linear {
+                        to,
+                        terms,
+                        noise: fresh,
+                    } => {
                         let mut value = combine(&state, terms);
                         if let Some(factor) = fresh {
                             for (value, drawn) in value.iter_mut().zip(noise()) {
@@ -107,7 +119,11 @@ impl Trajectory {
                         }
                         state[index(*to)] = value;
                     }
-                    Assign::Clamp { register, low, high } => {
+                    Assign::Clamp {
+                        register,
+                        low,
+                        high,
+                    } => {
                         for value in &mut state[index(*register)] {
                             *value = value.clamp(*low, *high);
                         }
@@ -150,12 +166,20 @@ impl Linear {
 
     /// `to = self`.
     pub(super) fn into(self, to: Register) -> Assign {
-        Assign::Linear { to, terms: self.combo(), noise: None }
+        Assign::Linear {
+            to,
+            terms: self.combo(),
+            noise: None,
+        }
     }
 
     /// `to = self + factor · noise`.
     pub(super) fn into_with_noise(self, to: Register, factor: f64) -> Assign {
-        Assign::Linear { to, terms: self.combo(), noise: Some(factor) }
+        Assign::Linear {
+            to,
+            terms: self.combo(),
+            noise: Some(factor),
+        }
     }
 }
 

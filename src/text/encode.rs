@@ -1,11 +1,12 @@
 //! Prompt and negative prompt through the text tower, in one batch.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
+use sd_models::clip::TextEncoder;
 
 use super::ClipTokenizer;
-use super::chunks::{Chunk, Tokenized, tokenize_pair};
+use super::chunks::{Chunk, Chunking, Tokenized, emphasis_scale};
+use super::prompt::Syntax;
 use crate::error::Result;
-use crate::pipeline::{Networks, Request};
 
 /// What the UNet reads: text states of the prompt and of the negative prompt, of the same length.
 pub struct Conditioning {
@@ -26,31 +27,53 @@ impl Conditioning {
         let (_, t, width) = self.conditional.dims3()?;
         let repeat = |x: &Tensor| x.broadcast_as((batch, t, width))?.contiguous();
         Ok(if guided {
-            Tensor::cat(&[repeat(&self.unconditional)?, repeat(&self.conditional)?], 0)?
+            Tensor::cat(
+                &[repeat(&self.unconditional)?, repeat(&self.conditional)?],
+                0,
+            )?
         } else {
             repeat(&self.conditional)?
         })
     }
 }
 
-/// Encodes the texts of `request`.
+/// What is to be encoded.
+#[derive(Debug, Clone, Copy)]
+pub struct Texts<'a> {
+    /// The prompt.
+    pub prompt: &'a str,
+    /// The negative prompt.
+    pub negative: &'a str,
+    /// The language of both.
+    pub syntax: Syntax,
+    /// A1111's numbering: 1 takes the tower's last layer.
+    pub clip_skip: usize,
+}
+
+/// Encodes a prompt and its negative prompt.
 ///
 /// # Errors
 /// When a prompt uses what is not built, or the tower fails.
 pub fn encode(
-    networks: &Networks,
+    tower: &TextEncoder,
+    device: &Device,
     tokenizer: &ClipTokenizer,
-    request: &Request,
-    clip_skip: usize,
+    texts: Texts<'_>,
 ) -> Result<Conditioning> {
-    let positions = networks.text().config().positions;
-    let [prompt, negative] = tokenize_pair(tokenizer, request, positions)?;
+    let positions = tower.config().positions;
+    let chunking = Chunking {
+        syntax: texts.syntax,
+        length: positions,
+    };
+    let [prompt, negative] = chunking.tokenize_pair(tokenizer, texts.prompt, texts.negative)?;
     let chunks: Vec<&Chunk> = negative.chunks.iter().chain(&prompt.chunks).collect();
-    let ids: Vec<u32> = chunks.iter().flat_map(|chunk| chunk.ids.iter().copied()).collect();
-    let ids = Tensor::from_vec(ids, (chunks.len(), positions), networks.device())?;
-    let states = networks
-        .text()
-        .forward(&ids.into(), clip_skip.saturating_sub(1))?
+    let ids: Vec<u32> = chunks
+        .iter()
+        .flat_map(|chunk| chunk.ids.iter().copied())
+        .collect();
+    let ids = Tensor::from_vec(ids, (chunks.len(), positions), device)?;
+    let states = tower
+        .forward(&ids.into(), texts.clip_skip.saturating_sub(1))?
         .into_data()?; // [chunks, positions, width]
     let n = negative.chunks.len();
     let gather = |first: usize, tokenized: &Tokenized| -> Result<Tensor> {
@@ -65,20 +88,25 @@ pub fn encode(
     Ok(Conditioning {
         unconditional: gather(0, &negative)?,
         conditional: gather(n, &prompt)?,
-        warnings: prompt.warnings.into_iter().chain(negative.warnings).collect(),
+        warnings: prompt
+            .warnings
+            .into_iter()
+            .chain(negative.warnings)
+            .collect(),
     })
 }
 
 /// A1111's "Original" emphasis: each token's state times its weight, then the whole chunk scaled so that its mean stays what it was.
 fn emphasise(states: &Tensor, chunk: &Chunk) -> Result<Tensor> {
-    if chunk.weights.iter().all(|&w| w == 1.0) {
+    if !chunk.is_weighted() {
         return Ok(states.clone());
     }
     let dtype = states.dtype();
     let x = states.to_dtype(DType::F32)?;
     let weights = Tensor::new(chunk.weights.as_slice(), x.device())?.reshape((1, (), 1))?;
     let weighted = x.broadcast_mul(&weights)?;
-    let mean = |x: &Tensor| -> Result<f64> { Ok(x.to_dtype(DType::F64)?.mean_all()?.to_scalar::<f64>()?) };
-    let (before, after) = (mean(&x)?, mean(&weighted)?);
-    Ok((weighted * (before / after))?.to_dtype(dtype)?)
+    let mean =
+        |x: &Tensor| -> Result<f64> { Ok(x.to_dtype(DType::F64)?.mean_all()?.to_scalar::<f64>()?) };
+    let scale = emphasis_scale(mean(&x)?, mean(&weighted)?)?;
+    Ok((weighted * scale)?.to_dtype(dtype)?)
 }

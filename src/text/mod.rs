@@ -3,9 +3,12 @@
 pub mod chunks;
 mod encode;
 pub mod prompt;
+mod refusals;
 pub mod tokenizer;
+mod vocabulary;
 
-pub use encode::{Conditioning, encode};
+pub use encode::{Conditioning, Texts, encode};
+pub use prompt::Syntax;
 pub use tokenizer::ClipTokenizer;
 
 use crate::checkpoint::Checkpoint;
@@ -21,11 +24,11 @@ pub fn tokenizer_for(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<ClipTo
     let tokenizer = if checkpoint.is_folder() && folder.is_dir() {
         ClipTokenizer::from_folder(&folder)?
     } else {
-        let mut tokenizer = ClipTokenizer::embedded()?;
-        if spec.defaults.pad == Pad::Zero {
-            tokenizer.set_pad(0);
+        let tokenizer = ClipTokenizer::embedded()?;
+        match spec.defaults.pad {
+            Pad::Zero => tokenizer.with_pad(0),
+            Pad::End => tokenizer,
         }
-        tokenizer
     };
     tokenizer.check_vocab(spec.text.config.vocabulary)?;
     Ok(tokenizer)

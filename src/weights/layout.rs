@@ -86,7 +86,9 @@ impl Layout {
 
     /// Whether a stored name is known to be of no use.
     pub fn is_ignored(&self, stored: &str) -> bool {
-        self.ignored.iter().any(|prefix| below(stored, prefix).is_some())
+        self.ignored
+            .iter()
+            .any(|prefix| below(stored, prefix).is_some())
     }
 
     /// Where `canonical` may lie, best guess first.
@@ -119,7 +121,10 @@ impl Layout {
 
 impl Rename {
     fn apply(&self, rest: &str) -> Part {
-        let fit = self.inner.iter().find_map(|rule| Some((rule, below(rest, rule.canonical)?)));
+        let fit = self
+            .inner
+            .iter()
+            .find_map(|rule| Some((rule, below(rest, rule.canonical)?)));
         let (tail, rows) = match fit {
             Some((rule, tail)) => (join(rule.stored, tail), rule.rows),
             None => (rest.to_owned(), None),
@@ -166,10 +171,19 @@ mod tests {
         let mut layout = Layout::identity("unet");
         layout.rename("down.0", "input_blocks.1", INNER);
         let stored = |name| layout.places(name)[0].stored.clone();
-        assert_eq!(stored("down.0.norm1.weight"), "input_blocks.1.in_layers.0.weight");
-        assert_eq!(stored("down.0.norm10.weight"), "input_blocks.1.norm10.weight");
+        assert_eq!(
+            stored("down.0.norm1.weight"),
+            "input_blocks.1.in_layers.0.weight"
+        );
+        assert_eq!(
+            stored("down.0.norm10.weight"),
+            "input_blocks.1.norm10.weight"
+        );
         assert_eq!(stored("down.00.norm1.weight"), "unet.down.00.norm1.weight");
-        assert_eq!(layout.places("down.0.attn.to_q.weight")[0].rows, Some(Rows { index: 0, count: 3 }));
+        assert_eq!(
+            layout.places("down.0.attn.to_q.weight")[0].rows,
+            Some(Rows { index: 0, count: 3 })
+        );
     }
 
     #[test]

@@ -127,7 +127,9 @@ pub(super) fn groups(channels: impl Iterator<Item = usize> + Clone) -> usize {
 
 impl Reader<'_> {
     fn name(&self, name: &str) -> String {
-        format!("{}.{name}", self.prefix).trim_start_matches('.').to_owned()
+        format!("{}.{name}", self.prefix)
+            .trim_start_matches('.')
+            .to_owned()
     }
 
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
@@ -139,7 +141,10 @@ impl Reader<'_> {
     }
 
     fn missing(&self, name: &str) -> String {
-        format!("tensor `{}` is missing or has an unexpected rank", self.name(name))
+        format!(
+            "tensor `{}` is missing or has an unexpected rank",
+            self.name(name)
+        )
     }
 
     /// Output channels, input channels and width of a convolution.
@@ -167,7 +172,9 @@ impl Reader<'_> {
         let block = |i: usize| format!("{stored}.transformer_blocks.{i}.attn2.to_k.weight");
         let depth = (0..MAX_BLOCKS).take_while(|&i| self.has(&block(i))).count();
         if let (None, Some(&[_, context])) = (self.transformer, self.shape(&block(0)).as_deref()) {
-            let linear = self.shape(&format!("{stored}.proj_in.weight")).is_some_and(|s| s.len() == 2);
+            let linear = self
+                .shape(&format!("{stored}.proj_in.weight"))
+                .is_some_and(|s| s.len() == 2);
             self.transformer = Some((context, linear));
         }
         depth
@@ -190,13 +197,25 @@ impl Reader<'_> {
             }
             let (channels, _, _) = self.conv(&format!("{block}.0.out_layers.3.weight"))?;
             if fresh {
-                self.levels.push(Draft { channels, down: Vec::new(), up: Vec::new() });
+                self.levels.push(Draft {
+                    channels,
+                    down: Vec::new(),
+                    up: Vec::new(),
+                });
                 fresh = false;
             }
-            self.rename(&format!("down_blocks.{level}.resnets.{layer}"), &format!("{block}.0"), RESNET);
+            self.rename(
+                &format!("down_blocks.{level}.resnets.{layer}"),
+                &format!("{block}.0"),
+                RESNET,
+            );
             let depth = self.depth(&format!("{block}.1"));
             if depth > 0 {
-                self.rename(&format!("down_blocks.{level}.attentions.{layer}"), &format!("{block}.1"), &[]);
+                self.rename(
+                    &format!("down_blocks.{level}.attentions.{layer}"),
+                    &format!("{block}.1"),
+                    &[],
+                );
             }
             if let Some(draft) = self.levels.last_mut() {
                 draft.down.push(depth);
@@ -232,13 +251,24 @@ impl Reader<'_> {
                 break;
             }
             if block_index >= count {
-                return Err(format!("`{}` goes up more levels than the way down has", self.name(&block)));
+                return Err(format!(
+                    "`{}` goes up more levels than the way down has",
+                    self.name(&block)
+                ));
             }
             let canonical = format!("up_blocks.{block_index}");
-            self.rename(&format!("{canonical}.resnets.{layer}"), &format!("{block}.0"), RESNET);
+            self.rename(
+                &format!("{canonical}.resnets.{layer}"),
+                &format!("{block}.0"),
+                RESNET,
+            );
             let depth = self.depth(&format!("{block}.1"));
             if depth > 0 {
-                self.rename(&format!("{canonical}.attentions.{layer}"), &format!("{block}.1"), &[]);
+                self.rename(
+                    &format!("{canonical}.attentions.{layer}"),
+                    &format!("{block}.1"),
+                    &[],
+                );
             }
             self.levels[count - 1 - block_index].up.push(depth);
             layer += 1;
@@ -252,7 +282,10 @@ impl Reader<'_> {
             }
         }
         match self.levels.iter().position(|level| level.up.is_empty()) {
-            Some(level) => Err(format!("`{}` has no blocks for level {level}", self.name("output_blocks"))),
+            Some(level) => Err(format!(
+                "`{}` has no blocks for level {level}",
+                self.name("output_blocks")
+            )),
             None => Ok(()),
         }
     }

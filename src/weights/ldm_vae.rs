@@ -26,15 +26,26 @@ pub(crate) fn read(
     scaling_factor: f64,
     shapes: &Shapes<'_>,
 ) -> Result<(Config, Layout), String> {
-    let name = |name: &str| format!("{prefix}.{name}").trim_start_matches('.').to_owned();
+    let name = |name: &str| {
+        format!("{prefix}.{name}")
+            .trim_start_matches('.')
+            .to_owned()
+    };
     let conv = |tensor: &str| match shapes(&name(tensor)).as_deref() {
         Some(&[o, i, _, _]) if o > 0 && i > 0 => Ok((o, i)),
-        _ => Err(format!("tensor `{}` is missing or has an unexpected rank", name(tensor))),
+        _ => Err(format!(
+            "tensor `{}` is missing or has an unexpected rank",
+            name(tensor)
+        )),
     };
     let count_while = |max: usize, tensor: &dyn Fn(usize) -> String| {
-        (0..max).take_while(|&i| shapes(&name(&tensor(i))).is_some()).count()
+        (0..max)
+            .take_while(|&i| shapes(&name(&tensor(i))).is_some())
+            .count()
     };
-    let levels = count_while(MAX_LEVELS, &|i| format!("decoder.up.{i}.block.0.conv1.weight"));
+    let levels = count_while(MAX_LEVELS, &|i| {
+        format!("decoder.up.{i}.block.0.conv1.weight")
+    });
     let channels = (0..levels)
         .map(|i| conv(&format!("decoder.up.{i}.block.0.conv1.weight")).map(|(o, _)| o))
         .collect::<Result<Vec<_>, _>>()?;
@@ -42,7 +53,10 @@ pub(crate) fn read(
     let (out_channels, _) = conv("decoder.conv_out.weight")?;
     let resnets = count_while(64, &|j| format!("decoder.up.0.block.{j}.conv1.weight"));
     let Some(layers) = resnets.checked_sub(1).filter(|&n| n > 0) else {
-        return Err(format!("tensor `{}` is missing", name("decoder.up.0.block.1.conv1.weight")));
+        return Err(format!(
+            "tensor `{}` is missing",
+            name("decoder.up.0.block.1.conv1.weight")
+        ));
     };
 
     let mut layout = Layout::default();
@@ -51,24 +65,52 @@ pub(crate) fn read(
     };
     for side in ["encoder", "decoder"] {
         rename(format!("{side}.conv_in"), format!("{side}.conv_in"), &[]);
-        rename(format!("{side}.conv_norm_out"), format!("{side}.norm_out"), &[]);
+        rename(
+            format!("{side}.conv_norm_out"),
+            format!("{side}.norm_out"),
+            &[],
+        );
         rename(format!("{side}.conv_out"), format!("{side}.conv_out"), &[]);
         for (i, block) in ["block_1", "block_2"].iter().enumerate() {
-            rename(format!("{side}.mid_block.resnets.{i}"), format!("{side}.mid.{block}"), RESNET);
+            rename(
+                format!("{side}.mid_block.resnets.{i}"),
+                format!("{side}.mid.{block}"),
+                RESNET,
+            );
         }
-        rename(format!("{side}.mid_block.attentions.0"), format!("{side}.mid.attn_1"), ATTENTION);
+        rename(
+            format!("{side}.mid_block.attentions.0"),
+            format!("{side}.mid.attn_1"),
+            ATTENTION,
+        );
     }
     for i in 0..levels {
         for j in 0..layers {
-            rename(format!("encoder.down_blocks.{i}.resnets.{j}"), format!("encoder.down.{i}.block.{j}"), RESNET);
+            rename(
+                format!("encoder.down_blocks.{i}.resnets.{j}"),
+                format!("encoder.down.{i}.block.{j}"),
+                RESNET,
+            );
         }
-        rename(format!("encoder.down_blocks.{i}.downsamplers.0"), format!("encoder.down.{i}.downsample"), &[]);
+        rename(
+            format!("encoder.down_blocks.{i}.downsamplers.0"),
+            format!("encoder.down.{i}.downsample"),
+            &[],
+        );
         // the decoder's levels are numbered from full size in single files, from the smallest in diffusers
         let up = levels - 1 - i;
         for j in 0..=layers {
-            rename(format!("decoder.up_blocks.{i}.resnets.{j}"), format!("decoder.up.{up}.block.{j}"), RESNET);
+            rename(
+                format!("decoder.up_blocks.{i}.resnets.{j}"),
+                format!("decoder.up.{up}.block.{j}"),
+                RESNET,
+            );
         }
-        rename(format!("decoder.up_blocks.{i}.upsamplers.0"), format!("decoder.up.{up}.upsample"), &[]);
+        rename(
+            format!("decoder.up_blocks.{i}.upsamplers.0"),
+            format!("decoder.up.{up}.upsample"),
+            &[],
+        );
     }
     for conv in ["quant_conv", "post_quant_conv"] {
         rename(conv.to_owned(), conv.to_owned(), &[]);

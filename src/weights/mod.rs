@@ -4,9 +4,9 @@
 pub mod layout;
 pub(crate) mod ldm_unet;
 pub(crate) mod ldm_vae;
-pub(crate) mod text_tower;
 mod random;
 mod source;
+pub(crate) mod text_tower;
 
 pub use layout::{Layout, Part, Rename};
 pub use random::RandomSource;

@@ -28,17 +28,20 @@ impl Source for RandomSource {
             (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
         });
         let mut values = vec![0f32; count];
-        values.par_chunks_mut(CHUNK).enumerate().for_each(|(i, chunk)| {
-            // xorshift64*: speed is what counts here
-            let mut state = (seed ^ (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)) | 1;
-            for value in chunk {
-                state ^= state >> 12;
-                state ^= state << 25;
-                state ^= state >> 27;
-                let bits = (state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 40) as f32;
-                *value = (bits / (1 << 23) as f32 - 1.0) * scale;
-            }
-        });
+        values
+            .par_chunks_mut(CHUNK)
+            .enumerate()
+            .for_each(|(i, chunk)| {
+                // xorshift64*: speed is what counts here
+                let mut state = (seed ^ (i as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)) | 1;
+                for value in chunk {
+                    state ^= state >> 12;
+                    state ^= state << 25;
+                    state ^= state >> 27;
+                    let bits = (state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 40) as f32;
+                    *value = (bits / (1 << 23) as f32 - 1.0) * scale;
+                }
+            });
         Ok(Tensor::from_vec(values, shape, device)?.to_dtype(dtype)?)
     }
 }

@@ -86,8 +86,12 @@ impl Source for CheckpointSource {
             }
             None => Cow::Borrowed(&*bytes),
         };
-        let values = to_f32(info.dtype, &bytes)
-            .ok_or_else(|| Self::error(&part.stored, format!("its type {:?} is not a float", info.dtype)))?;
+        let values = to_f32(info.dtype, &bytes).ok_or_else(|| {
+            Self::error(
+                &part.stored,
+                format!("its type {:?} is not a float", info.dtype),
+            )
+        })?;
         let tensor = Tensor::from_vec(values, shape, &Device::Cpu)
             .map_err(|e| Self::error(&part.stored, e))?;
         self.tensors.release(&part.stored);
@@ -100,8 +104,18 @@ pub(crate) fn to_f32(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
     /// Elements converted at a time: through a small aligned buffer, so that the conversion is vectorised whatever the alignment.
     const BLOCK: usize = 1024;
     Some(match dtype {
-        Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-        Dtype::F64 => bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b) as f32).collect(),
+        Dtype::F32 => bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| f32::from_le_bytes(*b))
+            .collect(),
+        Dtype::F64 => bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| f64::from_le_bytes(*b) as f32)
+            .collect(),
         Dtype::BF16 => bytes
             .as_chunks()
             .0
@@ -133,7 +147,11 @@ fn e4m3(bits: u8) -> f32 {
         (0, _) => mantissa * 2f32.powi(-9),
         _ => (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 7),
     };
-    if bits & 0x80 == 0 { magnitude } else { -magnitude }
+    if bits & 0x80 == 0 {
+        magnitude
+    } else {
+        -magnitude
+    }
 }
 
 #[cfg(test)]
@@ -153,6 +171,9 @@ mod tests {
         assert_eq!(to_f32(Dtype::F64, &bytes[9..17]), Some(vec![0.1]));
         assert_eq!(to_f32(Dtype::I64, &bytes[9..17]), None);
         // from the paper's table: largest 448, smallest normal 2⁻⁶, smallest 2⁻⁹
-        assert_eq!(to_f32(Dtype::F8_E4M3, &[0x7e, 0x08, 0x81]), Some(vec![448.0, 0.015625, -0.001953125]));
+        assert_eq!(
+            to_f32(Dtype::F8_E4M3, &[0x7e, 0x08, 0x81]),
+            Some(vec![448.0, 0.015625, -0.001953125])
+        );
     }
 }

@@ -34,30 +34,48 @@ const HEAD_WIDTH: usize = 64;
 const MAX_LAYERS: usize = 256;
 
 fn heads(width: usize) -> usize {
-    if width.is_multiple_of(HEAD_WIDTH) { (width / HEAD_WIDTH).max(1) } else { 1 }
+    if width.is_multiple_of(HEAD_WIDTH) {
+        (width / HEAD_WIDTH).max(1)
+    } else {
+        1
+    }
 }
 
 fn matrix(shapes: &Shapes<'_>, name: &str) -> Result<(usize, usize), String> {
     match shapes(name).as_deref() {
         Some(&[rows, columns]) if rows > 0 && columns > 0 => Ok((rows, columns)),
-        _ => Err(format!("tensor `{name}` is missing or has an unexpected rank")),
+        _ => Err(format!(
+            "tensor `{name}` is missing or has an unexpected rank"
+        )),
     }
 }
 
 fn count_layers(shapes: &Shapes<'_>, name: impl Fn(usize) -> String) -> usize {
-    (0..MAX_LAYERS).take_while(|&i| shapes(&name(i)).is_some()).count()
+    (0..MAX_LAYERS)
+        .take_while(|&i| shapes(&name(i)).is_some())
+        .count()
 }
 
 /// A tower in transformers' spelling below `prefix` (such as `cond_stage_model.transformer`), with or without `text_model.`.
 ///
 /// # Errors
 /// A sentence that says what is missing.
-pub(crate) fn read_transformers(prefix: &str, shapes: &Shapes<'_>) -> Result<(Config, Layout), String> {
+pub(crate) fn read_transformers(
+    prefix: &str,
+    shapes: &Shapes<'_>,
+) -> Result<(Config, Layout), String> {
     let inside = format!("{prefix}.text_model");
     let has_inside = shapes(&format!("{inside}.embeddings.token_embedding.weight")).is_some();
-    let root = if has_inside { inside } else { prefix.to_owned() };
+    let root = if has_inside {
+        inside
+    } else {
+        prefix.to_owned()
+    };
     let (vocabulary, width) = matrix(shapes, &format!("{root}.embeddings.token_embedding.weight"))?;
-    let (positions, _) = matrix(shapes, &format!("{root}.embeddings.position_embedding.weight"))?;
+    let (positions, _) = matrix(
+        shapes,
+        &format!("{root}.embeddings.position_embedding.weight"),
+    )?;
     let (intermediate, _) = matrix(shapes, &format!("{root}.encoder.layers.0.mlp.fc1.weight"))?;
     let mut layout = Layout::identity(&root);
     layout.ignore(&format!("{root}.embeddings.position_ids"));
@@ -68,7 +86,9 @@ pub(crate) fn read_transformers(prefix: &str, shapes: &Shapes<'_>) -> Result<(Co
         positions,
         width,
         intermediate,
-        layers: count_layers(shapes, |i| format!("{root}.encoder.layers.{i}.mlp.fc1.weight")),
+        layers: count_layers(shapes, |i| {
+            format!("{root}.encoder.layers.{i}.mlp.fc1.weight")
+        }),
         heads: heads(width),
         activation: Activation::QuickGelu,
         eps: 1e-5,
@@ -81,7 +101,10 @@ pub(crate) fn read_transformers(prefix: &str, shapes: &Shapes<'_>) -> Result<(Co
 ///
 /// # Errors
 /// A sentence that says what is missing.
-pub(crate) fn read_open_clip(prefix: &str, shapes: &Shapes<'_>) -> Result<(Config, Layout), String> {
+pub(crate) fn read_open_clip(
+    prefix: &str,
+    shapes: &Shapes<'_>,
+) -> Result<(Config, Layout), String> {
     let block = |i: usize| format!("{prefix}.transformer.resblocks.{i}");
     let (vocabulary, width) = matrix(shapes, &format!("{prefix}.token_embedding.weight"))?;
     let (positions, _) = matrix(shapes, &format!("{prefix}.positional_embedding"))?;
@@ -89,8 +112,16 @@ pub(crate) fn read_open_clip(prefix: &str, shapes: &Shapes<'_>) -> Result<(Confi
     let stored = count_layers(shapes, |i| format!("{}.mlp.c_fc.weight", block(i)));
     let layers = stored.saturating_sub(1);
     let mut layout = Layout::default();
-    layout.rename("embeddings.token_embedding", &format!("{prefix}.token_embedding"), &[]);
-    layout.rename("embeddings.position_embedding.weight", &format!("{prefix}.positional_embedding"), &[]);
+    layout.rename(
+        "embeddings.token_embedding",
+        &format!("{prefix}.token_embedding"),
+        &[],
+    );
+    layout.rename(
+        "embeddings.position_embedding.weight",
+        &format!("{prefix}.positional_embedding"),
+        &[],
+    );
     layout.rename("final_layer_norm", &format!("{prefix}.ln_final"), &[]);
     for i in 0..layers {
         layout.rename(&format!("encoder.layers.{i}"), &block(i), BLOCK);

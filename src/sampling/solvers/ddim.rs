@@ -10,15 +10,28 @@ use super::plain_call;
 /// ᾱ at a timestep that may lie before the first.
 pub(super) fn alpha_bar(config: &SchedulerConfig, schedule: &NoiseSchedule, timestep: f64) -> f64 {
     if timestep < 0.0 {
-        return if config.set_alpha_to_one { 1.0 } else { schedule.alphas_cumprod[0] };
+        return if config.set_alpha_to_one {
+            1.0
+        } else {
+            schedule.alphas_cumprod[0]
+        };
     }
     schedule.alphas_cumprod[(timestep as usize).min(schedule.len() - 1)]
 }
 
-pub(in super::super) fn ddim(config: &SchedulerConfig, schedule: &NoiseSchedule, steps: usize) -> Trajectory {
+pub(in super::super) fn ddim(
+    config: &SchedulerConfig,
+    schedule: &NoiseSchedule,
+    steps: usize,
+) -> Trajectory {
     let stride = (config.num_train_timesteps / steps) as f64;
     let timesteps = spacing::timesteps(config, steps, true);
-    let mut run = Trajectory { init_noise_sigma: 1.0, registers: 2, steps: timesteps.len(), ..Trajectory::default() };
+    let mut run = Trajectory {
+        init_noise_sigma: 1.0,
+        registers: 2,
+        steps: timesteps.len(),
+        ..Trajectory::default()
+    };
     for (i, &t) in timesteps.iter().enumerate() {
         let now = alpha_bar(config, schedule, t);
         let next = alpha_bar(config, schedule, t - stride);
@@ -29,7 +42,11 @@ pub(in super::super) fn ddim(config: &SchedulerConfig, schedule: &NoiseSchedule,
         call.then.push(epsilon.into(Register::Saved(1)));
         if config.clip_sample {
             let range = config.clip_sample_range;
-            call.then.push(Assign::Clamp { register: Register::Saved(0), low: -range, high: range });
+            call.then.push(Assign::Clamp {
+                register: Register::Saved(0),
+                low: -range,
+                high: range,
+            });
         }
         let x = saved(0) * next.sqrt() + saved(1) * (1.0 - next).sqrt();
         call.then.push(x.into(Register::Sample));

@@ -34,15 +34,32 @@ pub(super) fn levels(
         Some(sigmas) => {
             let t = sigmas.iter().map(|&s| schedule.timestep(s));
             // diffusers stores them as integers: rounded first for some maps, cut for the others
-            let t = t.map(|t| if rounded { t.round_ties_even() } else { t.trunc() }).collect();
+            let t = t
+                .map(|t| {
+                    if rounded {
+                        t.round_ties_even()
+                    } else {
+                        t.trunc()
+                    }
+                })
+                .collect();
             (sigmas, t)
         }
         None => {
             let t = spacing::multistep_timesteps(config, last, steps);
-            (t.iter().map(|&t| schedule.interpolate(t)).collect::<Vec<_>>(), t)
+            (
+                t.iter()
+                    .map(|&t| schedule.interpolate(t))
+                    .collect::<Vec<_>>(),
+                t,
+            )
         }
     };
-    sigmas.push(if config.final_sigma_zero { 0.0 } else { schedule.sigma_min() });
+    sigmas.push(if config.final_sigma_zero {
+        0.0
+    } else {
+        schedule.sigma_min()
+    });
     (spacing::to_f32(sigmas), timesteps)
 }
 
@@ -69,7 +86,12 @@ pub(in super::super) fn dpm(
     }
     let heun = config.solver_type == "heun";
     let order = config.solver_order.min(3);
-    let clipped = schedule.sigmas.iter().rev().filter(|&&s| lambda(s) < config.lambda_min_clipped).count();
+    let clipped = schedule
+        .sigmas
+        .iter()
+        .rev()
+        .filter(|&&s| lambda(s) < config.lambda_min_clipped)
+        .count();
     let last = config.num_train_timesteps - clipped;
     let rounded = config.beta_schedule != BetaSchedule::SquaredCosine
         && matches!(config.sigma_map, SigmaMap::Karras | SigmaMap::Lu);
@@ -83,14 +105,24 @@ pub(in super::super) fn dpm(
         calls: Vec::new(),
     };
     for i in 0..count {
-        let (x0, epsilon) = estimates(config.prediction, alpha_sigma(sigmas[i]), &sample(), &output());
+        let (x0, epsilon) = estimates(
+            config.prediction,
+            alpha_sigma(sigmas[i]),
+            &sample(),
+            &output(),
+        );
         let data = matches!(kind, Kind::Data | Kind::SdeData);
         let mut call = plain_call(i, timesteps[i], sigmas[i]);
-        call.then.push((if data { x0 } else { epsilon }).into(Register::Saved(i % 3)));
+        call.then
+            .push((if data { x0 } else { epsilon }).into(Register::Saved(i % 3)));
         let few = config.lower_order_final && count < 15;
         let at_last = i + 1 == count && (config.euler_at_final || few || config.final_sigma_zero);
         let at_second_last = i + 2 == count && few;
-        let this_order = if at_last { 1 } else { order.min(i + 1).min(if at_second_last { 2 } else { 3 }) };
+        let this_order = if at_last {
+            1
+        } else {
+            order.min(i + 1).min(if at_second_last { 2 } else { 3 })
+        };
         let (x, noise) = update(kind, &sigmas, i, this_order, heun);
         call.then.push(match noise {
             Some(factor) => x.into_with_noise(Register::Sample, factor),
@@ -103,7 +135,8 @@ pub(in super::super) fn dpm(
 
 /// The step from level `i` to the next, and the factor of fresh noise.
 fn update(kind: Kind, sigmas: &[f64], i: usize, order: usize, heun: bool) -> (Linear, Option<f64>) {
-    let ((alpha_t, sigma_t), (alpha_s, sigma_s)) = (alpha_sigma(sigmas[i + 1]), alpha_sigma(sigmas[i]));
+    let ((alpha_t, sigma_t), (alpha_s, sigma_s)) =
+        (alpha_sigma(sigmas[i + 1]), alpha_sigma(sigmas[i]));
     let h = lambda(sigmas[i + 1]) - lambda(sigmas[i]);
     let m = |age: usize| saved((i - age) % 3);
     // divided differences of what is integrated
@@ -124,25 +157,53 @@ fn update(kind: Kind, sigmas: &[f64], i: usize, order: usize, heun: bool) -> (Li
         Kind::Data => {
             let e = (-h).exp_m1();
             let w1 = if midpoint { -0.5 * e } else { e / h + 1.0 };
-            (sigma_t / sigma_s, -alpha_t * e, alpha_t * w1, -alpha_t * ((e + h) / (h * h) - 0.5), None)
+            (
+                sigma_t / sigma_s,
+                -alpha_t * e,
+                alpha_t * w1,
+                -alpha_t * ((e + h) / (h * h) - 0.5),
+                None,
+            )
         }
         Kind::Noise => {
             let e = h.exp_m1();
             let w1 = if midpoint { 0.5 * e } else { e / h - 1.0 };
-            (alpha_t / alpha_s, -sigma_t * e, -sigma_t * w1, -sigma_t * ((e - h) / (h * h) - 0.5), None)
+            (
+                alpha_t / alpha_s,
+                -sigma_t * e,
+                -sigma_t * w1,
+                -sigma_t * ((e - h) / (h * h) - 0.5),
+                None,
+            )
         }
         Kind::SdeData => {
             let e = -(-2.0 * h).exp_m1();
-            let w1 = if midpoint { 0.5 * e } else { e / (-2.0 * h) + 1.0 };
+            let w1 = if midpoint {
+                0.5 * e
+            } else {
+                e / (-2.0 * h) + 1.0
+            };
             let w2 = (e - 2.0 * h) / (4.0 * h * h) - 0.5;
             let scale = sigma_t / sigma_s * (-h).exp();
-            (scale, alpha_t * e, alpha_t * w1, alpha_t * w2, Some(sigma_t * e.sqrt()))
+            (
+                scale,
+                alpha_t * e,
+                alpha_t * w1,
+                alpha_t * w2,
+                Some(sigma_t * e.sqrt()),
+            )
         }
         Kind::SdeNoise => {
             let e = h.exp_m1();
             let w1 = if midpoint { e } else { 2.0 * (e / h - 1.0) };
             let noise = sigma_t * (2.0 * h).exp_m1().sqrt();
-            (alpha_t / alpha_s, -2.0 * sigma_t * e, -sigma_t * w1, 0.0, Some(noise))
+            (
+                alpha_t / alpha_s,
+                -2.0 * sigma_t * e,
+                -sigma_t * w1,
+                0.0,
+                Some(noise),
+            )
         }
     };
     let mut x = sample() * scale + m(0) * w0;

@@ -36,7 +36,11 @@ pub(in super::super) fn euler(levels: &Levels) -> Trajectory {
 
 /// The level to step down to and the noise to add, for a step from `from` to `to` with η = 1.
 fn ancestral(from: f64, to: f64) -> (f64, f64) {
-    let up = to.min((to * to * (from * from - to * to) / (from * from)).max(0.0).sqrt());
+    let up = to.min(
+        (to * to * (from * from - to * to) / (from * from))
+            .max(0.0)
+            .sqrt(),
+    );
     ((to * to - up * up).max(0.0).sqrt(), up)
 }
 
@@ -64,7 +68,9 @@ pub(in super::super) fn heun(levels: &Levels) -> Trajectory {
         let (mut first, x0) = call(levels, i, (levels.timesteps[i], sigma), sample());
         let d = derivative(sample(), x0, sigma);
         if next == 0.0 {
-            first.then.push((sample() + d * -sigma).into(Register::Sample));
+            first
+                .then
+                .push((sample() + d * -sigma).into(Register::Sample));
             run.calls.push(first);
             continue;
         }
@@ -90,7 +96,8 @@ pub(in super::super) fn lms(levels: &Levels) -> Trajectory {
     let mut run = levels.trajectory(LMS_ORDER);
     for (i, sigma, _) in levels.pairs() {
         let (mut call, x0) = call(levels, i, (levels.timesteps[i], sigma), sample());
-        call.then.push(derivative(sample(), x0, sigma).into(Register::Saved(i % LMS_ORDER)));
+        call.then
+            .push(derivative(sample(), x0, sigma).into(Register::Saved(i % LMS_ORDER)));
         let order = (i + 1).min(LMS_ORDER);
         let x = (0..order).fold(sample(), |x, j| {
             x + saved((i - j) % LMS_ORDER) * lms_weight(&levels.sigmas, order, i, j)
@@ -110,14 +117,21 @@ fn lms_weight(sigmas: &[f64], order: usize, i: usize, j: usize) -> f64 {
         (0.339_981_043_584_856_3, 0.652_145_154_862_546_1),
         (0.861_136_311_594_052_6, 0.347_854_845_137_453_85),
     ];
-    let (middle, half) = ((sigmas[i + 1] + sigmas[i]) / 2.0, (sigmas[i + 1] - sigmas[i]) / 2.0);
+    let (middle, half) = (
+        (sigmas[i + 1] + sigmas[i]) / 2.0,
+        (sigmas[i + 1] - sigmas[i]) / 2.0,
+    );
     let polynomial = |tau: f64| -> f64 {
         (0..order)
             .filter(|&k| k != j)
             .map(|k| (tau - sigmas[i - k]) / (sigmas[i - j] - sigmas[i - k]))
             .product()
     };
-    POINTS.iter().map(|&(x, w)| w * polynomial(middle + half * x)).sum::<f64>() * half
+    POINTS
+        .iter()
+        .map(|&(x, w)| w * polynomial(middle + half * x))
+        .sum::<f64>()
+        * half
 }
 
 /// DPM-Solver++(2M), Lu et al., arXiv 2211.01095: one evaluation a step, the last denoised kept.
@@ -142,7 +156,10 @@ pub(in super::super) fn dpmpp_2m(levels: &Levels) -> Trajectory {
 }
 
 /// DPM-Solver++(2S) with ancestral noise: two evaluations a step, one for the last.
-pub(in super::super) fn dpmpp_2s_ancestral(levels: &Levels, timestep: &dyn Fn(f64) -> f64) -> Trajectory {
+pub(in super::super) fn dpmpp_2s_ancestral(
+    levels: &Levels,
+    timestep: &dyn Fn(f64) -> f64,
+) -> Trajectory {
     let mut run = levels.trajectory(1);
     for (i, sigma, next) in levels.pairs() {
         let (down, up) = ancestral(sigma, next);

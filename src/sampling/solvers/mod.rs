@@ -24,7 +24,10 @@ pub(super) struct Levels {
 impl Levels {
     /// Pairs of neighbouring levels.
     pub(super) fn pairs(&self) -> impl Iterator<Item = (usize, f64, f64)> + '_ {
-        self.sigmas.windows(2).enumerate().map(|(i, pair)| (i, pair[0], pair[1]))
+        self.sigmas
+            .windows(2)
+            .enumerate()
+            .map(|(i, pair)| (i, pair[0], pair[1]))
     }
 
     /// A run without calls yet.
@@ -46,7 +49,13 @@ pub(super) fn scaled(x: Linear, sigma: f64) -> Linear {
 
 /// A call at latents that the network sees as they are.
 pub(super) fn plain_call(step: usize, timestep: f64, sigma: f64) -> Call {
-    Call { timestep, sigma, step, input: sample().combo(), then: Vec::new() }
+    Call {
+        timestep,
+        sigma,
+        step,
+        input: sample().combo(),
+        then: Vec::new(),
+    }
 }
 
 /// α and σ of latents of unit variance at the noise level σ/α.

@@ -30,7 +30,9 @@ pub(in super::super) fn pndm(
     steps: usize,
 ) -> Result<Trajectory> {
     if config.prediction == Prediction::Sample {
-        return Err(Error::Unsupported("PNDM is not defined for models that predict the sample".to_owned()));
+        return Err(Error::Unsupported(
+            "PNDM is not defined for models that predict the sample".to_owned(),
+        ));
     }
     let mut rising = spacing::timesteps(config, steps, true);
     rising.reverse();
@@ -39,7 +41,12 @@ pub(in super::super) fn pndm(
         config,
         schedule,
         stride: stride as f64,
-        run: Trajectory { init_noise_sigma: 1.0, registers: SUM + 1, steps, ..Trajectory::default() },
+        run: Trajectory {
+            init_noise_sigma: 1.0,
+            registers: SUM + 1,
+            steps,
+            ..Trajectory::default()
+        },
         kept: 0,
     };
     if config.skip_prk_steps {
@@ -88,7 +95,9 @@ impl Pndm<'_> {
     /// Without Runge-Kutta: the second timestep is evaluated twice to start the method.
     fn multistep_from_scratch(&mut self, rising: &[f64]) {
         let falling: Vec<f64> = rising.iter().rev().copied().collect();
-        let Some(&first) = falling.first() else { return };
+        let Some(&first) = falling.first() else {
+            return;
+        };
         // the first step, keeping where it began
         self.kept = 1;
         let keep = output().into(Register::Saved(0));

@@ -22,20 +22,32 @@ pub(in super::super) fn unipc(
     schedule: &NoiseSchedule,
     steps: usize,
 ) -> Result<Trajectory> {
-    if !matches!(config.solver_type.as_str(), "bh1" | "bh2" | "midpoint" | "heun" | "logrho") {
+    if !matches!(
+        config.solver_type.as_str(),
+        "bh1" | "bh2" | "midpoint" | "heun" | "logrho"
+    ) {
         return Err(Error::Unsupported(format!(
             "scheduler config field `solver_type` is \"{}\", expected bh1 or bh2",
             config.solver_type
         )));
     }
     let rounded = config.sigma_map == SigmaMap::Karras;
-    let (mut sigmas, timesteps) = levels(config, schedule, (steps, config.num_train_timesteps), rounded);
+    let (mut sigmas, timesteps) = levels(
+        config,
+        schedule,
+        (steps, config.num_train_timesteps),
+        rounded,
+    );
     if config.sigma_map != SigmaMap::None && !config.final_sigma_zero {
         // here the remapped levels end at their own last, not at the model's
         let n = sigmas.len();
         sigmas[n - 1] = sigmas[n - 2];
     }
-    let solver = UniPc { config, sigmas, history: config.solver_order + 1 };
+    let solver = UniPc {
+        config,
+        sigmas,
+        history: config.solver_order + 1,
+    };
     let count = timesteps.len();
     let mut run = Trajectory {
         init_noise_sigma: 1.0,
@@ -50,18 +62,22 @@ pub(in super::super) fn unipc(
         let (x0, epsilon) = estimates(config.prediction, scales, &sample(), &output());
         let mut call = plain_call(i, t, solver.sigmas[i]);
         let converted = if config.predict_x0 { x0 } else { epsilon };
-        call.then.push(converted.into(Register::Saved(i % solver.history)));
+        call.then
+            .push(converted.into(Register::Saved(i % solver.history)));
         if i > 0 && !config.disable_corrector.contains(&(i - 1)) {
-            call.then.push(solver.step(i - 1, last_order, true).into(Register::Sample));
+            call.then
+                .push(solver.step(i - 1, last_order, true).into(Register::Sample));
         }
-        call.then.push(sample().into(Register::Saved(solver.history)));
+        call.then
+            .push(sample().into(Register::Saved(solver.history)));
         let order = if config.lower_order_final {
             config.solver_order.min(count - i)
         } else {
             config.solver_order
         };
         last_order = order.min(i + 1);
-        call.then.push(solver.step(i, last_order, false).into(Register::Sample));
+        call.then
+            .push(solver.step(i, last_order, false).into(Register::Sample));
         run.calls.push(call);
     }
     Ok(run)
@@ -70,12 +86,18 @@ pub(in super::super) fn unipc(
 impl UniPc<'_> {
     /// From level `from` to the next, by the predictor or (with the prediction at the next level in hand) the corrector.
     fn step(&self, from: usize, order: usize, correct: bool) -> Linear {
-        let ((alpha_t, sigma_t), (alpha_s, sigma_s)) =
-            (alpha_sigma(self.sigmas[from + 1]), alpha_sigma(self.sigmas[from]));
+        let ((alpha_t, sigma_t), (alpha_s, sigma_s)) = (
+            alpha_sigma(self.sigmas[from + 1]),
+            alpha_sigma(self.sigmas[from]),
+        );
         let at = |i: usize| lambda(self.sigmas[i]);
         let h = at(from + 1) - at(from);
         let hh = if self.config.predict_x0 { -h } else { h };
-        let b_h = if self.config.solver_type == "bh1" { hh } else { hh.exp_m1() };
+        let b_h = if self.config.solver_type == "bh1" {
+            hh
+        } else {
+            hh.exp_m1()
+        };
         let m = |i: usize| saved(i % self.history);
         let start = saved(self.history);
         let (scale, weight) = if self.config.predict_x0 {
@@ -86,14 +108,22 @@ impl UniPc<'_> {
         let x = start * scale - m(from) * (weight * hh.exp_m1());
         let ratios: Vec<f64> = (1..order).map(|k| (at(from - k) - at(from)) / h).collect();
         let mut residual = Linear::default();
-        let weights = if correct { corrector(&ratios, hh, b_h) } else { predictor(&ratios, hh, b_h) };
+        let weights = if correct {
+            corrector(&ratios, hh, b_h)
+        } else {
+            predictor(&ratios, hh, b_h)
+        };
         for (k, (ratio, rho)) in ratios.iter().zip(&weights).enumerate() {
             residual = residual + (m(from - k - 1) - m(from)) * (rho / ratio);
         }
         if correct {
             residual = residual + (m(from + 1) - m(from)) * weights[order - 1];
         }
-        if residual == Linear::default() { x } else { x - residual * (weight * b_h) }
+        if residual == Linear::default() {
+            x
+        } else {
+            x - residual * (weight * b_h)
+        }
     }
 }
 
@@ -131,7 +161,13 @@ fn corrector(ratios: &[f64], hh: f64, b_h: f64) -> Vec<f64> {
 fn solve(nodes: &[f64], b: &[f64]) -> Vec<f64> {
     let n = nodes.len();
     let mut rows: Vec<Vec<f64>> = (0..n)
-        .map(|i| nodes.iter().map(|r| r.powi(i as i32)).chain([b[i]]).collect())
+        .map(|i| {
+            nodes
+                .iter()
+                .map(|r| r.powi(i as i32))
+                .chain([b[i]])
+                .collect()
+        })
         .collect();
     for column in 0..n {
         let pivot = (column..n)
