@@ -1,1 +1,17 @@
+//! The one integration binary. A new test goes into the module whose line describes it.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    missing_docs,
+    unreachable_pub
+)]
 
+/// Guards the direction of imports and the places of `cfg(feature)` and `unsafe` by reading the sources.
+mod architecture;
+/// Formats, truncated and hostile files, families.
+mod checkpoint;
+/// Noise levels, trajectories and random numbers against diffusers, k-diffusion and torch.
+mod samplers;
+/// Temporary folders, running the binary.
+mod support;

@@ -7,13 +7,21 @@ use serde_json::Value;
 const TOLERANCE: f64 = 1e-4;
 
 fn cases(name: &str) -> Vec<Value> {
-    let path = format!("{}/tests/fixtures/samplers/{name}.json", env!("CARGO_MANIFEST_DIR"));
+    let path = format!(
+        "{}/tests/fixtures/samplers/{name}.json",
+        env!("CARGO_MANIFEST_DIR")
+    );
     let text = std::fs::read_to_string(&path).unwrap();
     serde_json::from_str::<Vec<Value>>(&text).unwrap()
 }
 
 fn floats(value: &Value) -> Vec<f64> {
-    value.as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect()
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|v| v.as_f64().unwrap())
+        .collect()
 }
 
 fn difference(got: &[f64], want: &[f64]) -> f64 {
@@ -27,7 +35,9 @@ fn run(trajectory: &Trajectory) -> Vec<f64> {
     let mut generator = Generator::torch(7);
     let mut model = |x: &[f32], t: f64| {
         let t = t as f32;
-        x.iter().map(|x| 0.6 * (1.3 * x + 0.001 * t).sin() + 0.2 * x).collect()
+        x.iter()
+            .map(|x| 0.6 * (1.3 * x + 0.001 * t).sin() + 0.2 * x)
+            .collect()
     };
     let out = trajectory.run(&mut || generator.normal(24), &mut model);
     out.into_iter().map(f64::from).collect()
@@ -35,7 +45,12 @@ fn run(trajectory: &Trajectory) -> Vec<f64> {
 
 fn report(failures: &[String], count: usize) {
     assert!(count > 0, "no cases");
-    assert!(failures.is_empty(), "{} of {count} cases differ:\n{}", failures.len(), failures.join("\n"));
+    assert!(
+        failures.is_empty(),
+        "{} of {count} cases differ:\n{}",
+        failures.len(),
+        failures.join("\n")
+    );
 }
 
 #[test]
@@ -53,9 +68,14 @@ fn diffusers_schedulers() {
             let mut config = case["config"].clone();
             config["trained_betas"] = config["trained_betas"].is_array().into();
             if timesteps.len() != want.len() {
-                return Some(format!("{steps} steps, {config}: timesteps {timesteps:?}, want {want:?}"));
+                return Some(format!(
+                    "{steps} steps, {config}: timesteps {timesteps:?}, want {want:?}"
+                ));
             }
-            let (times, last) = (difference(&timesteps, &want), difference(&run(&trajectory), &floats(&case["final"])));
+            let (times, last) = (
+                difference(&timesteps, &want),
+                difference(&run(&trajectory), &floats(&case["final"])),
+            );
             let right = times <= 1e-5 && last <= TOLERANCE;
             (!right).then(|| format!("{last:.1e} (timesteps {times:.1e}) {steps} steps, {config}"))
         })
@@ -96,7 +116,10 @@ fn torch_cpu_generator() {
         for size in floats(&case["sizes"]) {
             last = generator.normal(size as usize);
         }
-        let got: Vec<f64> = last[last.len().saturating_sub(24)..].iter().map(|&v| f64::from(v)).collect();
+        let got: Vec<f64> = last[last.len().saturating_sub(24)..]
+            .iter()
+            .map(|&v| f64::from(v))
+            .collect();
         let want = floats(&case["last"]);
         assert!(difference(&got, &want) <= 1e-6, "{case}: got {got:?}");
     }

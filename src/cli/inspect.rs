@@ -22,7 +22,7 @@ const READABLE: [&str; 5] = ["F32", "F16", "BF16", "F64", "F8_E4M3"];
 
 /// What is known of a file or folder. The JSON of `--json`.
 #[derive(Debug, Serialize)]
-pub struct Report {
+pub(super) struct Report {
     /// The path as given.
     pub file: String,
     /// Bytes of all tensor files.
@@ -63,7 +63,7 @@ pub struct Report {
 
 /// One component's tensors.
 #[derive(Debug, Default, Serialize)]
-pub struct Component {
+pub(super) struct Component {
     /// What their names begin with in a single file.
     pub prefix: String,
     /// How many there are.
@@ -78,7 +78,7 @@ pub struct Component {
 
 /// One file of a folder.
 #[derive(Debug, Serialize)]
-pub struct FileReport {
+pub(super) struct FileReport {
     /// Its path below the folder.
     pub path: String,
     /// Its size.
@@ -105,7 +105,7 @@ pub fn run(path: &Path, json: bool, out: &mut dyn Write) -> Result<()> {
 
 impl Report {
     /// Everything but the hash.
-    pub fn new(checkpoint: &Checkpoint, detection: &Detection) -> Self {
+    fn new(checkpoint: &Checkpoint, detection: &Detection) -> Self {
         let size = |file: &crate::checkpoint::SafeTensors| file.size();
         let mut report = Self {
             file: printable(&checkpoint.path().display().to_string()),
@@ -209,7 +209,7 @@ impl Report {
     ///
     /// # Errors
     /// [`Error::Disk`] when a file cannot be read.
-    pub fn hash(&mut self, checkpoint: &Checkpoint) -> Result<()> {
+    fn hash(&mut self, checkpoint: &Checkpoint) -> Result<()> {
         if !checkpoint.is_folder() {
             let sha256 = sha256_file(checkpoint.path())?;
             self.autov2 = Some(auto_v2(&sha256).to_owned());
@@ -226,7 +226,7 @@ impl Report {
     ///
     /// # Errors
     /// [`Error::Disk`] when `out` cannot be written.
-    pub fn write_json(&self, out: &mut dyn Write) -> Result<()> {
+    fn write_json(&self, out: &mut dyn Write) -> Result<()> {
         let text = serde_json::to_string_pretty(self).map_err(|e| output_error(e.into()))?;
         writeln!(out, "{text}").map_err(output_error)
     }
@@ -235,7 +235,7 @@ impl Report {
     ///
     /// # Errors
     /// [`Error::Disk`] when `out` cannot be written.
-    pub fn write_text(&self, out: &mut dyn Write) -> Result<()> {
+    fn write_text(&self, out: &mut dyn Write) -> Result<()> {
         out.write_all(self.text().as_bytes()).map_err(output_error)
     }
 

@@ -4,7 +4,7 @@ pub mod args;
 mod bench;
 mod doctor;
 mod generate;
-mod inspect;
+pub mod inspect;
 mod interrupt;
 
 use std::io::Write;

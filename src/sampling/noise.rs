@@ -4,7 +4,7 @@
 #[derive(Debug, Clone)]
 pub enum Generator {
     /// PyTorch's CPU generator in f32.
-    Torch(Torch),
+    Torch(Box<Torch>),
     /// Philox, as A1111's `NV` and stable-diffusion.cpp.
     Philox(Philox),
 }
@@ -12,7 +12,7 @@ pub enum Generator {
 impl Generator {
     /// `torch.Generator("cpu").manual_seed(seed)`.
     pub fn torch(seed: u64) -> Self {
-        Self::Torch(Torch::new(seed))
+        Self::Torch(Box::new(Torch::new(seed)))
     }
 
     /// A1111's `NV` generator.
@@ -105,7 +105,7 @@ impl Torch {
             box_muller(block);
         }
         // a remainder is made good by drawing the last sixteen anew
-        if n % 16 != 0 {
+        if !n.is_multiple_of(16) {
             let tail = &mut data[n - 16..];
             tail.fill_with(|| self.uniform());
             box_muller(tail);

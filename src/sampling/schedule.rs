@@ -106,10 +106,11 @@ impl NoiseSchedule {
             betas = rescale_zero_snr(&betas);
         }
         let mut alphas_cumprod = cumulative(&betas);
-        if config.rescale_betas_zero_snr && config.keeps_last_alpha_above_zero() {
-            if let Some(last) = alphas_cumprod.last_mut() {
-                *last = 2f64.powi(-24);
-            }
+        if config.rescale_betas_zero_snr
+            && config.keeps_last_alpha_above_zero()
+            && let Some(last) = alphas_cumprod.last_mut()
+        {
+            *last = 2f64.powi(-24);
         }
         let sigmas: Vec<f64> = alphas_cumprod
             .iter()

@@ -108,7 +108,7 @@ pub(super) fn check_length(text: &str, role: Role) -> Result<()> {
 }
 
 /// A lexical part of the grammar.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 enum Token<'a> {
     /// An escaped character; nothing for a backslash that escapes nothing.
     Escaped(&'a str),

@@ -79,7 +79,7 @@ pub(crate) fn read(prefix: &str, shapes: &Shapes<'_>) -> Result<(Config, Layout)
             up: draft.up.clone(),
         })
         .collect::<Vec<_>>();
-    let groups = groups(levels.iter().map(|level| level.channels).chain([first]));
+    let groups = groups(&levels.iter().map(|level| level.channels).chain([first]));
     let config = Config {
         in_channels,
         out_channels,
@@ -117,7 +117,7 @@ fn heads(channels: usize, linear: bool) -> usize {
 }
 
 /// 32, or the largest power of two below it that divides all channel counts: shapes do not tell.
-pub(super) fn groups(channels: impl Iterator<Item = usize> + Clone) -> usize {
+pub(super) fn groups(channels: &(impl Iterator<Item = usize> + Clone)) -> usize {
     let mut groups = GROUPS;
     while groups > 1 && channels.clone().any(|c| !c.is_multiple_of(groups)) {
         groups /= 2;

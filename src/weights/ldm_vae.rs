@@ -121,7 +121,7 @@ pub(crate) fn read(
         out_channels,
         latent_channels,
         layers,
-        groups: groups(channels.iter().copied()),
+        groups: groups(&channels.iter().copied()),
         channels,
         activation: Activation::Silu,
         scaling_factor,

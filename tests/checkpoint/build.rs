@@ -32,10 +32,13 @@ pub(crate) fn with_header(header: &str, data: &[u8]) -> Vec<u8> {
     bytes
 }
 
+/// Name, type, shape, and data if they are not zeros.
+type Entry = (String, &'static str, Vec<usize>, Option<Vec<u8>>);
+
 /// The tensors of a file to be made.
 #[derive(Clone, Default)]
 pub(crate) struct Tensors {
-    entries: Vec<(String, &'static str, Vec<usize>, Option<Vec<u8>>)>,
+    entries: Vec<Entry>,
     metadata: Map<String, Value>,
 }
 

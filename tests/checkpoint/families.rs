@@ -400,7 +400,8 @@ fn transformers() {
 #[test]
 fn adapters_and_parts() {
     let w: &[usize] = &[4, 4];
-    let cases: &[(&[(&str, &[usize])], Family, &str)] = &[
+    type Case<'a> = (&'a [(&'a str, &'a [usize])], Family, &'a str);
+    let cases: &[Case<'_>] = &[
         (
             &[
                 (

@@ -480,7 +480,7 @@ fn absurd_lengths_cost_nothing() {
         .unwrap();
     assert!(refusal(&file.path).contains("not valid UTF-8"));
     assert!(
-        started.elapsed() < Duration::from_millis(250),
+        started.elapsed() < Duration::from_secs(1),
         "{:?}",
         started.elapsed()
     );
@@ -509,7 +509,7 @@ fn a_large_file_opens_at_once() {
     let started = Instant::now();
     let open = SafeTensors::open(&file.path, true).unwrap();
     assert!(
-        started.elapsed() < Duration::from_millis(200),
+        started.elapsed() < Duration::from_secs(1),
         "{:?}",
         started.elapsed()
     );

@@ -138,8 +138,8 @@ impl MidBlock {
         })
     }
 
-    pub(super) fn forward(&self, x: Tensor, temb: &Tensor, context: &Tensor) -> Result<Tensor> {
-        let x = self.first.forward(&x, temb, context)?;
+    pub(super) fn forward(&self, x: &Tensor, temb: &Tensor, context: &Tensor) -> Result<Tensor> {
+        let x = self.first.forward(x, temb, context)?;
         match &self.second {
             Some(resnet) => resnet.forward(&x, Some(temb)),
             None => Ok(x),

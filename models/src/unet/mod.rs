@@ -100,7 +100,7 @@ impl UNet {
 
         // 4. middle
         if let Some(mid) = &self.mid {
-            x = mid.forward(x, &temb, context)?;
+            x = mid.forward(&x, &temb, context)?;
         }
 
         // 5. up: every resnet takes a skip; each level ends at the size of the next skip

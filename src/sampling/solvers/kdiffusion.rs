@@ -6,7 +6,7 @@ use super::super::trajectory::{Assign, Call, Linear, Register, Trajectory, outpu
 use super::{Levels, lambda, scaled};
 
 /// The call at level `sigma` for latents `x`, and the estimate of the clean latents after it.
-fn call(levels: &Levels, step: usize, (timestep, sigma): (f64, f64), x: Linear) -> (Call, Linear) {
+fn call(levels: &Levels, step: usize, (timestep, sigma): (f64, f64), x: &Linear) -> (Call, Linear) {
     let call = Call {
         timestep,
         sigma,
@@ -14,7 +14,7 @@ fn call(levels: &Levels, step: usize, (timestep, sigma): (f64, f64), x: Linear) 
         input: scaled(x.clone(), sigma).combo(),
         then: Vec::new(),
     };
-    (call, denoised(levels.prediction, sigma, &x, &output()))
+    (call, denoised(levels.prediction, sigma, x, &output()))
 }
 
 /// `(x − denoised)/σ`.
@@ -26,7 +26,7 @@ fn derivative(x: Linear, denoised: Linear, sigma: f64) -> Linear {
 pub(in super::super) fn euler(levels: &Levels) -> Trajectory {
     let mut run = levels.trajectory(0);
     for (i, sigma, next) in levels.pairs() {
-        let (mut call, x0) = call(levels, i, (levels.timesteps[i], sigma), sample());
+        let (mut call, x0) = call(levels, i, (levels.timesteps[i], sigma), &sample());
         let x = sample() + derivative(sample(), x0, sigma) * (next - sigma);
         call.then.push(x.into(Register::Sample));
         run.calls.push(call);
@@ -49,7 +49,7 @@ pub(in super::super) fn euler_ancestral(levels: &Levels, draws_at_end: bool) -> 
     let mut run = levels.trajectory(0);
     for (i, sigma, next) in levels.pairs() {
         let (down, up) = ancestral(sigma, next);
-        let (mut call, x0) = call(levels, i, (levels.timesteps[i], sigma), sample());
+        let (mut call, x0) = call(levels, i, (levels.timesteps[i], sigma), &sample());
         let x = sample() + derivative(sample(), x0, sigma) * (down - sigma);
         call.then.push(if next > 0.0 || draws_at_end {
             x.into_with_noise(Register::Sample, up)
@@ -65,7 +65,7 @@ pub(in super::super) fn euler_ancestral(levels: &Levels, draws_at_end: bool) -> 
 pub(in super::super) fn heun(levels: &Levels) -> Trajectory {
     let mut run = levels.trajectory(1);
     for (i, sigma, next) in levels.pairs() {
-        let (mut first, x0) = call(levels, i, (levels.timesteps[i], sigma), sample());
+        let (mut first, x0) = call(levels, i, (levels.timesteps[i], sigma), &sample());
         let d = derivative(sample(), x0, sigma);
         if next == 0.0 {
             first
@@ -78,7 +78,7 @@ pub(in super::super) fn heun(levels: &Levels) -> Trajectory {
         first.then.push(d.into(Register::Saved(0)));
         let x2 = sample() + saved(0) * (next - sigma);
         let timestep = levels.timesteps.get(i + 1).copied().unwrap_or_default();
-        let (mut second, x0) = call(levels, i, (timestep, next), x2.clone());
+        let (mut second, x0) = call(levels, i, (timestep, next), &x2);
         let d2 = derivative(x2, x0, next);
         let x = sample() + (saved(0) + d2) * ((next - sigma) / 2.0);
         second.then.push(x.into(Register::Sample));
@@ -95,7 +95,7 @@ const LMS_ORDER: usize = 4;
 pub(in super::super) fn lms(levels: &Levels) -> Trajectory {
     let mut run = levels.trajectory(LMS_ORDER);
     for (i, sigma, _) in levels.pairs() {
-        let (mut call, x0) = call(levels, i, (levels.timesteps[i], sigma), sample());
+        let (mut call, x0) = call(levels, i, (levels.timesteps[i], sigma), &sample());
         call.then
             .push(derivative(sample(), x0, sigma).into(Register::Saved(i % LMS_ORDER)));
         let order = (i + 1).min(LMS_ORDER);
@@ -138,7 +138,7 @@ fn lms_weight(sigmas: &[f64], order: usize, i: usize, j: usize) -> f64 {
 pub(in super::super) fn dpmpp_2m(levels: &Levels) -> Trajectory {
     let mut run = levels.trajectory(2);
     for (i, sigma, next) in levels.pairs() {
-        let (mut call, x0) = call(levels, i, (levels.timesteps[i], sigma), sample());
+        let (mut call, x0) = call(levels, i, (levels.timesteps[i], sigma), &sample());
         let (now, before) = (i % 2, (i + 1) % 2);
         call.then.push(x0.into(Register::Saved(now)));
         let h = lambda(next) - lambda(sigma);
@@ -163,7 +163,7 @@ pub(in super::super) fn dpmpp_2s_ancestral(
     let mut run = levels.trajectory(1);
     for (i, sigma, next) in levels.pairs() {
         let (down, up) = ancestral(sigma, next);
-        let (mut first, x0) = call(levels, i, (levels.timesteps[i], sigma), sample());
+        let (mut first, x0) = call(levels, i, (levels.timesteps[i], sigma), &sample());
         let finish = |x: Linear| -> Assign {
             if next > 0.0 {
                 x.into_with_noise(Register::Sample, up)
@@ -181,7 +181,7 @@ pub(in super::super) fn dpmpp_2s_ancestral(
         let h = lambda(down) - lambda(sigma);
         let middle = (-(lambda(sigma) + h / 2.0)).exp();
         let x2 = sample() * (middle / sigma) - saved(0) * (-h / 2.0).exp_m1();
-        let (mut second, x0) = call(levels, i, (timestep(middle), middle), x2);
+        let (mut second, x0) = call(levels, i, (timestep(middle), middle), &x2);
         let x = sample() * (down / sigma) - x0 * (-h).exp_m1();
         second.then.push(finish(x));
         run.calls.push(first);

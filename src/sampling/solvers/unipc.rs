@@ -177,8 +177,9 @@ fn solve(nodes: &[f64], b: &[f64]) -> Vec<f64> {
         for row in 0..n {
             if row != column {
                 let factor = rows[row][column] / rows[column][column];
-                for k in column..=n {
-                    rows[row][k] -= factor * rows[column][k];
+                let pivot = rows[column].clone();
+                for (value, pivot) in rows[row].iter_mut().zip(&pivot) {
+                    *value -= factor * pivot;
                 }
             }
         }
