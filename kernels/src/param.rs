@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device};
 use rayon::prelude::*;
@@ -33,7 +33,7 @@ struct Inner {
     dtype: DType,
     device: Device,
     source: Arc<dyn Source>,
-    value: OnceLock<candle_core::Tensor>,
+    value: Mutex<Option<candle_core::Tensor>>,
 }
 
 /// One weight: a name, the shape that the network wants, and the way to its values.
@@ -61,16 +61,18 @@ impl Param {
             .read(&self.0.name, &self.0.shape, dtype, device)
     }
 
-    /// The weight as a candle tensor, read at the first call and kept.
+    /// The weight as a candle tensor, read at the first call and kept until [`Weights::release`].
     ///
     /// # Errors
     /// When the source cannot read it.
-    pub fn value(&self) -> Result<&candle_core::Tensor> {
-        if let Some(tensor) = self.0.value.get() {
-            return Ok(tensor);
+    pub fn value(&self) -> Result<candle_core::Tensor> {
+        let mut kept = self.0.value.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tensor) = &*kept {
+            return Ok(tensor.clone());
         }
         let tensor = self.read(self.0.dtype, &self.0.device)?;
-        Ok(self.0.value.get_or_init(|| tensor))
+        *kept = Some(tensor.clone());
+        Ok(tensor)
     }
 }
 
@@ -152,7 +154,7 @@ impl Weights {
             dtype: self.dtype,
             device: self.device.clone(),
             source: Arc::clone(&self.source),
-            value: OnceLock::new(),
+            value: Mutex::default(),
         }));
         let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
         match found {
@@ -184,6 +186,14 @@ impl Weights {
             .par_iter()
             .try_for_each(|param| param.value().map(|_| ()))?;
         Ok(names)
+    }
+
+    /// Lets go of every tensor that is kept; the next use reads it again.
+    pub fn release(&self) {
+        let ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        for param in &ledger.asked {
+            *param.0.value.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
     }
 
     /// Bytes of everything that was asked for so far, in the type that the eager executor holds.

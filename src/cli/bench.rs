@@ -67,6 +67,7 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
     let begin = Instant::now();
     let context = networks.text().forward(&ids.into(), 0)?.into_data()?;
     let text = begin.elapsed();
+    networks.release_text();
 
     let channels = networks.unet().config().in_channels;
     let sample = Tensor::randn(0f32, 1.0, (2, channels, latent, latent), &device)?;

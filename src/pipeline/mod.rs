@@ -144,6 +144,7 @@ impl Engine {
                 clip_skip: plan.clip_skip,
             },
         )?;
+        self.networks.release_text();
         let text_time = start.elapsed();
         for warning in &conditioning.warnings {
             event::send(listener, Event::Warning(warning.clone()))?;

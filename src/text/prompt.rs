@@ -11,6 +11,10 @@
 use super::refusals;
 use crate::error::{Error, Result};
 
+pub(super) mod lexer;
+
+use lexer::{Token, is_space, quote, whole_words};
+
 /// The longest text that is parsed, in bytes.
 pub const MAX_PROMPT_BYTES: usize = 64 << 10;
 /// The most brackets that may be open at once. It bounds the work, and 1.1 to the power of it is beyond [`MAX_WEIGHT`].
@@ -105,100 +109,6 @@ pub(super) fn check_length(text: &str, role: Role) -> Result<()> {
     Err(Error::Usage(format!(
         "the {name} is {length} bytes long; the limit is {MAX_PROMPT_BYTES}"
     )))
-}
-
-/// A lexical part of the grammar.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Token<'a> {
-    /// An escaped character; nothing for a backslash that escapes nothing.
-    Escaped(&'a str),
-    OpenRound,
-    OpenSquare,
-    CloseRound(&'a str),
-    CloseSquare(&'a str),
-    /// `:number)`, the number and the whole.
-    Weight(&'a str, &'a str),
-    Text(&'a str),
-}
-
-impl<'a> Token<'a> {
-    /// The first token of `rest` and what follows it.
-    fn next(rest: &'a str) -> Option<(Self, &'a str)> {
-        let first = rest.chars().next()?;
-        let length = match first {
-            '\\' => 1 + usize::from(rest.chars().nth(1).is_some_and(|c| "()[]\\".contains(c))),
-            '(' | ')' | '[' | ']' => 1,
-            ':' => weight_length(rest).unwrap_or(1),
-            _ => rest
-                .find(['\\', '(', ')', '[', ']', ':'])
-                .unwrap_or(rest.len()),
-        };
-        let (token, after) = rest.split_at_checked(length)?;
-        let token = match first {
-            '\\' => Self::Escaped(token.get(1..)?),
-            '(' => Self::OpenRound,
-            '[' => Self::OpenSquare,
-            ')' => Self::CloseRound(token),
-            ']' => Self::CloseSquare(token),
-            ':' if length > 1 => Self::Weight(
-                token.trim_matches(|c| is_space(c) || c == ':' || c == ')'),
-                token,
-            ),
-            _ => Self::Text(token),
-        };
-        Some((token, after))
-    }
-}
-
-/// The length of `: number )` at the beginning of `text`. A number here is any run of digits and dots with a sign. It may have an
-/// exponent, only to be refused later: A1111 takes `(x:1e3)` for text, which nobody means.
-fn weight_length(text: &str) -> Option<usize> {
-    let body = text.strip_prefix(':')?.trim_start_matches(is_space);
-    let body = body.strip_prefix(['+', '-']).unwrap_or(body);
-    let tail = body.trim_start_matches(|c: char| c.is_ascii_digit() || c == '.');
-    if tail.len() == body.len() {
-        return None;
-    }
-    let tail = exponent(tail).unwrap_or(tail).trim_start_matches(is_space);
-    Some(text.len() - tail.strip_prefix(')')?.len())
-}
-
-/// What follows an exponent (`e5`, `E-5`).
-fn exponent(text: &str) -> Option<&str> {
-    let digits = text.strip_prefix(['e', 'E'])?;
-    let digits = digits.strip_prefix(['+', '-']).unwrap_or(digits);
-    let after = digits.trim_start_matches(|c: char| c.is_ascii_digit());
-    (after.len() < digits.len()).then_some(after)
-}
-
-/// Python's idea of a space.
-pub(super) fn is_space(c: char) -> bool {
-    c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
-}
-
-/// Python's idea of a character of a word.
-pub(super) fn is_word(c: char) -> bool {
-    c.is_alphanumeric() || c == '_'
-}
-
-/// Where `word` stands in `text` with no word character before or after it.
-pub(super) fn whole_words<'a>(text: &'a str, word: &'a str) -> impl Iterator<Item = usize> + 'a {
-    text.match_indices(word)
-        .map(|(at, _)| at)
-        .filter(move |&at| {
-            let before = text.get(..at).and_then(|t| t.chars().next_back());
-            let after = text.get(at + word.len()..).and_then(|t| t.chars().next());
-            !before.is_some_and(is_word) && !after.is_some_and(is_word)
-        })
-}
-
-/// A part of the user's text for a message: quoted, control characters made visible, not too long.
-pub(super) fn quote(text: &str) -> String {
-    const LONGEST: usize = 60;
-    match text.char_indices().nth(LONGEST) {
-        Some((end, _)) => format!("{:?}…", text.get(..end).unwrap_or_default()),
-        None => format!("{text:?}"),
-    }
 }
 
 /// A piece while weights are still being multiplied.

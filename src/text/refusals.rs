@@ -14,7 +14,8 @@
 //!
 //! and a text that does not fit, such as one with a `|` elsewhere, has neither.
 
-use super::prompt::{Role, is_space, is_word, quote, whole_words};
+use super::prompt::Role;
+use super::prompt::lexer::{is_space, is_word, quote, whole_words};
 use crate::error::{Error, Result};
 
 /// Refuses a text with any of them, naming it.

@@ -3,7 +3,7 @@
 //! The vocabulary is embedded (`assets/clip`), so no tokenizer file is ever needed. A checkpoint folder may bring its own, and
 //! then its vocabulary, added tokens and padding token hold; normalisation and pre-tokenisation are CLIP's in either case.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tokenizers::models::bpe::BPE;
 use tokenizers::normalizers::replace::ReplacePattern;
@@ -35,6 +35,8 @@ pub struct ClipTokenizer {
     pad: u32,
     comma: Option<u32>,
     max_id: u32,
+    /// The folder it was read from; none for the embedded one.
+    folder: Option<PathBuf>,
 }
 
 /// A token and the bytes of the text it came from.
@@ -60,13 +62,16 @@ impl ClipTokenizer {
     ///
     /// Errors: [`Error::NotFound`] where the folder holds no vocabulary, [`Error::BadModel`] naming the file that cannot be used.
     pub fn from_folder(folder: &Path) -> Result<Self> {
-        Self::build(Vocabulary::read(folder)?, |e| Error::bad_model(folder, e))
+        let mut made = Self::build(Vocabulary::read(folder)?, |e| Error::bad_model(folder, e))?;
+        made.folder = Some(folder.to_owned());
+        Ok(made)
     }
 
     /// Puts a vocabulary under CLIP's rules. `blame` says whose fault a failure is.
     fn build(from: Vocabulary, blame: impl Fn(String) -> Error) -> Result<Self> {
         let (bos, eos, pad) = (from.bos.clone(), from.eos.clone(), from.pad.clone());
         let declared = from.declared.clone();
+        let largest = from.ids.values().copied().max().unwrap_or(0);
         let inner =
             assemble(from).map_err(|e| blame(format!("cannot build the tokenizer: {e}")))?;
         let id = |token: &str, role: &str| {
@@ -89,8 +94,12 @@ impl ClipTokenizer {
             eos: id(&eos, "end")?,
             pad: id(&pad, "padding")?,
             comma: inner.token_to_id(",</w>"),
-            max_id: inner.get_vocab(true).into_values().max().unwrap_or(0),
+            max_id: inner
+                .get_added_tokens_decoder()
+                .into_keys()
+                .fold(largest, u32::max),
             inner,
+            folder: None,
         })
     }
 
@@ -123,16 +132,25 @@ impl ClipTokenizer {
     }
 
     /// Refuses a tokenizer that can produce ids which a text model with `rows` token embeddings does not have.
+    ///
+    /// Errors: [`Error::BadModel`] about the tokenizer's folder, [`Error::Unsupported`] for the embedded one.
     pub fn check_vocab(&self, rows: usize) -> Result<()> {
         let largest = self.max_id.max(self.pad);
-        if u64::from(largest) < rows as u64 {
+        if usize::try_from(largest).is_ok_and(|largest| largest < rows) {
             return Ok(());
         }
-        Err(Error::Usage(format!(
-            "the tokenizer has token ids up to {largest}, but the text model knows only {rows} tokens (0 to {}); \
-             they do not belong together",
-            rows.saturating_sub(1)
-        )))
+        let last = rows.saturating_sub(1);
+        let reason =
+            format!("has token ids up to {largest}, but the text model knows only 0 to {last}");
+        Err(match &self.folder {
+            Some(folder) => Error::bad_model(
+                folder,
+                format!("the tokenizer {reason}; they do not belong together"),
+            ),
+            None => Error::Unsupported(format!(
+                "CLIP's vocabulary {reason}; such a model needs its own tokenizer folder"
+            )),
+        })
     }
 
     /// The ids of a text, without [`Self::bos`] and [`Self::eos`] around them. Special tokens that are written out in the text, such

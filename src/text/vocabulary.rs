@@ -89,43 +89,33 @@ impl Vocabulary {
             }
         }
         listed.sort_by_key(|(id, _)| *id);
-
-        let names = config.names;
-        let known = |named: Option<Named>, default: &str| {
-            let named = named.unwrap_or_else(|| Named::Text(default.to_owned()));
-            match listed
-                .iter()
-                .find(|(_, token)| token.content == named.content())
-            {
-                Some((_, token)) => token.clone(),
-                None => named.token(),
+        let named = config.names.resolve(&listed);
+        for AddedToken { content, .. } in &named {
+            let known = listed.iter().any(|(_, token)| token.content == *content);
+            if !known && !ids.contains_key(content) {
+                let reason = format!("the special token {content:?} is not in the vocabulary");
+                return Err(Error::bad_model(
+                    folder,
+                    reason + "; is this a CLIP tokenizer?",
+                ));
             }
-        };
-        let bos = known(names.bos_token, BOS);
-        let eos = known(names.eos_token, EOS);
-        let unknown = known(names.unk_token, EOS);
-        let pad = known(names.pad_token, EOS);
+        }
+        let [bos, eos, _, pad] = named.each_ref().map(|token| token.content.clone());
         let declared = listed
             .iter()
-            .map(|(id, token)| (token.content.clone(), *id))
-            .collect();
-        let (bos_text, eos_text, pad_text) = (
-            bos.content.clone(),
-            eos.content.clone(),
-            pad.content.clone(),
-        );
-        // Named tokens come after the listed ones, in transformers' order.
-        let added = listed.into_iter().map(|(_, token)| token);
+            .map(|(id, token)| (token.content.clone(), *id));
         Ok(Self {
             ids,
             merges,
-            added: added
-                .chain([bos, eos, unknown, pad].map(|token| token.special(true)))
+            declared: declared.collect(),
+            added: listed
+                .into_iter()
+                .map(|(_, token)| token)
+                .chain(named)
                 .collect(),
-            declared,
-            bos: bos_text,
-            eos: eos_text,
-            pad: pad_text,
+            bos,
+            eos,
+            pad,
         })
     }
 }
@@ -404,12 +394,12 @@ impl Named {
         }
     }
 
-    fn token(self) -> AddedToken {
+    fn token(&self) -> AddedToken {
         match self {
-            Self::Text(text) => AddedToken::from(text, true),
+            Self::Text(text) => AddedToken::from(text.as_str(), true),
             Self::Entry(entry) => TokenEntry {
                 special: true,
-                ..entry
+                ..entry.clone()
             }
             .token(),
         }
@@ -426,6 +416,23 @@ impl SpecialNames {
         ]
         .into_iter()
         .flatten()
+    }
+
+    /// The tokens for beginning, end, unknown and padding, in transformers' order; what the list says of one of them holds.
+    fn resolve(self, listed: &[(u32, AddedToken)]) -> [AddedToken; 4] {
+        let resolve = |named: Option<Named>, default: &str| {
+            let named = named.unwrap_or_else(|| Named::Text(default.to_owned()));
+            let same = listed
+                .iter()
+                .find(|(_, token)| token.content == named.content());
+            same.map_or_else(|| named.token(), |(_, token)| token.clone().special(true))
+        };
+        [
+            resolve(self.bos_token, BOS),
+            resolve(self.eos_token, EOS),
+            resolve(self.unk_token, EOS),
+            resolve(self.pad_token, EOS),
+        ]
     }
 
     fn replace_by(&mut self, other: Self) {

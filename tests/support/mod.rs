@@ -4,7 +4,7 @@
     reason = "tools, not every one of them in use at every time"
 )]
 
-// pub(crate) mod weights;
+pub(crate) mod weights;
 
 use std::io::Read;
 use std::path::{Path, PathBuf};

@@ -35,7 +35,7 @@ fn pointwise(activation: Activation) -> fn(f32) -> f32 {
 }
 
 /// Gives `work` the elements of a contiguous f32 CPU tensor, or returns `None`.
-fn with_f32<T>(x: &Tensor, work: impl FnOnce(&[f32]) -> T) -> Option<T> {
+pub(super) fn with_f32<T>(x: &Tensor, work: impl FnOnce(&[f32]) -> T) -> Option<T> {
     let (storage, layout) = x.storage_and_layout();
     let Storage::Cpu(CpuStorage::F32(data)) = &*storage else {
         return None;
@@ -85,8 +85,7 @@ pub(super) fn geglu(x: &Tensor) -> Result<Option<Tensor>> {
 
 pub(super) fn group_norm(
     x: &Tensor,
-    weight: &Tensor,
-    bias: &Tensor,
+    (weight, bias): (&Tensor, &Tensor),
     groups: usize,
     eps: f64,
     activation: Option<Activation>,

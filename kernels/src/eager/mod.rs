@@ -1,8 +1,12 @@
 //! The eager executor: every operation as candle arithmetic, on any candle device. Slow and obvious; the reference for the others.
 //!
-//! Norms, softmax and sinusoids are computed in f32 whatever the type of the tensors. On the CPU in f32, norms and activations take
-//! one pass over the data ([`cpu`]) in place of candle's dozen.
+//! Norms, softmax and sinusoids are computed in f32 whatever the type of the tensors. On the CPU in f32, convolutions go band by band ([`conv`]),
+//! attention block by block ([`attention`](mod@attention)), norms and activations in one pass over the data ([`cpu`]) in place of candle's dozen.
 
+#[allow(unsafe_code)]
+mod attention;
+#[allow(unsafe_code)]
+mod conv;
 mod cpu;
 
 use candle_core::{D, DType, Device, Tensor};
@@ -25,16 +29,17 @@ pub fn run(op: &Op, inputs: &[&Tensor]) -> Result<Tensor> {
             stride,
             padding,
         } => {
-            let y = conv2d(x, weight.value()?, *stride, *padding)?;
-            match bias {
-                Some(bias) => y.broadcast_add(&bias.value()?.reshape((1, (), 1, 1))?)?,
-                None => y,
+            let bias = bias.as_ref().map(|bias| bias.value()).transpose()?;
+            let weight = weight.value()?;
+            match conv::conv2d(x, &weight, bias.as_ref(), (*stride, *padding))? {
+                Some(y) => y,
+                None => conv2d(x, &weight, bias.as_ref(), (*stride, *padding))?,
             }
         }
         Op::Linear { weight, bias } => {
-            let y = linear(x, weight.value()?)?;
+            let y = linear(x, &weight.value()?)?;
             match bias {
-                Some(bias) => y.broadcast_add(bias.value()?)?,
+                Some(bias) => y.broadcast_add(&bias.value()?)?,
                 None => y,
             }
         }
@@ -44,19 +49,20 @@ pub fn run(op: &Op, inputs: &[&Tensor]) -> Result<Tensor> {
             groups,
             eps,
             activation,
-        } => group_norm(
-            x,
-            weight.value()?,
-            bias.value()?,
-            *groups,
-            *eps,
-            *activation,
-        )?,
+        } => {
+            let affine = (&weight.value()?, &bias.value()?);
+            group_norm(x, affine, *groups, *eps, *activation)?
+        }
         Op::LayerNorm { weight, bias, eps } => {
             let x = x.contiguous()?;
-            candle_nn::ops::layer_norm(&x, weight.value()?, bias.value()?, *eps as f32)?
+            candle_nn::ops::layer_norm(&x, &weight.value()?, &bias.value()?, *eps as f32)?
         }
-        Op::Attention { heads, causal } => attention(x, inputs[1], inputs[2], *heads, *causal)?,
+        Op::Attention { heads, causal } => {
+            match attention::attention((x, inputs[1], inputs[2]), *heads, *causal)? {
+                Some(y) => y,
+                None => attention(x, inputs[1], inputs[2], *heads, *causal)?,
+            }
+        }
         Op::Geglu => {
             if let Some(y) = cpu::geglu(x)? {
                 y
@@ -106,7 +112,12 @@ pub fn run(op: &Op, inputs: &[&Tensor]) -> Result<Tensor> {
     })
 }
 
-fn conv2d(x: &Tensor, weight: &Tensor, stride: usize, padding: Padding) -> Result<Tensor> {
+fn conv2d(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    (stride, padding): (usize, Padding),
+) -> Result<Tensor> {
     let Padding { before, after } = padding;
     let common = before.min(after);
     let mut x = x.clone();
@@ -115,7 +126,11 @@ fn conv2d(x: &Tensor, weight: &Tensor, stride: usize, padding: Padding) -> Resul
             x = x.pad_with_zeros(axis, before - common, after - common)?;
         }
     }
-    Ok(x.contiguous()?.conv2d(weight, common, stride, 1, 1)?)
+    let y = x.contiguous()?.conv2d(weight, common, stride, 1, 1)?;
+    Ok(match bias {
+        Some(bias) => y.broadcast_add(&bias.reshape((1, (), 1, 1))?)?,
+        None => y,
+    })
 }
 
 fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
@@ -134,13 +149,12 @@ fn linear(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 
 fn group_norm(
     x: &Tensor,
-    weight: &Tensor,
-    bias: &Tensor,
+    (weight, bias): (&Tensor, &Tensor),
     groups: usize,
     eps: f64,
     activation: Option<Activation>,
 ) -> Result<Tensor> {
-    if let Some(y) = cpu::group_norm(x, weight, bias, groups, eps, activation)? {
+    if let Some(y) = cpu::group_norm(x, (weight, bias), groups, eps, activation)? {
         return Ok(y);
     }
     let (b, c, h, w) = x.dims4()?;
