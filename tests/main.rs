@@ -11,7 +11,13 @@
 mod architecture;
 /// Formats, truncated and hostile files, families.
 mod checkpoint;
+/// The binary: results, exit statuses, messages.
+mod cli;
+/// Networks and whole runs against diffusers and transformers, from every form of file.
+mod models;
 /// Noise levels, trajectories and random numbers against diffusers, k-diffusion and torch.
 mod samplers;
 /// Temporary folders, running the binary.
 mod support;
+/// Prompt grammar, tokens and chunks against transformers and A1111's rules.
+mod text;

@@ -73,7 +73,7 @@ pub enum Mid {
 }
 
 /// Options of `UNet2DConditionModel` that no Stable Diffusion 1 or 2 uses, with the value that means "off".
-fn unsupported() -> [(&'static str, Value); 16] {
+fn unsupported() -> [(&'static str, Value); 13] {
     [
         ("dual_cross_attention", json!(false)),
         ("class_embed_type", Value::Null),
@@ -86,10 +86,7 @@ fn unsupported() -> [(&'static str, Value); 16] {
         ("time_embedding_type", json!("positional")),
         ("attention_type", json!("default")),
         ("class_embeddings_concat", json!(false)),
-        ("mid_block_only_cross_attention", json!(false)),
         ("cross_attention_norm", Value::Null),
-        ("resnet_skip_time_act", json!(false)),
-        ("resnet_out_scale_factor", json!(1.0)),
         ("conditioning_embedding_out_channels", Value::Null),
     ]
 }
@@ -102,11 +99,6 @@ impl Config {
     pub fn from_json(value: &Value) -> ConfigResult<Self> {
         let fields = Fields(value);
         for (name, neutral) in unsupported() {
-            // `resnet_out_scale_factor` and its like may be written as 1
-            let same_number = fields.get(name).and_then(Value::as_f64) == neutral.as_f64();
-            if neutral.is_number() && same_number {
-                continue;
-            }
             fields.must_be_neutral(name, &neutral)?;
         }
         let channels = fields.sizes("block_out_channels", &[320, 640, 1280, 1280])?;

@@ -1,0 +1,415 @@
+//! Whole models of odd sizes against diffusers and transformers: each network alone, then whole runs from every form of file. The cases
+//! are described in `fixtures/models/README.md`.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use safetensors::Dtype;
+use sd_kernels::{Source, Weights};
+use sd_models::{clip, unet, vae};
+use sd_rs::checkpoint::Checkpoint;
+use sd_rs::pipeline::{Control, Engine, Plan, Request};
+use sd_rs::text::Syntax;
+use serde_json::Value;
+
+use crate::support::Dir;
+use crate::support::weights::{Case, FolderForm, SingleForm, Values};
+
+/// Relative L2 distance that one call of a network may have; f32 and f64 are up to 1.2e-6 apart in the reference itself.
+const CALL: f64 = 2e-5;
+/// The same for a whole run; the project's promise is 1e-3.
+const RUN: f64 = 1e-4;
+
+/// The weights of one component under canonical names.
+struct Memory(HashMap<String, (Vec<usize>, Vec<f32>)>);
+
+impl Memory {
+    fn weights(case: &Case, component: &str) -> Weights {
+        let tensors = case
+            .weights(component, Some(Dtype::F32))
+            .into_iter()
+            .map(|stored| {
+                let values = stored
+                    .bytes
+                    .as_chunks()
+                    .0
+                    .iter()
+                    .map(|b| f32::from_le_bytes(*b))
+                    .collect();
+                (stored.name, (stored.shape, values))
+            });
+        Weights::new(Arc::new(Self(tensors.collect())), DType::F32, &Device::Cpu)
+    }
+}
+
+impl Source for Memory {
+    fn shape(&self, name: &str, _wanted: &[usize]) -> Option<Vec<usize>> {
+        self.0.get(name).map(|(shape, _)| shape.clone())
+    }
+
+    fn read(
+        &self,
+        name: &str,
+        shape: &[usize],
+        dtype: DType,
+        device: &Device,
+    ) -> sd_kernels::Result<Tensor> {
+        Ok(Tensor::from_slice(&self.0[name].1, shape, device)?.to_dtype(dtype)?)
+    }
+}
+
+fn tensor(values: Values) -> Tensor {
+    Tensor::from_vec(values.data, values.shape, &Device::Cpu).unwrap()
+}
+
+fn flat(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+#[track_caller]
+fn close(what: &str, got: &Tensor, want: &Values, bound: f64) {
+    assert_eq!(got.dims(), want.shape, "{what}");
+    let got = flat(got);
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|v| v * v).sum::<f64>().sqrt();
+    let difference = norm(
+        &mut got
+            .iter()
+            .zip(&want.data)
+            .map(|(a, b)| f64::from(*a) - f64::from(*b)),
+    );
+    let relative = difference / norm(&mut want.data.iter().map(|&v| f64::from(v)));
+    assert!(
+        relative <= bound,
+        "{what}: {relative:.1e} relative, at most {bound:.0e} expected"
+    );
+}
+
+/// Cases that have the component and need nothing beyond latents, timestep and text.
+fn cases(component: &str) -> Vec<(String, Case)> {
+    let cases: Vec<_> = Case::names()
+        .into_iter()
+        .map(|name| (name.clone(), Case::load(&name)))
+        .filter(|(_, case)| case.components().contains(&component))
+        .collect();
+    assert!(!cases.is_empty());
+    cases
+}
+
+fn needs(case: &Case) -> bool {
+    case.record["needs"]
+        .as_array()
+        .is_some_and(|needs| !needs.is_empty())
+}
+
+fn list(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap()
+}
+
+#[test]
+fn text_states() {
+    for (name, case) in cases("text_encoder") {
+        let weights = Memory::weights(&case, "text_encoder");
+        let config = clip::Config::from_json(case.config("text_encoder")).unwrap();
+        let tower = clip::TextEncoder::load(&weights, &config);
+        weights.finish().unwrap();
+        let expected = case.expected();
+        let calls = &case.record["text_calls"];
+        let rows: Vec<u32> = list(&calls["rows"])
+            .iter()
+            .map(|r| r.as_u64().unwrap() as u32)
+            .collect();
+        let rows = Tensor::new(rows, &Device::Cpu).unwrap();
+        for call in list(&calls["prompts"]) {
+            let ids: Vec<u32> = list(&call["tokens"])
+                .iter()
+                .map(|t| t.as_u64().unwrap() as u32)
+                .collect();
+            let ids = Tensor::new(ids, &Device::Cpu)
+                .unwrap()
+                .unsqueeze(0)
+                .unwrap();
+            for state in list(&call["states"]) {
+                // diffusers' null takes the last layer, its 1 the one before
+                let skip = state["clip_skip"].as_u64().unwrap_or(0) as usize;
+                let key = text(&state["expected"]);
+                let states = tower
+                    .forward(&ids.clone().into(), skip)
+                    .unwrap()
+                    .into_data()
+                    .unwrap();
+                let states = states.squeeze(0).unwrap().index_select(&rows, 0).unwrap();
+                close(&format!("{name} {key}"), &states, &expected[key], CALL);
+            }
+        }
+    }
+}
+
+#[test]
+fn unet_calls() {
+    for (name, case) in cases("unet") {
+        let config = unet::Config::from_json(case.config("unet"));
+        if needs(&case) {
+            let refusal = config.unwrap_err().to_string();
+            assert!(refusal.contains("not supported"), "{name}: {refusal}");
+            continue;
+        }
+        let weights = Memory::weights(&case, "unet");
+        let network = unet::UNet::load(&weights, &config.unwrap());
+        weights.finish().unwrap_or_else(|e| panic!("{name}: {e}"));
+        let expected = case.expected();
+        for call in list(&case.record["unet_calls"]) {
+            let latents = tensor(case.input(text(&call["latents"])));
+            let context = tensor(case.input(text(&call["context"])));
+            let timestep = call["timestep"].as_f64().unwrap() as f32;
+            let timestep = Tensor::full(timestep, latents.dim(0).unwrap(), &Device::Cpu).unwrap();
+            let got = network.forward(&latents.into(), &timestep.into(), &context.into());
+            let key = text(&call["expected"]);
+            close(
+                &format!("{name} {key}"),
+                &got.unwrap().into_data().unwrap(),
+                &expected[key],
+                CALL,
+            );
+        }
+    }
+}
+
+#[test]
+fn autoencoder_calls() {
+    for (name, case) in cases("vae") {
+        let weights = Memory::weights(&case, "vae");
+        let config = vae::Config::from_json(case.config("vae")).unwrap();
+        let (decoder, encoder) = (
+            vae::Decoder::load(&weights, &config),
+            vae::Encoder::load(&weights, &config),
+        );
+        weights.finish().unwrap();
+        let expected = case.expected();
+        let calls = &case.record["vae_calls"];
+        // the reference's latents are already divided by the factor, ours are as the UNet knows them
+        let latents = tensor(case.input(text(&calls["decode"]["latents"])));
+        let latents = ((latents - config.shift_factor).unwrap() * config.scaling_factor).unwrap();
+        let picture = decoder
+            .forward(&latents.into())
+            .unwrap()
+            .into_data()
+            .unwrap();
+        close(
+            &format!("{name} decoded"),
+            &picture,
+            &expected[text(&calls["decode"]["expected"])],
+            CALL,
+        );
+        let image = tensor(case.input(text(&calls["encode"]["image"])));
+        let moments = encoder
+            .moments(&image.into())
+            .unwrap()
+            .into_data()
+            .unwrap()
+            .chunk(2, 1)
+            .unwrap();
+        for (part, moment) in ["mean", "logvar"].iter().zip(&moments) {
+            close(
+                &format!("{name} {part}"),
+                moment,
+                &expected[text(&calls["encode"][part])],
+                CALL,
+            );
+        }
+    }
+}
+
+/// Runs `run` of a case from the model at `path`, one prompt and seed at a time, and compares with the reference's batch.
+fn check_run(what: &str, case: &Case, path: &Path, run: &Value) {
+    let engine = Engine::load(&Checkpoint::open(path).unwrap(), &Device::Cpu, DType::F32)
+        .unwrap_or_else(|e| panic!("{what}: {e}"));
+    assert_eq!(engine.warnings(), &[] as &[String], "{what}");
+    let expected = &case.expected()[text(&run["expected"])];
+    let size = |name: &str| usize::try_from(run[name].as_u64().unwrap()).unwrap();
+    for (i, (prompt, seed)) in list(&run["prompts"])
+        .iter()
+        .zip(list(&run["seeds"]))
+        .enumerate()
+    {
+        let request = Request {
+            prompt: text(prompt).to_owned(),
+            negative_prompt: text(&run["negative_prompt"]).to_owned(),
+            prompt_syntax: Syntax::Plain,
+            width: Some(size("width")),
+            height: Some(size("height")),
+            steps: Some(size("steps")),
+            cfg_scale: run["cfg_scale"].as_f64(),
+            seed: seed.as_u64(),
+            ..Request::default()
+        };
+        let plan = Plan::new(&engine, &request).unwrap();
+        let mut latents = None;
+        engine
+            .generate(&request, &plan, &mut |_| Control::Continue, &mut |batch| {
+                latents = Some(batch.latents);
+                Ok(())
+            })
+            .unwrap();
+        let count: usize = expected.shape[1..].iter().product();
+        let mut shape = expected.shape.clone();
+        shape[0] = 1;
+        let want = Values {
+            shape,
+            data: expected.data[i * count..(i + 1) * count].to_vec(),
+        };
+        close(
+            &format!("{what}, picture {i}"),
+            &latents.unwrap(),
+            &want,
+            RUN,
+        );
+    }
+}
+
+fn whole_models() -> Vec<(String, Case)> {
+    cases("vae")
+}
+
+fn set_scheduler(folder: &Path, run: &Value) {
+    std::fs::write(
+        folder.join("scheduler/scheduler_config.json"),
+        run["scheduler"].to_string(),
+    )
+    .unwrap();
+}
+
+#[test]
+fn runs_of_folders() {
+    for (name, case) in whole_models() {
+        let dir = Dir::new();
+        let form = FolderForm {
+            dtype: None,
+            variant: None,
+            shards: None,
+            old_names: false,
+        };
+        case.write_folder(dir.root(), &form);
+        // diffusers leaves out layers for the prompt alone, `--clip-skip` holds for the negative prompt too: such a run is no reference
+        for run in list(&case.record["runs"])
+            .iter()
+            .filter(|run| run["clip_skip"].is_null())
+        {
+            set_scheduler(dir.root(), run);
+            check_run(
+                &format!("{name} {}", text(&run["name"])),
+                &case,
+                dir.root(),
+                run,
+                None,
+            );
+        }
+    }
+}
+
+#[test]
+fn every_form_of_folder() {
+    for (name, case) in whole_models().into_iter().take(2) {
+        for (variant, shards, old_names) in [
+            (Some("fp16"), None, true),
+            (None, Some(3), false),
+            (Some("fp16"), Some(2), true),
+        ] {
+            let dir = Dir::new();
+            case.write_folder(
+                dir.root(),
+                &FolderForm {
+                    dtype: None,
+                    variant,
+                    shards,
+                    old_names,
+                },
+            );
+            let run = &list(&case.record["runs"])[0];
+            set_scheduler(dir.root(), run);
+            check_run(
+                &format!("{name} {variant:?} {shards:?} {old_names}"),
+                &case,
+                dir.root(),
+                run,
+                None,
+            );
+        }
+    }
+}
+
+#[test]
+fn every_form_of_single_file() {
+    let singles: Vec<_> = whole_models()
+        .into_iter()
+        .filter(|(_, case)| case.record["single_file"].is_object())
+        .collect();
+    assert_eq!(singles.len(), 3);
+    for (name, case) in singles {
+        for (text_model, position_ids, ema, extras) in [
+            (true, Some(Dtype::I64), true, true),
+            (false, None, false, false),
+            (true, Some(Dtype::F32), false, true),
+        ] {
+            let dir = Dir::new();
+            let path = dir.path("model.safetensors");
+            case.write_single_file(
+                &path,
+                &SingleForm {
+                    dtype: None,
+                    text_model,
+                    position_ids,
+                    ema,
+                    extras,
+                },
+            );
+            let what = format!("{name} single file {text_model} {position_ids:?} {ema} {extras}");
+            let engine = Engine::load(&Checkpoint::open(&path).unwrap(), &Device::Cpu, DType::F32)
+                .unwrap_or_else(|e| panic!("{what}: {e}"));
+            let folder = Dir::new();
+            case.write_folder(
+                folder.root(),
+                &FolderForm {
+                    dtype: None,
+                    variant: None,
+                    shards: None,
+                    old_names: false,
+                },
+            );
+            let reference = Engine::load(
+                &Checkpoint::open(folder.root()).unwrap(),
+                &Device::Cpu,
+                DType::F32,
+            )
+            .unwrap();
+            let latents = |engine: &Engine| {
+                let request = Request {
+                    prompt: "a (red:1.2) fox".to_owned(),
+                    negative_prompt: "blurry".to_owned(),
+                    width: Some(64),
+                    height: Some(72),
+                    steps: Some(3),
+                    seed: Some(5),
+                    sampler: Some("Euler".to_owned()),
+                    ..Request::default()
+                };
+                let plan = Plan::new(engine, &request).unwrap();
+                let mut latents = None;
+                let mut finish = |batch: sd_rs::pipeline::Batch| {
+                    latents = Some(flat(&batch.latents));
+                    Ok(())
+                };
+                engine
+                    .generate(&request, &plan, &mut |_| Control::Continue, &mut finish)
+                    .unwrap();
+                latents.unwrap()
+            };
+            assert_eq!(latents(&engine), latents(&reference), "{what}");
+        }
+    }
+}
