@@ -25,7 +25,7 @@ fn a_picture_its_report_and_its_latents() {
         "--save-latents",
         "l.safetensors",
     ]));
-    let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+    let report: Value = serde_json::from_str(&out).unwrap();
     assert_eq!(
         (&report["seed"], &report["width"], &report["path"]),
         (&1.into(), &64.into(), &"p.png".into())
@@ -120,7 +120,7 @@ fn what_is_not_there_or_not_built_exits_with_1() {
 fn a_dry_run_computes_nothing() {
     let dir = Dir::new();
     let out = dir.ok(&generate(&["--dry-run", "--json"]));
-    let plan: Value = serde_json::from_slice(&out.stdout).unwrap();
+    let plan: Value = serde_json::from_str(&out).unwrap();
     assert!(plan["memory_bytes"].as_u64().is_some_and(|bytes| bytes > 0));
     assert!(dir.names().is_empty());
 }
@@ -129,7 +129,7 @@ fn a_dry_run_computes_nothing() {
 fn bench_and_doctor_report_as_json() {
     let dir = Dir::new();
     let out = dir.ok(&["bench", "--size", "64", "--steps", "1", "--json", "-q"]);
-    let report: Value = serde_json::from_slice(&out.stdout).unwrap();
+    let report: Value = serde_json::from_str(&out).unwrap();
     for key in [
         "family",
         "size",
@@ -142,11 +142,7 @@ fn bench_and_doctor_report_as_json() {
         assert!(!report[key].is_null(), "{key}");
     }
     let out = dir.ok(&["doctor", "--json"]);
-    assert!(
-        serde_json::from_slice::<Value>(&out.stdout)
-            .unwrap()
-            .is_object()
-    );
+    assert!(serde_json::from_str::<Value>(&out).unwrap().is_object());
 }
 
 #[cfg(unix)]

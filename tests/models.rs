@@ -306,7 +306,6 @@ fn runs_of_folders() {
                 &case,
                 dir.root(),
                 run,
-                None,
             );
         }
     }
@@ -337,7 +336,6 @@ fn every_form_of_folder() {
                 &case,
                 dir.root(),
                 run,
-                None,
             );
         }
     }
