@@ -1,7 +1,7 @@
 //! The eager executor: every operation as candle arithmetic, on any candle device. Slow and obvious; the reference for the others.
 //!
-//! Norms, softmax and sinusoids are computed in f32 whatever the type of the tensors. On the CPU in f32, convolutions go band by band ([`conv`]),
-//! attention block by block ([`attention`](mod@attention)), norms and activations in one pass over the data ([`cpu`]) in place of candle's dozen.
+//! Norms, softmax and sinusoids are computed in f32 whatever the type of the tensors. On the CPU in f32, convolutions go band by band (`conv`),
+//! attention block by block (`attention`), norms and activations in one pass over the data (`cpu`) in place of candle's dozen.
 
 #[allow(unsafe_code)]
 mod attention;
