@@ -156,7 +156,7 @@ fn an_interrupt_ends_with_130_and_leaves_nothing() {
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(1500));
+    std::thread::sleep(std::time::Duration::from_millis(3000));
     let pid = child.id().to_string();
     assert!(
         Command::new("kill")
