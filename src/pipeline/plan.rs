@@ -151,8 +151,8 @@ fn choose_sampling(
         let (trajectory, warning) = sampling::diffusers(config, steps)?;
         warnings.extend(warning);
         return Ok(Chosen {
-            sampler: config.class_name.trim_end_matches("Scheduler").to_owned(),
-            schedule: "model".to_owned(),
+            sampler: config.names().0.to_owned(),
+            schedule: config.names().1.to_owned(),
             trajectory,
         });
     }

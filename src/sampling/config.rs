@@ -329,6 +329,27 @@ impl SchedulerConfig {
         }
     }
 
+    /// The sampler's and the schedule's names in A1111's words, for reports and picture files.
+    pub fn names(&self) -> (&str, &'static str) {
+        let class = self.class_name.trim_end_matches("Scheduler");
+        let sampler = match class {
+            "PNDM" => "PLMS",
+            "EulerDiscrete" => "Euler",
+            "EulerAncestralDiscrete" => "Euler a",
+            "HeunDiscrete" => "Heun",
+            "LMSDiscrete" => "LMS",
+            "DPMSolverMultistep" => "DPM++ 2M",
+            "UniPCMultistep" => "UniPC",
+            other => other,
+        };
+        let schedule = match self.sigma_map {
+            SigmaMap::Karras => "Karras",
+            SigmaMap::Exponential | SigmaMap::Lu => "Exponential",
+            SigmaMap::None => "Automatic",
+        };
+        (sampler, schedule)
+    }
+
     /// DDIM and PNDM follow the rescaled schedule to its end; the others keep away from the division by zero.
     pub(super) fn keeps_last_alpha_above_zero(&self) -> bool {
         !matches!(self.class_name.as_str(), "DDIMScheduler" | "PNDMScheduler")

@@ -58,6 +58,8 @@ const SAMPLERS: &[(Sampler, &str, &[&str])] = &[
             "dpmpp2m",
             "kdpmpp2m",
             "dpmsolver++2m",
+            "dpmsolvermultistep",
+            "dpmsolvermultistepscheduler",
         ],
     ),
     (
