@@ -77,13 +77,44 @@ pub(super) fn parse_json(path: &Path, text: &[u8]) -> Result<Value> {
             "this is an empty file; download it again",
         ));
     }
-    serde_json::from_slice(text).map_err(|e| {
+    let first = serde_json::from_slice(text);
+    let parsed = match first {
+        Ok(value) => Ok(value),
+        // Python's json module writes numbers that JSON does not have; diffusers saves every DPM-Solver config with one
+        Err(error) => serde_json::from_slice(&quote_non_finite(text)).map_err(|_| error),
+    };
+    parsed.map_err(|e: serde_json::Error| {
         let reason = format!(
             "this is not valid JSON: {}; download the file again",
             printable_to(&e.to_string(), 300)
         );
         Error::bad_model(path, reason)
     })
+}
+
+/// The text with Python's bare `NaN`, `Infinity` and `-Infinity` as JSON texts; what stands inside texts is left alone.
+fn quote_non_finite(text: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(text.len());
+    let (mut rest, mut inside, mut escaped) = (text, false, false);
+    while let Some((&byte, tail)) = rest.split_first() {
+        let word = [&b"-Infinity"[..], b"Infinity", b"NaN"]
+            .into_iter()
+            .find(|word| !inside && rest.starts_with(word));
+        if let Some(word) = word {
+            out.push(b'"');
+            out.extend_from_slice(word);
+            out.push(b'"');
+            rest = &rest[word.len()..];
+            continue;
+        }
+        if byte == b'"' && !escaped {
+            inside = !inside;
+        }
+        escaped = inside && byte == b'\\' && !escaped;
+        out.push(byte);
+        rest = tail;
+    }
+    out
 }
 
 /// Opens the component's weights; `None` when it has none (a tokenizer, a scheduler).
@@ -224,4 +255,21 @@ fn refuse_others(folder: &Path) -> Result<()> {
         return Err(Error::bad_model(folder, reason));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn pythons_numbers_are_read() {
+        let text =
+            br#"{"lambda_min_clipped": -Infinity, "a": [NaN, Infinity], "b": "NaN \" Infinity"}"#;
+        let value = parse_json(Path::new("x"), text).unwrap();
+        assert_eq!(value["lambda_min_clipped"], "-Infinity");
+        assert_eq!(value["a"][1], "Infinity");
+        assert_eq!(value["b"], "NaN \" Infinity");
+        assert!(parse_json(Path::new("x"), b"{Infinity").is_err());
+    }
 }

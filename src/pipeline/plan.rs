@@ -158,9 +158,11 @@ fn choose_sampling(
     }
     let sampler = request.sampler.as_deref().unwrap_or(spec.defaults.sampler);
     let (sampler, schedule) = sampling::parse(sampler, request.schedule.as_deref())?;
+    // by name a folder and a single file of the same model run alike, to the last bit
     let levels = spec
         .scheduler
         .as_ref()
+        .filter(|config| !config.has_standard_betas())
         .map_or_else(NoiseSchedule::default, NoiseSchedule::new);
     let trajectory = sampling::by_name(sampler, schedule, steps, (&levels, spec.prediction))?;
     Ok(Chosen {

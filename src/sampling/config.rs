@@ -1,9 +1,12 @@
-//! diffusers' `scheduler_config.json`.
+//! diffusers' `scheduler_config.json`: which fields a scheduler class has, their defaults, what they mean.
+
+mod class;
 
 use serde_json::Value;
 
 use super::prediction::Prediction;
 use crate::error::{Error, Result};
+pub use class::Class;
 
 /// How noise grows over the training timesteps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,6 +17,12 @@ pub enum BetaSchedule {
     ScaledLinear,
     /// Nichol & Dhariwal's cosine, `squaredcos_cap_v2`.
     SquaredCosine,
+    /// ᾱ = e^(−12 t).
+    Exponential,
+    /// ᾱ from a Laplace distribution of log-SNR.
+    Laplace,
+    /// β a logistic curve of t.
+    Sigmoid,
 }
 
 /// How a run's timesteps are spread over the training ones.
@@ -36,14 +45,18 @@ pub enum SigmaMap {
     Karras,
     /// Even in log σ.
     Exponential,
+    /// Quantiles of the beta distribution, Lee et al., arXiv 2407.12173.
+    Beta,
     /// Even in log σ between the extremes (`use_lu_lambdas`).
     Lu,
 }
 
-/// The fields of a scheduler config that are understood, with diffusers' defaults for Stable Diffusion.
+/// The fields of a scheduler config that are understood. Fields that its class does not have keep their defaults, as diffusers ignores
+/// them.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)] // named as in diffusers
 pub struct SchedulerConfig {
+    /// The class as the file names it.
     pub class_name: String,
     pub num_train_timesteps: usize,
     pub beta_start: f64,
@@ -72,9 +85,13 @@ pub struct SchedulerConfig {
     pub lambda_min_clipped: f64,
     pub sigma_min: Option<f64>,
     pub sigma_max: Option<f64>,
+    pub variance_type: String,
+    pub original_inference_steps: usize,
+    pub timestep_scaling: f64,
 }
 
 impl Default for SchedulerConfig {
+    /// Stable Diffusion 1.x as it was released.
     fn default() -> Self {
         Self {
             class_name: "PNDMScheduler".to_owned(),
@@ -105,6 +122,9 @@ impl Default for SchedulerConfig {
             lambda_min_clipped: f64::NEG_INFINITY,
             sigma_min: None,
             sigma_max: None,
+            variance_type: "fixed_small".to_owned(),
+            original_inference_steps: 50,
+            timestep_scaling: 10.0,
         }
     }
 }
@@ -115,25 +135,48 @@ fn wrong(field: &str, value: &Value, expected: &str) -> Error {
     ))
 }
 
-/// Typed access with diffusers' defaults.
-struct Reader<'a>(&'a Value);
+/// Typed access to the fields that a class has.
+struct Reader<'a> {
+    value: &'a Value,
+    class: Class,
+}
 
 impl Reader<'_> {
+    /// A field's value; none when it is absent, null, not of this class, or listed as not chosen by whoever wrote the file.
     fn get(&self, field: &str) -> Option<&Value> {
-        self.0.get(field).filter(|v| !v.is_null())
+        let unchosen = self.value.get("_use_default_values");
+        let unchosen = unchosen
+            .and_then(Value::as_array)
+            .is_some_and(|names| names.iter().any(|name| name.as_str() == Some(field)));
+        self.value
+            .get(field)
+            .filter(|v| !v.is_null() && !unchosen && self.class.has(field))
     }
 
     fn number(&self, field: &str, default: f64) -> Result<f64> {
-        self.get(field).map_or(Ok(default), |v| match v {
-            // Python writes infinities as text that JSON readers refuse, or as strings
-            Value::String(s) if s.eq_ignore_ascii_case("-inf") || s == "-Infinity" => {
-                Ok(f64::NEG_INFINITY)
+        self.get(field).map_or(Ok(default), |v| {
+            // Python writes infinities bare, which is not JSON: whoever reads the file may hand them on as text
+            match v.as_str().map(str::to_ascii_lowercase).as_deref() {
+                Some("-inf" | "-infinity") => return Ok(f64::NEG_INFINITY),
+                Some("inf" | "infinity") => return Ok(f64::INFINITY),
+                _ => {}
             }
-            v => v
-                .as_f64()
+            v.as_f64()
                 .filter(|n| n.is_finite())
-                .ok_or_else(|| wrong(field, v, "a number")),
+                .ok_or_else(|| wrong(field, v, "a number"))
         })
+    }
+
+    /// A noise level, which must be above zero.
+    fn level(&self, field: &str) -> Result<Option<f64>> {
+        match self.get(field) {
+            None => Ok(None),
+            Some(v) => v
+                .as_f64()
+                .filter(|&n| n > 0.0 && n.is_finite())
+                .map(Some)
+                .ok_or_else(|| wrong(field, v, "a number above 0")),
+        }
     }
 
     fn size(&self, field: &str, default: usize) -> Result<usize> {
@@ -161,160 +204,118 @@ impl Reader<'_> {
             },
         )
     }
+
+    /// The meaning of a field whose text is one of a few words.
+    fn choice<T: Copy>(&self, field: &str, default: &str, words: &[(&str, T)]) -> Result<T> {
+        let word = self.text(field, default)?;
+        let found = words.iter().find(|(name, _)| *name == word);
+        found.map(|(_, meaning)| *meaning).ok_or_else(|| {
+            let words: Vec<&str> = words.iter().map(|(name, _)| *name).collect();
+            wrong(field, &word.into(), &format!("one of {}", words.join(", ")))
+        })
+    }
+
+    fn sigma_map(&self) -> Result<SigmaMap> {
+        // diffusers asks in this order
+        let maps = [
+            ("use_karras_sigmas", SigmaMap::Karras),
+            ("use_lu_lambdas", SigmaMap::Lu),
+            ("use_exponential_sigmas", SigmaMap::Exponential),
+            ("use_beta_sigmas", SigmaMap::Beta),
+        ];
+        for (field, map) in maps {
+            if self.flag(field, false)? {
+                return Ok(map);
+            }
+        }
+        Ok(SigmaMap::None)
+    }
+
+    fn trained_betas(&self) -> Result<Option<Vec<f64>>> {
+        let Some(list) = self.get("trained_betas") else {
+            return Ok(None);
+        };
+        let betas = list
+            .as_array()
+            .and_then(|l| l.iter().map(Value::as_f64).collect::<Option<Vec<_>>>())
+            .filter(|l| l.len() >= 2 && l.iter().all(|b| (0.0..=1.0).contains(b)));
+        betas
+            .map(Some)
+            .ok_or_else(|| wrong("trained_betas", &"…".into(), "numbers from 0 to 1"))
+    }
+
+    fn disable_corrector(&self) -> Result<Vec<usize>> {
+        let Some(list) = self.get("disable_corrector") else {
+            return Ok(Vec::new());
+        };
+        list.as_array()
+            .and_then(|l| l.iter().map(Value::as_u64).collect::<Option<Vec<_>>>())
+            .map(|l| {
+                l.into_iter()
+                    .filter_map(|n| usize::try_from(n).ok())
+                    .collect()
+            })
+            .ok_or_else(|| wrong("disable_corrector", list, "a list of steps"))
+    }
 }
+
+/// Options of other model families, and one that diffusers itself calls unsuitable for latents.
+const UNSUPPORTED: &[&str] = &["thresholding", "use_flow_sigmas", "use_dynamic_shifting"];
 
 impl SchedulerConfig {
     /// Reads `scheduler_config.json` with the defaults of the class it names (diffusers 0.42.1).
     ///
     /// # Errors
-    /// When a field has a wrong type or a value that is not built.
+    /// When a field that the class has holds a wrong type or a value that is not built.
     pub fn from_json(value: &Value) -> Result<Self> {
-        let r = Reader(value);
-        let class_name = r.text("_class_name", "PNDMScheduler")?;
-        let class = class_name.as_str();
-        let leading = matches!(class, "PNDMScheduler" | "DDIMScheduler");
-        let spacing = match r
-            .text(
-                "timestep_spacing",
-                if leading { "leading" } else { "linspace" },
-            )?
-            .as_str()
-        {
-            "linspace" => Spacing::Linspace,
-            "leading" => Spacing::Leading,
-            "trailing" => Spacing::Trailing,
-            other => {
-                return Err(wrong(
-                    "timestep_spacing",
-                    &other.into(),
-                    "linspace, leading or trailing",
-                ));
-            }
-        };
-        // Heun and LMS were written with other betas in mind
-        let heun_or_lms = matches!(class, "HeunDiscreteScheduler");
-        let (start, end) = if heun_or_lms {
-            (0.00085, 0.012)
-        } else {
-            (0.0001, 0.02)
-        };
-        let beta_schedule = match r.text("beta_schedule", "linear")?.as_str() {
-            "linear" => BetaSchedule::Linear,
-            "scaled_linear" => BetaSchedule::ScaledLinear,
-            "squaredcos_cap_v2" => BetaSchedule::SquaredCosine,
-            other => {
-                return Err(wrong(
-                    "beta_schedule",
-                    &other.into(),
-                    "linear, scaled_linear or squaredcos_cap_v2",
-                ));
-            }
-        };
-        let prediction = match r.text("prediction_type", "epsilon")?.as_str() {
-            "epsilon" => Prediction::Epsilon,
-            "v_prediction" => Prediction::V,
-            "sample" | "original_sample" => Prediction::Sample,
-            other => {
-                return Err(wrong(
-                    "prediction_type",
-                    &other.into(),
-                    "epsilon, v_prediction or sample",
-                ));
-            }
-        };
-        for field in [
-            "thresholding",
-            "use_beta_sigmas",
-            "use_flow_sigmas",
-            "use_dynamic_shifting",
-        ] {
+        let name = value.get("_class_name").and_then(Value::as_str);
+        let class_name = name.unwrap_or("PNDMScheduler").to_owned();
+        let class = Class::named(&class_name);
+        let r = Reader { value, class };
+        for field in UNSUPPORTED {
             if r.flag(field, false)? {
                 return Err(Error::Unsupported(format!(
-                    "scheduler config field `{field}` is not supported yet"
+                    "scheduler config field `{field}` is not supported"
                 )));
             }
         }
-        let maps = [
-            ("use_karras_sigmas", SigmaMap::Karras),
-            ("use_lu_lambdas", SigmaMap::Lu),
-            ("use_exponential_sigmas", SigmaMap::Exponential),
-        ];
-        let mut sigma_map = SigmaMap::None;
-        for (field, map) in maps {
-            if r.flag(field, false)? && sigma_map == SigmaMap::None {
-                sigma_map = map;
-            }
-        }
         let train = r.size("num_train_timesteps", 1000)?;
-        let trained_betas = match r.get("trained_betas") {
-            Some(list) => Some(
-                list.as_array()
-                    .and_then(|l| l.iter().map(Value::as_f64).collect::<Option<Vec<_>>>())
-                    .filter(|l| l.len() == train && l.iter().all(|b| (0.0..=1.0).contains(b)))
-                    .ok_or_else(|| {
-                        wrong(
-                            "trained_betas",
-                            &"…".into(),
-                            &format!("{train} numbers from 0 to 1"),
-                        )
-                    })?,
-            ),
-            None => None,
-        };
         if train < 2 {
             return Err(wrong("num_train_timesteps", &train.into(), "at least 2"));
         }
-        let disable_corrector = r.get("disable_corrector").and_then(Value::as_array);
-        let solver_type = if class == "UniPCMultistepScheduler" {
-            "bh2"
-        } else {
-            "midpoint"
-        };
+        let of_class = class.defaults();
+        let (start, end) = of_class.betas;
         Ok(Self {
             num_train_timesteps: train,
             beta_start: r.number("beta_start", start)?,
             beta_end: r.number("beta_end", end)?,
-            beta_schedule,
-            trained_betas,
-            prediction,
-            spacing,
+            beta_schedule: r.choice("beta_schedule", of_class.beta_schedule, BETA_SCHEDULES)?,
+            trained_betas: r.trained_betas()?,
+            prediction: r.choice("prediction_type", "epsilon", PREDICTIONS)?,
+            spacing: r.choice("timestep_spacing", of_class.spacing, SPACINGS)?,
             steps_offset: r.size("steps_offset", 0)?,
-            sigma_map,
-            final_sigma_zero: match r.text("final_sigmas_type", "zero")?.as_str() {
-                "zero" => true,
-                "sigma_min" => false,
-                other => {
-                    return Err(wrong(
-                        "final_sigmas_type",
-                        &other.into(),
-                        "zero or sigma_min",
-                    ));
-                }
-            },
+            sigma_map: r.sigma_map()?,
+            final_sigma_zero: r.choice("final_sigmas_type", "zero", FINAL_SIGMAS)?,
             rescale_betas_zero_snr: r.flag("rescale_betas_zero_snr", false)?,
-            set_alpha_to_one: r.flag("set_alpha_to_one", class == "DDIMScheduler")?,
-            clip_sample: r.flag("clip_sample", class == "DDIMScheduler")?,
+            set_alpha_to_one: r.flag("set_alpha_to_one", class != Class::Pndm)?,
+            clip_sample: r.flag("clip_sample", of_class.clip_sample)?,
             clip_sample_range: r.number("clip_sample_range", 1.0)?,
             skip_prk_steps: r.flag("skip_prk_steps", false)?,
-            log_linear: r.text("interpolation_type", "linear")? == "log_linear",
-            continuous: r.text("timestep_type", "discrete")? == "continuous",
+            log_linear: r.choice("interpolation_type", "linear", INTERPOLATIONS)?,
+            continuous: r.choice("timestep_type", "discrete", TIMESTEP_TYPES)?,
             solver_order: r.size("solver_order", 2)?.clamp(1, 8),
-            algorithm_type: r.text("algorithm_type", "dpmsolver++")?,
-            solver_type: r.text("solver_type", solver_type)?,
-            lower_order_final: r.flag("lower_order_final", true)?,
+            algorithm_type: r.text("algorithm_type", of_class.algorithm_type)?,
+            solver_type: r.text("solver_type", of_class.solver_type)?,
+            lower_order_final: r.flag("lower_order_final", class != Class::DpmSinglestep)?,
             euler_at_final: r.flag("euler_at_final", false)?,
             predict_x0: r.flag("predict_x0", true)?,
-            disable_corrector: disable_corrector
-                .map(|l| {
-                    l.iter()
-                        .filter_map(Value::as_u64)
-                        .filter_map(|n| usize::try_from(n).ok())
-                        .collect()
-                })
-                .unwrap_or_default(),
+            disable_corrector: r.disable_corrector()?,
             lambda_min_clipped: r.number("lambda_min_clipped", f64::NEG_INFINITY)?,
-            sigma_min: r.get("sigma_min").and_then(Value::as_f64),
-            sigma_max: r.get("sigma_max").and_then(Value::as_f64),
+            sigma_min: r.level("sigma_min")?,
+            sigma_max: r.level("sigma_max")?,
+            variance_type: r.text("variance_type", "fixed_small")?,
+            original_inference_steps: r.size("original_inference_steps", 50)?.max(1),
+            timestep_scaling: r.number("timestep_scaling", 10.0)?,
             class_name,
         })
     }
@@ -329,29 +330,116 @@ impl SchedulerConfig {
         }
     }
 
+    /// Whether the noise levels are those of every Stable Diffusion 1 and 2, whatever else the file says.
+    pub fn has_standard_betas(&self) -> bool {
+        let standard = Self::default();
+        let betas = |c: &Self| (c.num_train_timesteps, c.beta_start, c.beta_end);
+        betas(self) == betas(&standard)
+            && self.beta_schedule == standard.beta_schedule
+            && self.trained_betas.is_none()
+            && !self.rescale_betas_zero_snr
+    }
+
     /// The sampler's and the schedule's names in A1111's words, for reports and picture files.
     pub fn names(&self) -> (&str, &'static str) {
         let class = self.class_name.trim_end_matches("Scheduler");
-        let sampler = match class {
-            "PNDM" => "PLMS",
-            "EulerDiscrete" => "Euler",
-            "EulerAncestralDiscrete" => "Euler a",
-            "HeunDiscrete" => "Heun",
-            "LMSDiscrete" => "LMS",
-            "DPMSolverMultistep" => "DPM++ 2M",
-            "UniPCMultistep" => "UniPC",
-            other => other,
+        let sampler = match self.class() {
+            Class::Pndm => "PLMS",
+            Class::Euler => "Euler",
+            Class::EulerAncestral => "Euler a",
+            Class::Heun => "Heun",
+            Class::Lms => "LMS",
+            Class::Kdpm2 => "DPM2",
+            Class::Kdpm2Ancestral => "DPM2 a",
+            Class::DpmMultistep => "DPM++ 2M",
+            Class::UniPc => "UniPC",
+            _ => class,
         };
         let schedule = match self.sigma_map {
             SigmaMap::Karras => "Karras",
             SigmaMap::Exponential | SigmaMap::Lu => "Exponential",
+            SigmaMap::Beta => "Beta",
             SigmaMap::None => "Automatic",
         };
         (sampler, schedule)
     }
 
-    /// DDIM and PNDM follow the rescaled schedule to its end; the others keep away from the division by zero.
-    pub(super) fn keeps_last_alpha_above_zero(&self) -> bool {
-        !matches!(self.class_name.as_str(), "DDIMScheduler" | "PNDMScheduler")
+    /// The class, `Unknown` when it is not built.
+    pub fn class(&self) -> Class {
+        Class::named(&self.class_name)
+    }
+}
+
+const BETA_SCHEDULES: &[(&str, BetaSchedule)] = &[
+    ("linear", BetaSchedule::Linear),
+    ("scaled_linear", BetaSchedule::ScaledLinear),
+    ("squaredcos_cap_v2", BetaSchedule::SquaredCosine),
+    ("exp", BetaSchedule::Exponential),
+    ("laplace", BetaSchedule::Laplace),
+    ("sigmoid", BetaSchedule::Sigmoid),
+];
+const PREDICTIONS: &[(&str, Prediction)] = &[
+    ("epsilon", Prediction::Epsilon),
+    ("v_prediction", Prediction::V),
+    ("sample", Prediction::Sample),
+    ("original_sample", Prediction::Sample),
+];
+const SPACINGS: &[(&str, Spacing)] = &[
+    ("linspace", Spacing::Linspace),
+    ("leading", Spacing::Leading),
+    ("trailing", Spacing::Trailing),
+];
+const FINAL_SIGMAS: &[(&str, bool)] = &[("zero", true), ("sigma_min", false)];
+const INTERPOLATIONS: &[(&str, bool)] = &[("linear", false), ("log_linear", true)];
+const TIMESTEP_TYPES: &[(&str, bool)] = &[("discrete", false), ("continuous", true)];
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn read(text: &str) -> Result<SchedulerConfig> {
+        SchedulerConfig::from_json(&serde_json::from_str(text).unwrap())
+    }
+
+    #[test]
+    fn fields_of_other_classes_are_ignored() {
+        let text = r#"{"_class_name": "HeunDiscreteScheduler", "final_sigmas_type": "sigma_min", "rescale_betas_zero_snr": true,
+            "use_lu_lambdas": true, "thresholding": true, "unheard_of": {}}"#;
+        let config = read(text).unwrap();
+        assert!(config.final_sigma_zero && !config.rescale_betas_zero_snr);
+        assert_eq!(config.sigma_map, SigmaMap::None);
+        assert_eq!((config.beta_start, config.beta_end), (0.00085, 0.012));
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_class() {
+        let ddim = read(r#"{"_class_name": "DDIMScheduler"}"#).unwrap();
+        assert!(ddim.clip_sample && ddim.set_alpha_to_one && ddim.spacing == Spacing::Leading);
+        let corrected = ddim.corrected_for_stable_diffusion();
+        assert!(!corrected.clip_sample && corrected.steps_offset == 1);
+        let unchosen = r#"{"_class_name": "EulerDiscreteScheduler", "steps_offset": 7, "_use_default_values": ["steps_offset"]}"#;
+        assert_eq!(read(unchosen).unwrap().steps_offset, 0);
+    }
+
+    #[test]
+    fn wrong_values_name_the_field() {
+        for (text, field) in [
+            (r#"{"beta_schedule": "wavy"}"#, "beta_schedule"),
+            (r#"{"steps_offset": -1}"#, "steps_offset"),
+            (r#"{"num_train_timesteps": 1}"#, "num_train_timesteps"),
+            (r#"{"trained_betas": [0.1, "x"]}"#, "trained_betas"),
+            (
+                r#"{"prediction_type": "flow_prediction"}"#,
+                "prediction_type",
+            ),
+        ] {
+            assert!(
+                read(text).unwrap_err().to_string().contains(field),
+                "{text}"
+            );
+        }
+        let flow = r#"{"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": true}"#;
+        assert!(matches!(read(flow), Err(Error::Unsupported(_))));
     }
 }

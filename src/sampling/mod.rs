@@ -10,7 +10,7 @@ mod solvers;
 mod spacing;
 mod trajectory;
 
-pub use config::{BetaSchedule, SchedulerConfig, SigmaMap};
+pub use config::{BetaSchedule, Class, SchedulerConfig, SigmaMap, Spacing};
 pub use names::{Sampler, parse};
 pub use noise::Generator;
 pub use prediction::Prediction;
@@ -21,7 +21,8 @@ pub use trajectory::{Assign, Call, Combo, Register, Trajectory};
 use crate::error::{Error, Result};
 use solvers::{Levels, kdiffusion};
 
-/// The run that diffusers 0.42.1 makes of a `scheduler_config.json`, with a notice when its class is not known.
+/// The run that diffusers 0.42.1 makes of a `scheduler_config.json` for a picture from text, with a notice when its class is not known and
+/// PNDM, the scheduler of Stable Diffusion 1.x, takes its place.
 ///
 /// # Errors
 /// [`Error::Usage`] for a number of steps that the scheduler cannot take, [`Error::Unsupported`] for options that are not built.
@@ -32,26 +33,31 @@ pub fn diffusers(config: &SchedulerConfig, steps: usize) -> Result<(Trajectory, 
             config.num_train_timesteps
         )));
     }
+    refuse_undefined(config)?;
     let schedule = NoiseSchedule::new(config);
     let levels = || discrete_levels(config, &schedule, steps);
+    let middle = |sigma| schedule.timestep(sigma);
     let mut warning = None;
-    let mut run = match config.class_name.as_str() {
-        "PNDMScheduler" => solvers::pndm::pndm(config, &schedule, steps)?,
-        "DDIMScheduler" => solvers::ddim::ddim(config, &schedule, steps),
-        "EulerDiscreteScheduler" => kdiffusion::euler(&levels()),
-        "EulerAncestralDiscreteScheduler" if config.prediction == Prediction::Sample => {
-            return Err(Error::Unsupported(
-                "Euler ancestral is not defined for models that predict the sample".to_owned(),
-            ));
-        }
-        "EulerAncestralDiscreteScheduler" => kdiffusion::euler_ancestral(&levels(), true),
-        "HeunDiscreteScheduler" => kdiffusion::heun(&levels()),
-        "LMSDiscreteScheduler" => kdiffusion::lms(&levels()),
-        "DPMSolverMultistepScheduler" => solvers::dpm::dpm(config, &schedule, steps)?,
-        "UniPCMultistepScheduler" => solvers::unipc::unipc(config, &schedule, steps)?,
-        other => {
+    let mut run = match config.class() {
+        Class::Pndm => solvers::pndm::pndm(config, &schedule, steps)?,
+        Class::Ddim => solvers::ddim::ddim(config, &schedule, steps),
+        Class::Ddpm => solvers::ddim::ddpm(config, &schedule, steps)?,
+        Class::Euler => kdiffusion::euler(&levels()),
+        Class::EulerAncestral => kdiffusion::euler_ancestral(&levels(), true),
+        Class::Heun => kdiffusion::heun(&levels()),
+        Class::Lms => kdiffusion::lms(&levels()),
+        Class::Kdpm2 => solvers::dpm2::dpm2(&levels(), false, &middle),
+        Class::Kdpm2Ancestral => solvers::dpm2::dpm2(&levels(), true, &middle),
+        Class::DpmMultistep => solvers::dpm::multistep(config, &schedule, steps)?,
+        Class::DpmSinglestep => solvers::dpm::singlestep(config, &schedule, steps)?,
+        Class::UniPc => solvers::unipc::unipc(config, &schedule, steps)?,
+        Class::Deis => solvers::deis::deis(config, &schedule, steps),
+        Class::Lcm => solvers::ddim::lcm(config, &schedule, steps)?,
+        Class::Tcd => solvers::ddim::tcd(config, &schedule, steps)?,
+        Class::Unknown => {
             warning = Some(format!(
-                "the folder's scheduler is {other}, which is not built yet; PNDM takes its place (name one with --sampler)"
+                "the folder's scheduler is {}, which is not built; PNDM takes its place (name one with --sampler)",
+                config.class_name
             ));
             let config = SchedulerConfig {
                 skip_prk_steps: true,
@@ -61,7 +67,28 @@ pub fn diffusers(config: &SchedulerConfig, steps: usize) -> Result<(Trajectory, 
         }
     };
     run.steps = run.calls.last().map_or(0, |call| call.step + 1);
+    if !run.is_finite() {
+        return Err(Error::Usage(format!(
+            "the folder's {} divides by zero at {steps} steps, as it does in diffusers; use other --steps or name a --sampler",
+            config.class_name
+        )));
+    }
     Ok((run, warning))
+}
+
+/// Some classes are not defined for every kind of prediction.
+fn refuse_undefined(config: &SchedulerConfig) -> Result<()> {
+    let undefined = matches!(
+        config.class(),
+        Class::Pndm | Class::Unknown | Class::EulerAncestral | Class::Kdpm2 | Class::Kdpm2Ancestral
+    );
+    if undefined && config.prediction == Prediction::Sample {
+        return Err(Error::Unsupported(format!(
+            "{} is not defined for models that predict the sample; name a --sampler",
+            config.class_name
+        )));
+    }
+    Ok(())
 }
 
 /// Levels of diffusers' σ-space schedulers.
@@ -77,9 +104,15 @@ fn discrete_levels(config: &SchedulerConfig, schedule: &NoiseSchedule, steps: us
         sigmas.first().copied().unwrap_or_default(),
         sigmas.last().copied().unwrap_or_default(),
     );
-    // LMS spreads its Karras levels between its own ends too
     if let Some(remapped) = spacing::remap(config, ends, steps) {
-        timesteps = remapped.iter().map(|&s| schedule.timestep(s)).collect();
+        // DPM-Solver-2 rounds the timesteps of Karras levels
+        let rounded = config.sigma_map == SigmaMap::Karras
+            && matches!(config.class(), Class::Kdpm2 | Class::Kdpm2Ancestral);
+        let whole = |t: f64| if rounded { t.round_ties_even() } else { t };
+        timesteps = remapped
+            .iter()
+            .map(|&s| whole(schedule.timestep(s)))
+            .collect();
         sigmas = remapped;
     }
     sigmas.push(if config.final_sigma_zero {
@@ -87,61 +120,73 @@ fn discrete_levels(config: &SchedulerConfig, schedule: &NoiseSchedule, steps: us
     } else {
         schedule.sigma_min()
     });
-    let sigmas = spacing::to_f32(sigmas);
+    let mut sigmas = spacing::to_f32(sigmas);
     if config.continuous && config.prediction == Prediction::V {
         timesteps = sigmas[..sigmas.len() - 1]
             .iter()
             .map(|s| 0.25 * s.ln())
             .collect();
     }
-    let timesteps: Vec<f64> = timesteps.iter().map(|&t| f64::from(t as f32)).collect();
     let max = sigmas.iter().copied().fold(0.0, f64::max);
-    let init_noise_sigma = match config.spacing {
-        config::Spacing::Leading => (max * max + 1.0).sqrt(),
-        _ => max,
-    };
-    // with one level more than timesteps the last two are never reached
-    let sigmas = if config.log_linear {
-        sigmas[..=timesteps.len()].to_vec()
-    } else {
-        sigmas
-    };
+    // where there is one level more than timesteps the last one is never reached
+    sigmas.truncate(timesteps.len() + 1);
     Levels {
         sigmas,
-        timesteps,
+        timesteps: spacing::to_f32(timesteps),
         prediction: config.prediction,
-        init_noise_sigma,
+        init_noise_sigma: match config.spacing {
+            config::Spacing::Leading => (max * max + 1.0).sqrt(),
+            config::Spacing::Linspace | config::Spacing::Trailing => max,
+        },
+        clip: config.clip_sample.then_some(config.clip_sample_range),
     }
 }
 
 /// The run that A1111 makes of a sampler's and a schedule's name, on the noise levels of the model.
 ///
 /// # Errors
-/// Never for the samplers that are built; kept for those to come.
+/// [`Error::Usage`] for no steps at all, or so many that two levels coincide.
 pub fn by_name(
     sampler: Sampler,
     schedule: Schedule,
     steps: usize,
     (levels, prediction): (&NoiseSchedule, Prediction),
 ) -> Result<Trajectory> {
-    let sigmas = schedule.sigmas(levels, steps);
-    let timesteps = sigmas[..steps]
+    if steps == 0 {
+        return Err(Error::Usage("--steps is 0, expected at least 1".to_owned()));
+    }
+    let mut sigmas = schedule.sigmas(levels, steps + usize::from(sampler.skips_last_but_one()));
+    if sampler.skips_last_but_one() && sigmas.len() > 2 {
+        sigmas.remove(sigmas.len() - 2);
+    }
+    let timesteps = sigmas[..sigmas.len() - 1]
         .iter()
         .map(|&s| levels.timestep(s))
         .collect();
-    let init_noise_sigma = sigmas.first().copied().unwrap_or_default();
     let run = Levels {
+        init_noise_sigma: sigmas.first().copied().unwrap_or_default(),
         sigmas,
         timesteps,
         prediction,
-        init_noise_sigma,
+        clip: None,
     };
-    Ok(match sampler {
+    let middle = |sigma| levels.timestep(sigma);
+    let run = match sampler {
         Sampler::Euler => kdiffusion::euler(&run),
-        Sampler::EulerA => kdiffusion::euler_ancestral(&run, true),
+        Sampler::EulerA => kdiffusion::euler_ancestral(&run, false),
         Sampler::Heun => kdiffusion::heun(&run),
         Sampler::Lms => kdiffusion::lms(&run),
+        Sampler::Dpm2 => solvers::dpm2::dpm2(&run, false, &middle),
+        Sampler::Dpm2A => solvers::dpm2::dpm2(&run, true, &middle),
         Sampler::DpmPp2m => kdiffusion::dpmpp_2m(&run),
-        Sampler::DpmPp2sA => kdiffusion::dpmpp_2s_ancestral(&run, &|sigma| levels.timestep(sigma)),
-    })
+        Sampler::DpmPp2sA => kdiffusion::dpmpp_2s_ancestral(&run, &middle),
+    };
+    if !run.is_finite() {
+        return Err(Error::Usage(format!(
+            "--steps is {steps}, too many for {} with the schedule {}: two of its noise levels coincide",
+            sampler.name(),
+            schedule.name()
+        )));
+    }
+    Ok(run)
 }

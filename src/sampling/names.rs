@@ -14,6 +14,10 @@ pub enum Sampler {
     Heun,
     /// Linear multistep.
     Lms,
+    /// DPM-Solver-2.
+    Dpm2,
+    /// DPM-Solver-2, ancestral.
+    Dpm2A,
     /// DPM++ 2M.
     DpmPp2m,
     /// DPM++ 2S ancestral.
@@ -22,58 +26,38 @@ pub enum Sampler {
 
 /// Each sampler with A1111's name first; the rest in the form that [`plain`] makes of names.
 const SAMPLERS: &[(Sampler, &str, &[&str])] = &[
-    (
-        Sampler::Euler,
-        "Euler",
-        &["euler", "keuler", "eulerdiscrete", "eulerdiscretescheduler"],
-    ),
+    (Sampler::Euler, "Euler", &["euler", "eulerdiscrete"]),
     (
         Sampler::EulerA,
         "Euler a",
+        &["eulera", "eulerancestral", "eulerancestraldiscrete"],
+    ),
+    (Sampler::Heun, "Heun", &["heun", "heundiscrete"]),
+    (Sampler::Lms, "LMS", &["lms", "lmsdiscrete"]),
+    (
+        Sampler::Dpm2,
+        "DPM2",
+        &["dpm2", "kdpm2discrete", "dpm2discrete"],
+    ),
+    (
+        Sampler::Dpm2A,
+        "DPM2 a",
         &[
-            "eulera",
-            "keulera",
-            "eulerancestral",
-            "keulerancestral",
-            "eulerancestraldiscrete",
-            "eulerancestraldiscretescheduler",
+            "dpm2a",
+            "dpm2ancestral",
+            "kdpm2ancestraldiscrete",
+            "dpm2ancestraldiscrete",
         ],
-    ),
-    (
-        Sampler::Heun,
-        "Heun",
-        &["heun", "kheun", "heundiscrete", "heundiscretescheduler"],
-    ),
-    (
-        Sampler::Lms,
-        "LMS",
-        &["lms", "klms", "lmsdiscrete", "lmsdiscretescheduler"],
     ),
     (
         Sampler::DpmPp2m,
         "DPM++ 2M",
-        &[
-            "dpm++2m",
-            "kdpm++2m",
-            "dpmpp2m",
-            "kdpmpp2m",
-            "dpmsolver++2m",
-            "dpmsolvermultistep",
-            "dpmsolvermultistepscheduler",
-        ],
+        &["dpm++2m", "dpmsolver++2m", "dpmsolvermultistep"],
     ),
     (
         Sampler::DpmPp2sA,
         "DPM++ 2S a",
-        &[
-            "dpm++2sa",
-            "kdpm++2sa",
-            "dpmpp2sa",
-            "kdpmpp2sa",
-            "dpmpp2sancestral",
-            "dpm++2sancestral",
-            "kdpmpp2sancestral",
-        ],
+        &["dpm++2sa", "dpm++2sancestral"],
     ),
 ];
 
@@ -83,18 +67,26 @@ const SCHEDULES: &[(Schedule, &[&str])] = &[
         &["normal", "uniform", "discrete", "default"],
     ),
     (Schedule::Karras, &["karras"]),
-    (Schedule::Exponential, &["exponential"]),
+    (Schedule::Exponential, &["exponential", "polyexponential"]),
     (Schedule::SgmUniform, &["sgmuniform"]),
     (Schedule::Simple, &["simple"]),
+    (Schedule::Ddim, &["ddim", "ddimuniform"]),
+    (Schedule::Beta, &["beta"]),
+    (Schedule::KlOptimal, &["kloptimal"]),
+    (Schedule::AlignYourSteps, &["alignyoursteps", "ays"]),
+    (Schedule::Turbo, &["turbo", "sdturbo"]),
 ];
 
 /// Names that exist elsewhere and are not built yet.
 const KNOWN_SAMPLERS: &[&str] = &[
     "ddim",
+    "ddimtrailing",
+    "ddimcfg++",
     "plms",
     "pndm",
     "unipc",
     "unipcbh2",
+    "unipcmultistep",
     "lcm",
     "tcd",
     "ddpm",
@@ -102,38 +94,52 @@ const KNOWN_SAMPLERS: &[&str] = &[
     "ipndm",
     "ipndmv",
     "deis",
-    "dpm2",
-    "dpm2a",
-    "dpm2ancestral",
+    "deismultistep",
     "dpmfast",
     "dpmadaptive",
     "dpm++sde",
-    "dpmppsde",
+    "dpm++sdegpu",
     "dpm++2msde",
-    "dpmpp2msde",
+    "dpm++2msdegpu",
     "dpm++2msdeheun",
     "dpm++3msde",
-    "dpmpp3msde",
+    "dpm++3msdegpu",
     "dpm++2mv2",
+    "dpm++2mcfg++",
+    "dpm++2sacfg++",
+    "dpm++2sancestralcfg++",
+    "dpm++2mbt",
+    "dpmsolversinglestep",
+    "dpmsolversde",
     "heunpp2",
-    "ddimcfg++",
-    "eulercfgpp",
+    "heun++2",
+    "eulercfg++",
+    "euleracfg++",
+    "eulerancestralcfg++",
     "resmultistep",
-    "er_sde",
-    "uni_pc",
+    "resmultistepcfg++",
+    "resmultistepancestral",
+    "res2s",
+    "ersde",
+    "gradientestimation",
+    "seeds2",
+    "seeds3",
+    "sasolver",
+    "lcmscheduler",
+    "flowmatcheuler",
 ];
 const KNOWN_SCHEDULES: &[&str] = &[
-    "beta",
-    "polyexponential",
-    "ddim",
-    "ddimuniform",
-    "kloptimal",
-    "alignyoursteps",
-    "ays",
     "gits",
-    "turbo",
+    "ays32",
     "linearquadratic",
-    "bong_tangent",
+    "bongtangent",
+    "smoothstep",
+    "lcm",
+    "klopt",
+    "betasd",
+    "flow",
+    "phi",
+    "laplace",
 ];
 
 impl Sampler {
@@ -148,25 +154,35 @@ impl Sampler {
     /// What A1111's schedule "Automatic" means for this sampler.
     pub fn automatic_schedule(self) -> Schedule {
         match self {
-            Self::DpmPp2m | Self::DpmPp2sA => Schedule::Karras,
+            Self::DpmPp2m | Self::DpmPp2sA | Self::Dpm2 | Self::Dpm2A => Schedule::Karras,
             Self::Euler | Self::EulerA | Self::Heun | Self::Lms => Schedule::Normal,
         }
     }
+
+    /// Whether A1111 makes one level more and leaves out the last before the end.
+    pub(super) fn skips_last_but_one(self) -> bool {
+        matches!(self, Self::Dpm2 | Self::Dpm2A)
+    }
 }
 
-/// Lower case without spaces, hyphens and underscores.
+/// Lower case without spaces, hyphens, underscores and full stops; "pp" is "++", a "scheduler" at the end is dropped.
 fn plain(name: &str) -> String {
-    name.chars()
-        .filter(|c| !matches!(c, ' ' | '-' | '_'))
+    let name: String = name
+        .chars()
+        .filter(|c| !matches!(c, ' ' | '-' | '_' | '.'))
         .flat_map(char::to_lowercase)
-        .collect()
+        .collect();
+    let name = name.replace("dpmpp", "dpm++").replace("cfgpp", "cfg++");
+    name.strip_suffix("scheduler").unwrap_or(&name).to_owned()
 }
 
+/// The sampler of a plain name, also behind the `k_` of k-diffusion and old diffusers.
 fn find_sampler(name: &str) -> Option<Sampler> {
-    SAMPLERS
-        .iter()
-        .find(|(_, _, names)| names.contains(&name))
-        .map(|(sampler, _, _)| *sampler)
+    let found = |name: &str| {
+        let row = SAMPLERS.iter().find(|(_, _, names)| names.contains(&name));
+        row.map(|(sampler, _, _)| *sampler)
+    };
+    found(name).or_else(|| found(name.strip_prefix('k')?))
 }
 
 fn find_schedule(name: &str) -> Option<Schedule> {
@@ -183,37 +199,52 @@ fn find_schedule(name: &str) -> Option<Schedule> {
 /// [`Error::Unsupported`] for names that other tools know, [`Error::Usage`] for the rest, with the names to choose from.
 pub fn parse(sampler: &str, schedule: Option<&str>) -> Result<(Sampler, Schedule)> {
     let name = plain(sampler);
-    let mut folded = None;
-    let found = find_sampler(&name).or_else(|| {
-        ["karras", "exponential"].iter().find_map(|suffix| {
-            let sampler = find_sampler(name.strip_suffix(suffix)?)?;
-            folded = find_schedule(suffix);
-            Some(sampler)
-        })
-    });
-    let Some(found) = found else {
-        let names: Vec<&str> = SAMPLERS.iter().map(|(_, name, _)| *name).collect();
-        let base = name
-            .strip_suffix("karras")
-            .or_else(|| name.strip_suffix("exponential"))
-            .unwrap_or(&name);
-        let known = KNOWN_SAMPLERS.iter().any(|known| plain(known) == base);
-        let list = names.join(", ");
-        return Err(if known {
-            Error::Unsupported(format!(
-                "sampler \"{sampler}\" is not built yet; choose from {list}"
-            ))
-        } else {
-            Error::Usage(format!("unknown sampler \"{sampler}\"; choose from {list}"))
-        });
+    let (base, folded) = without_schedule(&name);
+    let Some(found) = find_sampler(base) else {
+        return Err(unknown_sampler(sampler, base));
     };
     let schedule = match schedule {
-        Some(name) => self::schedule(name)?,
+        Some(name) => self::schedule(name)?.or(folded),
         None => folded,
     };
     Ok((
         found,
         schedule.unwrap_or_else(|| found.automatic_schedule()),
+    ))
+}
+
+/// A sampler's plain name without the schedule that it may end in.
+fn without_schedule(name: &str) -> (&str, Option<Schedule>) {
+    if find_sampler(name).is_some() {
+        return (name, None);
+    }
+    let endings = SCHEDULES
+        .iter()
+        .flat_map(|(schedule, names)| names.iter().map(|name| (*schedule, *name)));
+    let mut cut =
+        endings.filter_map(|(schedule, ending)| Some((name.strip_suffix(ending)?, Some(schedule))));
+    // some schedules' names end in others': the right cut leaves a sampler
+    let known = |base: &str| find_sampler(base).is_some() || is_known_sampler(base);
+    cut.find(|(base, _)| known(base)).unwrap_or((name, None))
+}
+
+/// Whether another tool has a sampler of this plain name.
+fn is_known_sampler(name: &str) -> bool {
+    let known = |name: &str| KNOWN_SAMPLERS.contains(&name);
+    known(name) || name.strip_prefix('k').is_some_and(known)
+}
+
+fn unknown_sampler(name: &str, base: &str) -> Error {
+    let names: Vec<&str> = SAMPLERS.iter().map(|(_, name, _)| *name).collect();
+    let list = names.join(", ");
+    if is_known_sampler(base) {
+        return Error::Unsupported(format!(
+            "sampler \"{name}\" is not built yet; choose from {list}"
+        ));
+    }
+    let guess = nearest(base, &names);
+    Error::Usage(format!(
+        "unknown sampler \"{name}\"{guess}; choose from {list}"
     ))
 }
 
@@ -226,25 +257,48 @@ fn schedule(name: &str) -> Result<Option<Schedule>> {
     if let Some(schedule) = find_schedule(&plain_name) {
         return Ok(Some(schedule));
     }
-    let list = SCHEDULES
-        .iter()
-        .map(|(s, _)| s.name())
-        .collect::<Vec<_>>()
-        .join(", ");
-    Err(
-        if KNOWN_SCHEDULES
-            .iter()
-            .any(|known| plain(known) == plain_name)
-        {
-            Error::Unsupported(format!(
-                "schedule \"{name}\" is not built yet; choose from Automatic, {list}"
-            ))
-        } else {
-            Error::Usage(format!(
-                "unknown schedule \"{name}\"; choose from Automatic, {list}"
-            ))
-        },
-    )
+    let names: Vec<&str> = SCHEDULES.iter().map(|(s, _)| s.name()).collect();
+    let list = names.join(", ");
+    if KNOWN_SCHEDULES.contains(&plain_name.as_str()) {
+        return Err(Error::Unsupported(format!(
+            "schedule \"{name}\" is not built yet; choose from Automatic, {list}"
+        )));
+    }
+    let guess = nearest(&plain_name, &names);
+    Err(Error::Usage(format!(
+        "unknown schedule \"{name}\"{guess}; choose from Automatic, {list}"
+    )))
+}
+
+/// ", did you mean …?" when a name is close to one of `names`.
+fn nearest(wrong: &str, names: &[&str]) -> String {
+    let best = names.iter().map(|name| (edits(wrong, &plain(name)), name));
+    match best.min_by_key(|(distance, _)| *distance) {
+        Some((distance, name)) if distance <= 1 + wrong.chars().count() / 4 => {
+            format!(", did you mean \"{name}\"?")
+        }
+        _ => String::new(),
+    }
+}
+
+/// Levenshtein's distance.
+fn edits(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = i;
+        let mut left = i + 1;
+        for (cell, y) in row.iter_mut().skip(1).zip(&b) {
+            let replaced = diagonal + usize::from(x != *y);
+            diagonal = *cell;
+            *cell = replaced.min(diagonal + 1).min(left + 1);
+            left = *cell;
+        }
+        if let Some(first) = row.first_mut() {
+            *first = i + 1;
+        }
+    }
+    row.last().copied().unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -254,43 +308,126 @@ mod tests {
 
     #[test]
     fn every_tools_spelling_is_read() {
-        for name in [
-            "Euler a",
-            "euler_a",
-            "k_euler_a",
-            "euler_ancestral",
-            "EulerAncestralDiscreteScheduler",
-        ] {
-            assert_eq!(
-                parse(name, None).unwrap(),
-                (Sampler::EulerA, Schedule::Normal),
-                "{name}"
-            );
+        let spellings: &[(Sampler, &[&str])] = &[
+            (
+                Sampler::Euler,
+                &["Euler", "euler", "k_euler", "EulerDiscreteScheduler"],
+            ),
+            (
+                Sampler::EulerA,
+                &[
+                    "Euler a",
+                    "euler_a",
+                    "k_euler_a",
+                    "euler_ancestral",
+                    "EulerAncestralDiscreteScheduler",
+                    "EULER A",
+                ],
+            ),
+            (Sampler::Heun, &["Heun", "k_heun", "HeunDiscreteScheduler"]),
+            (
+                Sampler::Lms,
+                &["LMS", "lms", "k_lms", "LMSDiscreteScheduler"],
+            ),
+            (
+                Sampler::Dpm2,
+                &["DPM2", "dpm_2", "dpm2", "k_dpm_2", "KDPM2DiscreteScheduler"],
+            ),
+            (
+                Sampler::Dpm2A,
+                &[
+                    "DPM2 a",
+                    "dpm_2_ancestral",
+                    "k_dpm_2_a",
+                    "KDPM2AncestralDiscreteScheduler",
+                ],
+            ),
+            (
+                Sampler::DpmPp2m,
+                &[
+                    "DPM++ 2M",
+                    "dpmpp_2m",
+                    "dpm++2m",
+                    "k_dpmpp_2m",
+                    "DPMSolverMultistepScheduler",
+                ],
+            ),
+            (
+                Sampler::DpmPp2sA,
+                &[
+                    "DPM++ 2S a",
+                    "dpmpp_2s_ancestral",
+                    "dpm++2s_a",
+                    "k_dpmpp_2s_a",
+                ],
+            ),
+        ];
+        for (sampler, names) in spellings {
+            for name in *names {
+                let (found, schedule) = parse(name, None).unwrap();
+                assert_eq!(
+                    (found, schedule),
+                    (*sampler, sampler.automatic_schedule()),
+                    "{name}"
+                );
+            }
         }
+    }
+
+    #[test]
+    fn old_names_carry_the_schedule() {
         assert_eq!(
-            parse("DPM++ 2M Karras", None).unwrap(),
-            (Sampler::DpmPp2m, Schedule::Karras)
+            parse("LMS Karras", None).unwrap(),
+            (Sampler::Lms, Schedule::Karras)
         );
         assert_eq!(
-            parse("dpmpp_2m", Some("sgm_uniform")).unwrap(),
-            (Sampler::DpmPp2m, Schedule::SgmUniform)
+            parse("Euler a SGM Uniform", None).unwrap(),
+            (Sampler::EulerA, Schedule::SgmUniform)
         );
         assert_eq!(
-            parse("dpm++2m", Some("Automatic")).unwrap().1,
+            parse("DPM++ 2M Karras", Some("Automatic")).unwrap().1,
             Schedule::Karras
         );
+        assert_eq!(
+            parse("DPM++ 2M Karras", Some("Simple")).unwrap().1,
+            Schedule::Simple
+        );
+        for (schedule, _) in SCHEDULES {
+            assert_eq!(parse("Euler", Some(schedule.name())).unwrap().1, *schedule);
+        }
     }
 
     #[test]
     fn what_is_not_built_is_named() {
+        for name in [
+            "DPM++ SDE Karras",
+            "dpmpp_sde",
+            "UniPC",
+            "uni_pc_bh2",
+            "LCM",
+            "Restart",
+            "k_dpm_fast",
+            "DDIM",
+        ] {
+            assert!(
+                matches!(parse(name, None), Err(Error::Unsupported(_))),
+                "{name}"
+            );
+        }
         assert!(matches!(
-            parse("DPM++ SDE Karras", None),
+            parse("Euler", Some("gits")),
             Err(Error::Unsupported(_))
         ));
-        assert!(matches!(parse("Eular", None), Err(Error::Usage(_))));
-        assert!(matches!(
-            parse("Euler", Some("beta")),
-            Err(Error::Unsupported(_))
-        ));
+        let error = parse("Eular", None).unwrap_err();
+        assert!(
+            matches!(error, Error::Usage(_))
+                && error.to_string().contains("did you mean \"Euler\"?"),
+            "{error}"
+        );
+        let error = parse("Euler", Some("Kerras")).unwrap_err().to_string();
+        assert!(
+            error.contains("did you mean \"Karras\"?") && error.contains("SGM Uniform"),
+            "{error}"
+        );
     }
 }

@@ -1,21 +1,39 @@
 //! Betas to alphas to sigmas, and between sigma and timestep. Follows the f32 arithmetic of diffusers and k-diffusion where it shows.
 
 use super::config::{BetaSchedule, SchedulerConfig};
+use super::spacing::linspace;
 
 /// The noise levels that a model was trained at.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NoiseSchedule {
     /// ᾱ of each training timestep, from the least noisy.
     pub alphas_cumprod: Vec<f64>,
-    /// σ = √((1 − ᾱ)/ᾱ) of each.
+    /// σ = √((1 − ᾱ)/ᾱ) of each; finite also where ᾱ is 0.
     pub sigmas: Vec<f64>,
-    log_sigmas: Vec<f64>,
+    log_sigmas: Vec<f32>,
 }
 
+/// The ᾱ that A1111 puts in place of 0 at the end of a schedule with zero terminal SNR.
+const LEAST_ALPHA: f64 = 4.897_345_189_085_343_5e-8;
+
 impl Default for NoiseSchedule {
-    /// The schedule of every Stable Diffusion 1 and 2.
+    /// The schedule of every Stable Diffusion 1 and 2 in one file, accumulated in f64 as the original code and A1111 do (diffusers' differs
+    /// in the last bits).
     fn default() -> Self {
-        Self::new(&SchedulerConfig::default())
+        let SchedulerConfig {
+            beta_start,
+            beta_end,
+            num_train_timesteps,
+            ..
+        } = SchedulerConfig::default();
+        let mut product = 1.0;
+        let bars = linspace(beta_start.sqrt(), beta_end.sqrt(), num_train_timesteps)
+            .into_iter()
+            .map(|root| {
+                product *= 1.0 - root * root;
+                product as f32
+            });
+        Self::of(bars.collect())
     }
 }
 
@@ -34,66 +52,79 @@ fn linspace_f32(start: f64, end: f64, n: usize) -> Vec<f32> {
         .collect()
 }
 
+/// Betas whose ᾱ follows `alpha_bar`, a function of time from 0 to 1.
+fn betas_of(alpha_bar: impl Fn(f64) -> f64, n: usize) -> Vec<f32> {
+    (0..n)
+        .map(|i| {
+            let (t1, t2) = (i as f64 / n as f64, (i + 1) as f64 / n as f64);
+            (1.0 - alpha_bar(t2) / alpha_bar(t1)).min(0.999) as f32
+        })
+        .collect()
+}
+
+fn cosine(t: f64) -> f64 {
+    ((t + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2)
+        .cos()
+        .powi(2)
+}
+
+fn laplace(t: f64) -> f64 {
+    let log_snr = -0.5 * (0.5 - t).signum() * (1.0 - 2.0 * (0.5 - t).abs() + 1e-6).ln();
+    let snr = log_snr.exp();
+    (snr / (1.0 + snr)).sqrt()
+}
+
 fn betas(config: &SchedulerConfig) -> Vec<f32> {
     let n = config.num_train_timesteps;
     if let Some(trained) = &config.trained_betas {
         return trained.iter().map(|&b| b as f32).collect();
     }
+    let (start, end) = (config.beta_start, config.beta_end);
     match config.beta_schedule {
-        BetaSchedule::Linear => linspace_f32(config.beta_start, config.beta_end, n),
-        BetaSchedule::ScaledLinear => {
-            linspace_f32(config.beta_start.sqrt(), config.beta_end.sqrt(), n)
-                .into_iter()
-                .map(|b| b * b)
-                .collect()
-        }
-        BetaSchedule::SquaredCosine => {
-            let alpha_bar = |t: f64| {
-                ((t + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2)
-                    .cos()
-                    .powi(2)
-            };
-            (0..n)
-                .map(|i| {
-                    let (t1, t2) = (i as f64 / n as f64, (i + 1) as f64 / n as f64);
-                    (1.0 - alpha_bar(t2) / alpha_bar(t1)).min(0.999) as f32
-                })
-                .collect()
-        }
+        BetaSchedule::Linear => linspace_f32(start, end, n),
+        BetaSchedule::ScaledLinear => linspace_f32(start.sqrt(), end.sqrt(), n)
+            .into_iter()
+            .map(|b| b * b)
+            .collect(),
+        BetaSchedule::SquaredCosine => betas_of(cosine, n),
+        BetaSchedule::Exponential => betas_of(|t| (-12.0 * t).exp(), n),
+        BetaSchedule::Laplace => betas_of(laplace, n),
+        BetaSchedule::Sigmoid => linspace_f32(-6.0, 6.0, n)
+            .into_iter()
+            .map(|x| 1.0 / (1.0 + (-x).exp()) * (end - start) as f32 + start as f32)
+            .collect(),
     }
 }
 
 /// ᾱ as torch accumulates it: products in f64, kept in f32.
-fn cumulative(betas: &[f32]) -> Vec<f64> {
+fn cumulative(betas: &[f32]) -> Vec<f32> {
     let mut product = 1.0;
     betas
         .iter()
         .map(|beta| {
             product *= f64::from(1.0 - beta);
-            f64::from(product as f32)
+            product as f32
         })
         .collect()
 }
 
-/// Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891, algorithm 1.
+/// Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891, algorithm 1. In f32 throughout: near
+/// the end differences of nearly equal roots are taken, and their rounding is visible in σ.
 fn rescale_zero_snr(betas: &[f32]) -> Vec<f32> {
-    let roots: Vec<f64> = cumulative(betas).iter().map(|a| a.sqrt()).collect();
+    let roots: Vec<f32> = cumulative(betas).iter().map(|a| a.sqrt()).collect();
     let (Some(&first), Some(&last)) = (roots.first(), roots.last()) else {
         return Vec::new();
     };
     let scale = first / (first - last);
-    let bars: Vec<f64> = roots
+    let mut before = 1.0;
+    roots
         .iter()
-        .map(|root| ((root - last) * scale).powi(2))
-        .collect();
-    (0..bars.len())
-        .map(|i| {
-            let alpha = if i == 0 {
-                bars[0]
-            } else {
-                bars[i] / bars[i - 1]
-            };
-            (1.0 - alpha) as f32
+        .map(|root| {
+            let root = (root - last) * scale;
+            let bar = root * root;
+            let alpha = bar / before;
+            before = bar;
+            1.0 - alpha
         })
         .collect()
 }
@@ -105,20 +136,26 @@ impl NoiseSchedule {
         if config.rescale_betas_zero_snr {
             betas = rescale_zero_snr(&betas);
         }
-        let mut alphas_cumprod = cumulative(&betas);
+        let mut bars = cumulative(&betas);
         if config.rescale_betas_zero_snr
-            && config.keeps_last_alpha_above_zero()
-            && let Some(last) = alphas_cumprod.last_mut()
+            && !config.class().reaches_zero_snr()
+            && let Some(last) = bars.last_mut()
         {
-            *last = 2f64.powi(-24);
+            *last = 2f32.powi(-24);
         }
-        let sigmas: Vec<f64> = alphas_cumprod
-            .iter()
-            .map(|&a| f64::from(((1.0 - a as f32) / a as f32).sqrt()))
-            .collect();
-        let log_sigmas = sigmas.iter().map(|s| s.ln()).collect();
+        Self::of(bars)
+    }
+
+    /// The schedule of an ᾱ for each training timestep.
+    fn of(bars: Vec<f32>) -> Self {
+        let sigma = |bar: f32| {
+            let bar = if bar > 0.0 { bar } else { LEAST_ALPHA as f32 };
+            f64::from(((1.0 - bar) / bar).sqrt())
+        };
+        let sigmas: Vec<f64> = bars.iter().map(|&bar| sigma(bar)).collect();
+        let log_sigmas = sigmas.iter().map(|s| s.ln() as f32).collect();
         Self {
-            alphas_cumprod,
+            alphas_cumprod: bars.into_iter().map(f64::from).collect(),
             sigmas,
             log_sigmas,
         }
@@ -144,29 +181,62 @@ impl NoiseSchedule {
         self.sigmas.last().copied().unwrap_or_default()
     }
 
-    /// The fractional timestep of a noise level, linear in log σ (k-diffusion `DiscreteSchedule.sigma_to_t`).
+    /// The fractional timestep of a noise level, linear in log σ (k-diffusion `DiscreteSchedule.sigma_to_t`). In f32 as the references
+    /// compute it, because some of diffusers' schedulers cut the result to a whole number: the most noise must give the last timestep.
     pub fn timestep(&self, sigma: f64) -> f64 {
-        let log_sigma = sigma.max(1e-10).ln();
+        let log_sigma = sigma.max(1e-10).ln() as f32;
         let count = self.log_sigmas.iter().filter(|&&l| log_sigma >= l).count();
         let low = count.saturating_sub(1).min(self.len().saturating_sub(2));
         let (a, b) = (self.log_sigmas[low], self.log_sigmas[low + 1]);
         let w = ((a - log_sigma) / (a - b)).clamp(0.0, 1.0);
-        (1.0 - w) * low as f64 + w * (low + 1) as f64
+        f64::from(1.0 - w) * low as f64 + f64::from(w) * (low + 1) as f64
     }
 
     /// The noise level of a fractional timestep, linear in log σ (k-diffusion `DiscreteSchedule.t_to_sigma`).
     pub fn sigma(&self, timestep: f64) -> f64 {
-        let t = timestep.clamp(0.0, (self.len() - 1) as f64);
-        let (low, w) = (t.floor() as usize, t.fract());
-        let high = (low + 1).min(self.len() - 1);
-        ((1.0 - w) * self.log_sigmas[low] + w * self.log_sigmas[high]).exp()
+        let (low, high, w) = self.place(timestep);
+        let log = |i: usize| f64::from(self.log_sigmas[i]);
+        ((1.0 - w) * log(low) + w * log(high)).exp()
     }
 
     /// The noise level of a timestep, linear in σ (diffusers' `np.interp`).
     pub fn interpolate(&self, timestep: f64) -> f64 {
-        let t = timestep.clamp(0.0, (self.len() - 1) as f64);
-        let (low, w) = (t.floor() as usize, t.fract());
-        let high = (low + 1).min(self.len() - 1);
+        let (low, high, w) = self.place(timestep);
         (1.0 - w) * self.sigmas[low] + w * self.sigmas[high]
+    }
+
+    /// The entries around a timestep, and how far it lies from the first to the second.
+    fn place(&self, timestep: f64) -> (usize, usize, f64) {
+        let last = self.len() - 1;
+        let t = timestep.clamp(0.0, last as f64);
+        let low = t.floor() as usize;
+        (low, (low + 1).min(last), t.fract())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stable_diffusions_levels() {
+        let schedule = NoiseSchedule::default();
+        assert!((schedule.sigma_min() - 0.029_167_5).abs() < 1e-6);
+        assert!((schedule.sigma_max() - 14.614_642).abs() < 1e-4);
+        for t in [0.0, 0.25, 17.5, 999.0] {
+            assert!((schedule.timestep(schedule.sigma(t)) - t).abs() < 1e-3);
+        }
+    }
+
+    #[test]
+    fn zero_snr_leaves_finite_levels() {
+        let config = SchedulerConfig {
+            class_name: "DDIMScheduler".to_owned(),
+            rescale_betas_zero_snr: true,
+            ..SchedulerConfig::default()
+        };
+        let schedule = NoiseSchedule::new(&config);
+        assert_eq!(schedule.alphas_cumprod.last(), Some(&0.0));
+        assert!((schedule.sigma_max() - 4518.8).abs() < 0.1);
     }
 }

@@ -1,9 +1,9 @@
-//! Which timesteps and noise levels a run passes through.
+//! Which timesteps and noise levels a run passes through: diffusers' spacings, and the curves that remap them.
 
-use super::config::{SchedulerConfig, SigmaMap, Spacing};
+use super::config::{Class, SchedulerConfig, SigmaMap, Spacing};
 use super::schedule::NoiseSchedule;
 
-/// `n` numbers from `start` to `end`.
+/// `n` numbers from `start` to `end` (`numpy.linspace`).
 pub(super) fn linspace(start: f64, end: f64, n: usize) -> Vec<f64> {
     let step = (end - start) / (n.max(2) - 1) as f64;
     (0..n)
@@ -22,12 +22,15 @@ fn round(x: f64) -> f64 {
     x.round_ties_even()
 }
 
-fn trailing(train: usize, steps: usize) -> Vec<f64> {
+/// `numpy.arange(last, 0, -train / steps).round() - 1`: for some numbers of steps one more than that many, the last at −1. NumPy steps by
+/// the rounded difference of its first two values, which decides ties.
+fn trailing(last: usize, train: usize, steps: usize) -> Vec<f64> {
     let ratio = train as f64 / steps as f64;
-    // `numpy.arange(train, 0, -ratio)`: as many as fit, by division
-    let count = (train as f64 / ratio).ceil() as usize;
+    let start = last as f64;
+    let delta = (start - ratio) - start;
+    let count = (start / ratio).ceil() as usize;
     (0..count)
-        .map(|i| round(train as f64 - i as f64 * ratio) - 1.0)
+        .map(|i| round(start + i as f64 * delta) - 1.0)
         .collect()
 }
 
@@ -49,11 +52,11 @@ pub(super) fn timesteps(config: &SchedulerConfig, steps: usize, whole: bool) -> 
                 .map(|i| (i * ratio + config.steps_offset) as f64)
                 .collect()
         }
-        Spacing::Trailing => trailing(train, steps),
+        Spacing::Trailing => trailing(train, train, steps),
     }
 }
 
-/// diffusers' timesteps for multistep solvers, which spread `steps + 1` and leave out the last.
+/// diffusers' timesteps for multistep solvers, which spread `steps + 1` over the first `last` and leave out the final one.
 pub(super) fn multistep_timesteps(config: &SchedulerConfig, last: usize, steps: usize) -> Vec<f64> {
     match config.spacing {
         Spacing::Linspace => {
@@ -67,13 +70,7 @@ pub(super) fn multistep_timesteps(config: &SchedulerConfig, last: usize, steps: 
                 .map(|i| (i * ratio + config.steps_offset) as f64)
                 .collect()
         }
-        Spacing::Trailing => {
-            let ratio = config.num_train_timesteps as f64 / steps as f64;
-            let count = (last as f64 / ratio).ceil() as usize;
-            (0..count)
-                .map(|i| round(last as f64 - i as f64 * ratio) - 1.0)
-                .collect()
-        }
+        Spacing::Trailing => trailing(last, config.num_train_timesteps, steps),
     }
 }
 
@@ -94,18 +91,73 @@ pub(super) fn exponential(min: f64, max: f64, n: usize) -> Vec<f64> {
         .collect()
 }
 
-/// Remaps noise levels between `from` (noisiest, least noisy), or leaves them.
+/// Both parameters of the beta distribution.
+const BETA: f64 = 0.6;
+
+/// Quantiles of the symmetric beta distribution spread over σ: Lee et al., "Beta Sampling is All You Need", arXiv 2407.12173.
+pub(super) fn beta(min: f64, max: f64, n: usize) -> Vec<f64> {
+    linspace(0.0, 1.0, n)
+        .iter()
+        .map(|p| min + beta_quantile(1.0 - p) * (max - min))
+        .collect()
+}
+
+/// ∫₀ˣ (u(1 − u))^(BETA − 1) du for x up to ½, by the binomial series.
+fn beta_integral(x: f64) -> f64 {
+    let mut factor = 1.0;
+    let mut sum = 0.0;
+    for n in 0..80 {
+        let n = f64::from(n);
+        sum += factor / (BETA + n);
+        factor *= x * (n + 1.0 - BETA) / (n + 1.0);
+    }
+    sum * x.powf(BETA)
+}
+
+/// The x below which a share `p` of the distribution lies, by bisection of the half where it is.
+fn beta_quantile(p: f64) -> f64 {
+    if p > 0.5 {
+        return 1.0 - beta_quantile(1.0 - p);
+    }
+    // by symmetry the integral up to ½ is half the whole
+    let wanted = p * 2.0 * beta_integral(0.5);
+    let (mut low, mut high) = (0.0, 0.5);
+    for _ in 0..90 {
+        let middle = (low + high) / 2.0;
+        if beta_integral(middle) < wanted {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    if p <= 0.0 { 0.0 } else { (low + high) / 2.0 }
+}
+
+/// Remaps noise levels between `max` and `min`, or the ends that the config sets, or leaves them.
 pub(super) fn remap(
     config: &SchedulerConfig,
     (max, min): (f64, f64),
     n: usize,
 ) -> Option<Vec<f64>> {
-    let min = config.sigma_min.unwrap_or(min);
-    let max = config.sigma_max.unwrap_or(max);
+    // LMS keeps its own ends for Karras, everything keeps them for Lu
+    let own_ends = match config.sigma_map {
+        SigmaMap::Karras => config.class() == Class::Lms,
+        SigmaMap::Lu => true,
+        SigmaMap::None | SigmaMap::Exponential | SigmaMap::Beta => false,
+    };
+    let (min, max) = if own_ends {
+        (min, max)
+    } else {
+        (
+            config.sigma_min.unwrap_or(min),
+            config.sigma_max.unwrap_or(max),
+        )
+    };
     match config.sigma_map {
         SigmaMap::None => None,
         SigmaMap::Karras => Some(karras(min, max, n)),
         SigmaMap::Exponential | SigmaMap::Lu => Some(exponential(min, max, n)),
+        SigmaMap::Beta => Some(beta(min, max, n)),
     }
 }
 
@@ -127,34 +179,74 @@ pub enum Schedule {
     SgmUniform,
     /// Every n-th of the training levels.
     Simple,
+    /// Every n-th of the training levels from the second; may be more than asked for.
+    Ddim,
+    /// Quantiles of a beta distribution over σ (A1111's reading; ComfyUI spreads them over timesteps).
+    Beta,
+    /// Sabour et al., "Align Your Steps", arXiv 2404.14507, equation 14; its last step ends at the least noise, not at 0.
+    KlOptimal,
+    /// The table of the same paper for Stable Diffusion 1.5.
+    AlignYourSteps,
+    /// Whole timesteps, backwards from the last.
+    Turbo,
 }
 
+/// Align Your Steps' ten steps for Stable Diffusion 1.5.
+const ALIGN_YOUR_STEPS: [f64; 11] = [
+    14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029,
+];
+
 impl Schedule {
-    /// `steps` noise levels and the final 0 (k-diffusion `get_sigmas*`, A1111 `sd_schedulers.py`).
+    /// `steps` noise levels (more for DDIM where they do not divide the training's) and what the last step leads to, 0 but for KL optimal
+    /// (k-diffusion `get_sigmas*`, A1111 `sd_schedulers.py`).
     pub(super) fn sigmas(self, schedule: &NoiseSchedule, steps: usize) -> Vec<f64> {
         let (min, max) = (schedule.sigma_min(), schedule.sigma_max());
-        let last = (schedule.len() - 1) as f64;
-        let mut sigmas = match self {
+        let train = schedule.len();
+        let last = (train - 1) as f64;
+        let mut sigmas: Vec<f64> = match self {
             Self::Normal => linspace(last, 0.0, steps)
                 .iter()
                 .map(|&t| schedule.sigma(t))
                 .collect(),
             Self::Karras => karras(min, max, steps),
             Self::Exponential => exponential(min, max, steps),
+            Self::Beta => beta(min, max, steps),
             Self::SgmUniform => {
                 let t = linspace(schedule.timestep(max), schedule.timestep(min), steps + 1);
                 t[..steps].iter().map(|&t| schedule.sigma(t)).collect()
             }
             Self::Simple => {
-                let stride = schedule.len() as f64 / steps as f64;
+                let stride = train as f64 / steps as f64;
+                let skipped = |i: usize| ((i as f64 * stride) as usize).min(train - 1);
                 (0..steps)
-                    .map(|i| {
-                        schedule.sigmas[schedule.len()
-                            - 1
-                            - ((i as f64 * stride) as usize).min(schedule.len() - 1)]
-                    })
+                    .map(|i| schedule.sigmas[train - 1 - skipped(i)])
                     .collect()
             }
+            Self::Ddim => {
+                let stride = (train / steps).max(1);
+                let mut sigmas: Vec<f64> = schedule
+                    .sigmas
+                    .iter()
+                    .skip(1)
+                    .step_by(stride)
+                    .copied()
+                    .collect();
+                sigmas.reverse();
+                sigmas
+            }
+            Self::KlOptimal => {
+                let shares = linspace(0.0, 1.0, steps + 1);
+                let angle = |share: &f64| share * min.atan() + (1.0 - share) * max.atan();
+                return to_f32(shares.iter().map(|share| angle(share).tan()).collect());
+            }
+            Self::AlignYourSteps => align_your_steps(steps),
+            Self::Turbo => (1..=steps)
+                .rev()
+                .map(|i| {
+                    let t = round((i as f64 * (train as f64 / steps as f64)) - 1.0);
+                    schedule.interpolate(t)
+                })
+                .collect(),
         };
         sigmas.push(0.0);
         to_f32(sigmas)
@@ -168,6 +260,53 @@ impl Schedule {
             Self::Exponential => "Exponential",
             Self::SgmUniform => "SGM Uniform",
             Self::Simple => "Simple",
+            Self::Ddim => "DDIM",
+            Self::Beta => "Beta",
+            Self::KlOptimal => "KL Optimal",
+            Self::AlignYourSteps => "Align Your Steps",
+            Self::Turbo => "Turbo",
+        }
+    }
+}
+
+/// The table read at `n` even places between its entries, in log σ.
+fn align_your_steps(n: usize) -> Vec<f64> {
+    let table = ALIGN_YOUR_STEPS.map(f64::ln);
+    // A1111 reverses the table before and the places after: a single place is the quiet end
+    if n == 1 {
+        return vec![ALIGN_YOUR_STEPS[10]];
+    }
+    linspace(0.0, 10.0, n)
+        .iter()
+        .map(|&place| {
+            let low = (place.floor() as usize).min(9);
+            let w = place - low as f64;
+            ((1.0 - w) * table[low] + w * table[low + 1]).exp()
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn beta_quantiles_equal_scipys() {
+        // scipy.stats.beta.ppf(p, 0.6, 0.6)
+        for (p, x) in [
+            (0.0, 0.0),
+            (0.01, 0.000_861_238_821_542_905_9),
+            (0.1, 0.039_584_405_588_780_85),
+            (0.25, 0.175_680_378_652_694_98),
+            (0.5, 0.5),
+            (0.9, 0.960_415_594_411_219_2),
+            (1.0, 1.0),
+        ] {
+            assert!(
+                (beta_quantile(p) - x).abs() < 1e-9,
+                "{p}: {}",
+                beta_quantile(p)
+            );
         }
     }
 }

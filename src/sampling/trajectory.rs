@@ -73,6 +73,27 @@ pub struct Trajectory {
 }
 
 impl Trajectory {
+    /// The timestep of every call, in order.
+    pub fn timesteps(&self) -> impl Iterator<Item = f64> + '_ {
+        self.calls.iter().map(|call| call.timestep)
+    }
+
+    /// Whether every coefficient is a number: a schedule that visits a level twice makes some that are not.
+    pub(super) fn is_finite(&self) -> bool {
+        let finite = |terms: &Combo| terms.iter().all(|(_, c)| c.is_finite());
+        self.init_noise_sigma.is_finite()
+            && self.calls.iter().all(|call| {
+                call.timestep.is_finite()
+                    && finite(&call.input)
+                    && call.then.iter().all(|assign| match assign {
+                        Assign::Linear { terms, noise, .. } => {
+                            finite(terms) && noise.is_none_or(f64::is_finite)
+                        }
+                        Assign::Clamp { low, high, .. } => low <= high,
+                    })
+            })
+    }
+
     /// Executes the run on plain slices: the reference for every other executor.
     pub fn run(
         &self,

@@ -1,12 +1,11 @@
-//! DPM-Solver and DPM-Solver++, multistep, orders 1 to 3: Lu et al., arXiv 2206.00927 and 2211.01095 (diffusers
-//! `DPMSolverMultistepScheduler`), deterministic and with noise.
+//! DPM-Solver and DPM-Solver++ of orders 1 to 3: Lu et al., arXiv 2206.00927 and 2211.01095 (diffusers `DPMSolverMultistepScheduler` and
+//! `DPMSolverSinglestepScheduler`), deterministic and with noise.
 
-use super::super::config::{BetaSchedule, SchedulerConfig, SigmaMap};
+use super::super::config::{BetaSchedule, Class, SchedulerConfig, SigmaMap, Spacing};
 use super::super::prediction::estimates;
 use super::super::schedule::NoiseSchedule;
-use super::super::spacing;
-use super::super::trajectory::{Linear, Register, Trajectory, output, sample, saved};
-use super::{alpha_sigma, lambda, plain_call};
+use super::super::trajectory::{Assign, Call, Linear, Register, Trajectory, output, sample, saved};
+use super::{UnitLevels, alpha_sigma, lambda, plain_call};
 use crate::error::{Error, Result};
 
 /// The variants of the algorithm.
@@ -16,202 +15,317 @@ enum Kind {
     Noise,
     /// Integrates the denoised latents.
     Data,
-    /// The same with fresh noise.
+    /// As [`Kind::Noise`], with fresh noise.
     SdeNoise,
-    /// The same with fresh noise.
+    /// As [`Kind::Data`], with fresh noise.
     SdeData,
 }
 
-/// Noise levels and timesteps of diffusers' multistep solvers; `rounded`: whether remapped timesteps become whole numbers.
-pub(super) fn levels(
-    config: &SchedulerConfig,
-    schedule: &NoiseSchedule,
-    (steps, last): (usize, usize),
-    rounded: bool,
-) -> (Vec<f64>, Vec<f64>) {
-    let remapped = spacing::remap(config, (schedule.sigma_max(), schedule.sigma_min()), steps);
-    let (mut sigmas, timesteps) = match remapped {
-        Some(sigmas) => {
-            let t = sigmas.iter().map(|&s| schedule.timestep(s));
-            // diffusers stores them as integers: rounded first for some maps, cut for the others
-            let t = t
-                .map(|t| {
-                    if rounded {
-                        t.round_ties_even()
-                    } else {
-                        t.trunc()
-                    }
-                })
-                .collect();
-            (sigmas, t)
-        }
-        None => {
-            let t = spacing::multistep_timesteps(config, last, steps);
-            (
-                t.iter()
-                    .map(|&t| schedule.interpolate(t))
-                    .collect::<Vec<_>>(),
-                t,
-            )
-        }
-    };
-    sigmas.push(if config.final_sigma_zero {
-        0.0
-    } else {
-        schedule.sigma_min()
-    });
-    (spacing::to_f32(sigmas), timesteps)
+/// Values of the last three calls are kept in as many registers; single steps also keep where they began.
+const HISTORY: usize = 3;
+const START: usize = HISTORY;
+
+struct Dpm<'a> {
+    config: &'a SchedulerConfig,
+    kind: Kind,
+    heun: bool,
+    levels: UnitLevels,
 }
 
-pub(in super::super) fn dpm(
+impl<'a> Dpm<'a> {
+    fn new(config: &'a SchedulerConfig, schedule: &NoiseSchedule, steps: usize) -> Result<Self> {
+        let kind = match config.algorithm_type.as_str() {
+            "dpmsolver++" | "deis" => Kind::Data,
+            "dpmsolver" => Kind::Noise,
+            "sde-dpmsolver++" => Kind::SdeData,
+            "sde-dpmsolver" if config.class() == Class::DpmMultistep => Kind::SdeNoise,
+            other => {
+                return Err(Error::Unsupported(format!(
+                    "scheduler config field `algorithm_type` is \"{other}\", which {} does not know",
+                    config.class_name
+                )));
+            }
+        };
+        if config.final_sigma_zero && matches!(kind, Kind::Noise | Kind::SdeNoise) {
+            return Err(Error::Usage(format!(
+                "scheduler config: `final_sigmas_type` zero does not go with `algorithm_type` {}; use sigma_min",
+                config.algorithm_type
+            )));
+        }
+        let clipped = schedule
+            .sigmas
+            .iter()
+            .rev()
+            .filter(|&&s| lambda(s) < config.lambda_min_clipped)
+            .count();
+        let last = config.num_train_timesteps.saturating_sub(clipped);
+        let rounded = config.beta_schedule != BetaSchedule::SquaredCosine
+            || config.class() == Class::DpmSinglestep;
+        let rounded = rounded && matches!(config.sigma_map, SigmaMap::Karras | SigmaMap::Lu);
+        Ok(Self {
+            config,
+            kind,
+            heun: config.solver_type == "heun",
+            levels: UnitLevels::new(config, schedule, (steps, last), rounded),
+        })
+    }
+
+    /// A call whose converted prediction goes to register `i` modulo the history.
+    fn call(&self, i: usize) -> Call {
+        let (sigma, timestep) = (self.levels.sigmas[i], self.levels.timesteps[i]);
+        let (x0, epsilon) = estimates(
+            self.config.prediction,
+            alpha_sigma(sigma),
+            &sample(),
+            &output(),
+        );
+        let data = matches!(self.kind, Kind::Data | Kind::SdeData);
+        let mut call = plain_call(i, timestep, sigma);
+        let integrated = if data { x0 } else { epsilon };
+        call.then
+            .push(integrated.into(Register::Saved(i % HISTORY)));
+        call
+    }
+
+    fn lambda(&self, i: usize) -> f64 {
+        lambda(self.levels.sigmas[i])
+    }
+
+    /// The weights of a step from level `from` to level `to`.
+    fn weights(&self, from: usize, to: usize) -> Weights {
+        Weights::new(self.kind, self.levels.sigmas[from], self.levels.sigmas[to])
+    }
+
+    /// The multistep formula from level `i` to the next, and the factor of fresh noise.
+    fn multistep(&self, i: usize, order: usize) -> (Linear, Option<f64>) {
+        let w = self.weights(i, i + 1);
+        let h = self.lambda(i + 1) - self.lambda(i);
+        let m = |age: usize| saved((i - age) % HISTORY);
+        // differences of neighbouring values over their distance in λ, in units of this step
+        let slope = |age: usize| {
+            (m(age) - m(age + 1)) * (h / (self.lambda(i - age) - self.lambda(i - age - 1)))
+        };
+        let mut x = sample() * w.scale + m(0) * w.value;
+        if order == 2 {
+            x = x + slope(0) * if self.heun { w.slope } else { w.midpoint };
+        } else if order > 2 {
+            let (h0, h1) = (
+                self.lambda(i) - self.lambda(i - 1),
+                self.lambda(i - 1) - self.lambda(i - 2),
+            );
+            let bend = slope(0) - slope(1);
+            let d1 = slope(0) + bend.clone() * (h0 / (h0 + h1));
+            x = x + d1 * w.slope + bend * (h / (h0 + h1) * w.curvature);
+        }
+        (x, w.noise)
+    }
+
+    /// The single-step formula to the level after `i`, from the level `order − 1` before it.
+    fn singlestep(&self, i: usize, order: usize) -> (Linear, Option<f64>) {
+        let from = i + 1 - order;
+        let w = self.weights(from, i + 1);
+        let h = self.lambda(i + 1) - self.lambda(from);
+        let m = |level: usize| saved(level % HISTORY);
+        let part = |level: usize| (self.lambda(level) - self.lambda(from)) / h;
+        let slope = |level: usize| (m(level) - m(from)) * (1.0 / part(level));
+        let start = if order == 1 { sample() } else { saved(START) };
+        let mut x = start * w.scale + m(from) * w.value;
+        if order == 2 {
+            x = x + slope(i) * if self.heun { w.slope } else { w.midpoint };
+        } else if order > 2 && self.heun {
+            let (r0, r1) = (part(i), part(i - 1));
+            let d1 = (slope(i - 1) * r0 - slope(i) * r1) * (1.0 / (r0 - r1));
+            let d2 = (slope(i) - slope(i - 1)) * (2.0 / (r0 - r1));
+            x = x + d1 * w.slope + d2 * w.curvature;
+        } else if order > 2 {
+            x = x + slope(i) * w.slope;
+        }
+        (x, w.noise)
+    }
+}
+
+/// What a step multiplies the latents, the integrated value and its first two differences with.
+struct Weights {
+    scale: f64,
+    value: f64,
+    slope: f64,
+    /// The cheaper weight of the slope, for order 2.
+    midpoint: f64,
+    curvature: f64,
+    noise: Option<f64>,
+}
+
+/// (e^x − 1)/x − 1, also near 0.
+fn phi(x: f64) -> f64 {
+    if x.abs() < 1e-4 {
+        x / 2.0 + x * x / 6.0
+    } else {
+        x.exp_m1() / x - 1.0
+    }
+}
+
+/// ((e^x − 1)/x − 1)/x − ½, also near 0.
+fn psi(x: f64) -> f64 {
+    if x.abs() < 1e-3 {
+        x / 6.0 + x * x / 24.0
+    } else {
+        phi(x) / x - 0.5
+    }
+}
+
+impl Weights {
+    /// For a step between two noise levels; at infinite h (a step to zero noise) only the value counts.
+    fn new(kind: Kind, from: f64, to: f64) -> Self {
+        let ((alpha_t, sigma_t), (alpha_s, sigma_s)) = (alpha_sigma(to), alpha_sigma(from));
+        let h = lambda(to) - lambda(from);
+        match kind {
+            Kind::Data => {
+                let value = -alpha_t * (-h).exp_m1();
+                Self {
+                    scale: sigma_t / sigma_s,
+                    value,
+                    slope: -alpha_t * phi(-h),
+                    midpoint: 0.5 * value,
+                    curvature: -alpha_t * psi(-h),
+                    noise: None,
+                }
+            }
+            Kind::Noise => {
+                let value = -sigma_t * h.exp_m1();
+                Self {
+                    scale: alpha_t / alpha_s,
+                    value,
+                    slope: -sigma_t * phi(h),
+                    midpoint: 0.5 * value,
+                    curvature: -sigma_t * psi(h),
+                    noise: None,
+                }
+            }
+            Kind::SdeData => {
+                let value = -alpha_t * (-2.0 * h).exp_m1();
+                Self {
+                    scale: sigma_t / sigma_s * (-h).exp(),
+                    value,
+                    slope: -alpha_t * phi(-2.0 * h),
+                    midpoint: 0.5 * value,
+                    // the reference's formula, which is not the paper's expansion
+                    curvature: -alpha_t * (psi(-2.0 * h) + 1.0),
+                    noise: Some(sigma_t * (-(-2.0 * h).exp_m1()).max(0.0).sqrt()),
+                }
+            }
+            Kind::SdeNoise => Self {
+                scale: alpha_t / alpha_s,
+                value: -2.0 * sigma_t * h.exp_m1(),
+                slope: -2.0 * sigma_t * phi(h),
+                midpoint: -sigma_t * h.exp_m1(),
+                curvature: 0.0,
+                noise: Some(sigma_t * (2.0 * h).exp_m1().max(0.0).sqrt()),
+            },
+        }
+    }
+}
+
+fn assign((x, noise): (Linear, Option<f64>)) -> Assign {
+    match noise {
+        Some(factor) => x.into_with_noise(Register::Sample, factor),
+        None => x.into(Register::Sample),
+    }
+}
+
+/// The order of each multistep: as much as the history allows, less in the last two.
+pub(super) fn multistep_order(
+    config: &SchedulerConfig,
+    i: usize,
+    count: usize,
+    first_at_end: bool,
+) -> usize {
+    let few = config.lower_order_final && count < 15;
+    if i + 1 == count && (few || first_at_end) {
+        return 1;
+    }
+    let limit = if i + 2 == count && few { 2 } else { 3 };
+    config.solver_order.min(i + 1).min(limit)
+}
+
+/// Multistep: one call a step, its value kept for the next ones.
+pub(in super::super) fn multistep(
     config: &SchedulerConfig,
     schedule: &NoiseSchedule,
     steps: usize,
 ) -> Result<Trajectory> {
-    let kind = match config.algorithm_type.as_str() {
-        "dpmsolver++" | "deis" => Kind::Data,
-        "dpmsolver" => Kind::Noise,
-        "sde-dpmsolver++" => Kind::SdeData,
-        "sde-dpmsolver" => Kind::SdeNoise,
-        other => {
-            return Err(Error::Unsupported(format!(
-                "scheduler config field `algorithm_type` is \"{other}\", which is not supported"
-            )));
-        }
-    };
-    if config.final_sigma_zero && matches!(kind, Kind::Noise | Kind::SdeNoise) {
-        return Err(Error::Usage(
-            "scheduler config: `final_sigmas_type` zero does not go with `algorithm_type` dpmsolver; use sigma_min".to_owned(),
-        ));
-    }
-    let heun = config.solver_type == "heun";
-    let order = config.solver_order.min(3);
-    let clipped = schedule
-        .sigmas
-        .iter()
-        .rev()
-        .filter(|&&s| lambda(s) < config.lambda_min_clipped)
-        .count();
-    let last = config.num_train_timesteps - clipped;
-    let rounded = config.beta_schedule != BetaSchedule::SquaredCosine
-        && matches!(config.sigma_map, SigmaMap::Karras | SigmaMap::Lu);
-    let (sigmas, timesteps) = levels(config, schedule, (steps, last), rounded);
-    let count = timesteps.len();
+    let dpm = Dpm::new(config, schedule, steps)?;
+    let count = dpm.levels.timesteps.len();
     let mut run = Trajectory {
-        init_noise_sigma: 1.0,
-        registers: 3,
-        steps: count,
-        sigmas: sigmas.clone(),
-        calls: Vec::new(),
+        registers: START + 1,
+        ..dpm.levels.trajectory()
     };
     for i in 0..count {
-        let (x0, epsilon) = estimates(
-            config.prediction,
-            alpha_sigma(sigmas[i]),
-            &sample(),
-            &output(),
+        let mut call = dpm.call(i);
+        let order = multistep_order(
+            config,
+            i,
+            count,
+            config.euler_at_final || config.final_sigma_zero,
         );
-        let data = matches!(kind, Kind::Data | Kind::SdeData);
-        let mut call = plain_call(i, timesteps[i], sigmas[i]);
-        call.then
-            .push((if data { x0 } else { epsilon }).into(Register::Saved(i % 3)));
-        let few = config.lower_order_final && count < 15;
-        let at_last = i + 1 == count && (config.euler_at_final || few || config.final_sigma_zero);
-        let at_second_last = i + 2 == count && few;
-        let this_order = if at_last {
-            1
-        } else {
-            order.min(i + 1).min(if at_second_last { 2 } else { 3 })
-        };
-        let (x, noise) = update(kind, &sigmas, i, this_order, heun);
-        call.then.push(match noise {
-            Some(factor) => x.into_with_noise(Register::Sample, factor),
-            None => x.into(Register::Sample),
-        });
+        if dpm.kind == Kind::SdeNoise && order > 2 {
+            return Err(Error::Unsupported(
+                "scheduler config: `algorithm_type` sde-dpmsolver is defined for `solver_order` 1 and 2 only".to_owned(),
+            ));
+        }
+        call.then.push(assign(dpm.multistep(i, order)));
         run.calls.push(call);
     }
     Ok(run)
 }
 
-/// The step from level `i` to the next, and the factor of fresh noise.
-fn update(kind: Kind, sigmas: &[f64], i: usize, order: usize, heun: bool) -> (Linear, Option<f64>) {
-    let ((alpha_t, sigma_t), (alpha_s, sigma_s)) =
-        (alpha_sigma(sigmas[i + 1]), alpha_sigma(sigmas[i]));
-    let h = lambda(sigmas[i + 1]) - lambda(sigmas[i]);
-    let m = |age: usize| saved((i - age) % 3);
-    // divided differences of what is integrated
-    let spread = |a: usize| lambda(sigmas[i - a]) - lambda(sigmas[i - a - 1]);
-    let (d1, d2) = match order {
-        1 => (Linear::default(), Linear::default()),
-        2 => ((m(0) - m(1)) * (h / spread(0)), Linear::default()),
-        _ => {
-            let (r0, r1) = (spread(0) / h, spread(1) / h);
-            let (a, b) = ((m(0) - m(1)) * (1.0 / r0), (m(1) - m(2)) * (1.0 / r1));
-            let d1 = a.clone() + (a.clone() - b.clone()) * (r0 / (r0 + r1));
-            (d1, (a - b) * (1.0 / (r0 + r1)))
-        }
-    };
-    // the weights of value, slope and curvature; at infinite h (the last step to zero noise) only the value counts
-    let midpoint = order == 2 && !heun;
-    let (scale, w0, w1, w2, noise) = match kind {
-        Kind::Data => {
-            let e = (-h).exp_m1();
-            let w1 = if midpoint { -0.5 * e } else { e / h + 1.0 };
-            (
-                sigma_t / sigma_s,
-                -alpha_t * e,
-                alpha_t * w1,
-                -alpha_t * ((e + h) / (h * h) - 0.5),
-                None,
-            )
-        }
-        Kind::Noise => {
-            let e = h.exp_m1();
-            let w1 = if midpoint { 0.5 * e } else { e / h - 1.0 };
-            (
-                alpha_t / alpha_s,
-                -sigma_t * e,
-                -sigma_t * w1,
-                -sigma_t * ((e - h) / (h * h) - 0.5),
-                None,
-            )
-        }
-        Kind::SdeData => {
-            let e = -(-2.0 * h).exp_m1();
-            let w1 = if midpoint {
-                0.5 * e
-            } else {
-                e / (-2.0 * h) + 1.0
-            };
-            let w2 = (e - 2.0 * h) / (4.0 * h * h) - 0.5;
-            let scale = sigma_t / sigma_s * (-h).exp();
-            (
-                scale,
-                alpha_t * e,
-                alpha_t * w1,
-                alpha_t * w2,
-                Some(sigma_t * e.sqrt()),
-            )
-        }
-        Kind::SdeNoise => {
-            let e = h.exp_m1();
-            let w1 = if midpoint { e } else { 2.0 * (e / h - 1.0) };
-            let noise = sigma_t * (2.0 * h).exp_m1().sqrt();
-            (
-                alpha_t / alpha_s,
-                -2.0 * sigma_t * e,
-                -sigma_t * w1,
-                0.0,
-                Some(noise),
-            )
-        }
-    };
-    let mut x = sample() * scale + m(0) * w0;
-    if order > 1 {
-        x = x + d1 * w1;
+/// Single step: steps of one, two and three calls that each begin where the last one of a single call began.
+pub(in super::super) fn singlestep(
+    config: &SchedulerConfig,
+    schedule: &NoiseSchedule,
+    steps: usize,
+) -> Result<Trajectory> {
+    if config.solver_order > 3 {
+        return Err(Error::Unsupported(format!(
+            "scheduler config field `solver_order` is {}, expected 1 to 3",
+            config.solver_order
+        )));
     }
-    if order > 2 {
-        x = x + d2 * w2;
+    let linspace = SchedulerConfig {
+        spacing: Spacing::Linspace,
+        ..config.clone()
+    };
+    let dpm = Dpm::new(&linspace, schedule, steps)?;
+    let mut run = Trajectory {
+        registers: START + 1,
+        ..dpm.levels.trajectory()
+    };
+    for (i, order) in singlestep_orders(config, steps).into_iter().enumerate() {
+        let mut call = dpm.call(i);
+        if order == 1 {
+            call.then.push(sample().into(Register::Saved(START)));
+        }
+        call.then.push(assign(dpm.singlestep(i, order)));
+        run.calls.push(call);
     }
-    (x, noise)
+    Ok(run)
+}
+
+/// 1, 2, 3, 1, 2, 3 … up to the solver's order, ending in lower ones where the steps do not divide.
+fn singlestep_orders(config: &SchedulerConfig, steps: usize) -> Vec<usize> {
+    let order = config.solver_order;
+    let lower_at_end =
+        config.lower_order_final || !steps.is_multiple_of(order) || config.final_sigma_zero;
+    let mut orders: Vec<usize> = (0..steps).map(|i| i % order + 1).collect();
+    if lower_at_end && steps.is_multiple_of(order) {
+        // a full last group gives up its highest order for a single step
+        if let Some(last) = orders.last_mut() {
+            *last = 1;
+        }
+    }
+    if config.final_sigma_zero
+        && let Some(last) = orders.last_mut()
+    {
+        *last = 1;
+    }
+    orders
 }

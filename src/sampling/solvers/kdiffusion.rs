@@ -6,7 +6,12 @@ use super::super::trajectory::{Assign, Call, Linear, Register, Trajectory, outpu
 use super::{Levels, lambda, scaled};
 
 /// The call at level `sigma` for latents `x`, and the estimate of the clean latents after it.
-fn call(levels: &Levels, step: usize, (timestep, sigma): (f64, f64), x: &Linear) -> (Call, Linear) {
+pub(super) fn call(
+    levels: &Levels,
+    step: usize,
+    (timestep, sigma): (f64, f64),
+    x: &Linear,
+) -> (Call, Linear) {
     let call = Call {
         timestep,
         sigma,
@@ -18,7 +23,7 @@ fn call(levels: &Levels, step: usize, (timestep, sigma): (f64, f64), x: &Linear)
 }
 
 /// `(x − denoised)/σ`.
-fn derivative(x: Linear, denoised: Linear, sigma: f64) -> Linear {
+pub(super) fn derivative(x: Linear, denoised: Linear, sigma: f64) -> Linear {
     (x - denoised) * (1.0 / sigma)
 }
 
@@ -35,7 +40,7 @@ pub(in super::super) fn euler(levels: &Levels) -> Trajectory {
 }
 
 /// The level to step down to and the noise to add, for a step from `from` to `to` with η = 1.
-fn ancestral(from: f64, to: f64) -> (f64, f64) {
+pub(super) fn ancestral(from: f64, to: f64) -> (f64, f64) {
     let up = to.min(
         (to * to * (from * from - to * to) / (from * from))
             .max(0.0)
@@ -61,11 +66,25 @@ pub(in super::super) fn euler_ancestral(levels: &Levels, draws_at_end: bool) -> 
     run
 }
 
+/// Puts the estimate that follows `call` into register 1 and limits it there.
+fn limited(call: &mut Call, x0: Linear, clip: Option<f64>) -> Linear {
+    let Some(range) = clip else { return x0 };
+    let register = Register::Saved(1);
+    call.then.push(x0.into(register));
+    call.then.push(Assign::Clamp {
+        register,
+        low: -range,
+        high: range,
+    });
+    saved(1)
+}
+
 /// Algorithm 2: two evaluations a step, one for the last.
 pub(in super::super) fn heun(levels: &Levels) -> Trajectory {
-    let mut run = levels.trajectory(1);
+    let mut run = levels.trajectory(2);
     for (i, sigma, next) in levels.pairs() {
         let (mut first, x0) = call(levels, i, (levels.timesteps[i], sigma), &sample());
+        let x0 = limited(&mut first, x0, levels.clip);
         let d = derivative(sample(), x0, sigma);
         if next == 0.0 {
             first
@@ -79,6 +98,7 @@ pub(in super::super) fn heun(levels: &Levels) -> Trajectory {
         let x2 = sample() + saved(0) * (next - sigma);
         let timestep = levels.timesteps.get(i + 1).copied().unwrap_or_default();
         let (mut second, x0) = call(levels, i, (timestep, next), &x2);
+        let x0 = limited(&mut second, x0, levels.clip);
         let d2 = derivative(x2, x0, next);
         let x = sample() + (saved(0) + d2) * ((next - sigma) / 2.0);
         second.then.push(x.into(Register::Sample));

@@ -1,12 +1,17 @@
 //! How to step: one family of papers a file. Each turns noise levels or timesteps into a [`Trajectory`](super::Trajectory).
 
 pub(super) mod ddim;
+pub(super) mod deis;
 pub(super) mod dpm;
+pub(super) mod dpm2;
 pub(super) mod kdiffusion;
 pub(super) mod pndm;
 pub(super) mod unipc;
 
+use super::config::{SchedulerConfig, SigmaMap};
 use super::prediction::Prediction;
+use super::schedule::NoiseSchedule;
+use super::spacing;
 use super::trajectory::{Call, Linear, Trajectory, sample};
 
 /// What σ-space solvers (x = x₀ + σ·ε) share: the levels, the timesteps that go with them, what the network predicts.
@@ -19,6 +24,8 @@ pub(super) struct Levels {
     pub(super) prediction: Prediction,
     /// The initial noise is multiplied by this.
     pub(super) init_noise_sigma: f64,
+    /// Limit of the estimate of x₀, for Heun.
+    pub(super) clip: Option<f64>,
 }
 
 impl Levels {
@@ -38,6 +45,68 @@ impl Levels {
             steps: self.sigmas.len() - 1,
             sigmas: self.sigmas.clone(),
             calls: Vec::new(),
+        }
+    }
+}
+
+/// What multistep solvers over latents of unit variance share: noise levels σ/α, one more than timesteps, and the timesteps.
+struct UnitLevels {
+    sigmas: Vec<f64>,
+    timesteps: Vec<f64>,
+}
+
+impl UnitLevels {
+    /// diffusers' for `steps` over the first `last` training timesteps; `rounded`: whether remapped timesteps are rounded to whole numbers
+    /// or cut.
+    fn new(
+        config: &SchedulerConfig,
+        schedule: &NoiseSchedule,
+        (steps, last): (usize, usize),
+        rounded: bool,
+    ) -> Self {
+        let ends = (schedule.sigma_max(), schedule.sigma_min());
+        let (mut sigmas, timesteps) = match spacing::remap(config, ends, steps) {
+            Some(sigmas) => {
+                let whole = |t: f64| {
+                    if rounded {
+                        t.round_ties_even()
+                    } else {
+                        t.trunc()
+                    }
+                };
+                let timesteps = sigmas.iter().map(|&s| whole(schedule.timestep(s)));
+                (sigmas.clone(), timesteps.collect())
+            }
+            None => {
+                let timesteps = spacing::multistep_timesteps(config, last, steps);
+                let sigmas = timesteps.iter().map(|&t| schedule.interpolate(t));
+                (sigmas.collect::<Vec<_>>(), timesteps)
+            }
+        };
+        sigmas.push(if config.final_sigma_zero {
+            0.0
+        } else {
+            schedule.sigma_min()
+        });
+        let sigmas = spacing::to_f32(sigmas);
+        Self { sigmas, timesteps }
+    }
+
+    /// UniPC and DEIS let remapped levels end at their own last one where others end at the model's least noise.
+    fn end_at_own_last(&mut self, config: &SchedulerConfig) {
+        let n = self.sigmas.len();
+        if config.sigma_map != SigmaMap::None && !config.final_sigma_zero && n > 1 {
+            self.sigmas[n - 1] = self.sigmas[n - 2];
+        }
+    }
+
+    /// A run without calls yet.
+    fn trajectory(&self) -> Trajectory {
+        Trajectory {
+            init_noise_sigma: 1.0,
+            steps: self.timesteps.len(),
+            sigmas: self.sigmas.clone(),
+            ..Trajectory::default()
         }
     }
 }

@@ -6,7 +6,7 @@ use super::super::prediction::Prediction;
 use super::super::schedule::NoiseSchedule;
 use super::super::spacing;
 use super::super::trajectory::{Linear, Register, Trajectory, output, sample, saved};
-use super::ddim::alpha_bar;
+use super::ddim::{alpha_bar_at, alpha_bar_to};
 use super::plain_call;
 use crate::error::{Error, Result};
 
@@ -69,8 +69,8 @@ impl Pndm<'_> {
     /// Equation 9 of the paper: from `x` at `t` to `to`, along `prediction`.
     fn transfer(&self, x: Linear, t: f64, to: f64, prediction: Linear) -> Linear {
         let (a, b) = (
-            alpha_bar(self.config, self.schedule, t),
-            alpha_bar(self.config, self.schedule, to),
+            alpha_bar_at(self.schedule, t),
+            alpha_bar_to(self.config, self.schedule, to),
         );
         let epsilon = match self.config.prediction {
             Prediction::V => prediction * a.sqrt() + x.clone() * (1.0 - a).sqrt(),
@@ -81,7 +81,7 @@ impl Pndm<'_> {
     }
 
     fn push(&mut self, step: usize, t: f64, assigns: Vec<super::super::trajectory::Assign>) {
-        let bar = alpha_bar(self.config, self.schedule, t);
+        let bar = alpha_bar_at(self.schedule, t);
         let mut call = plain_call(step, t, ((1.0 - bar) / bar).sqrt());
         call.then = assigns;
         self.run.calls.push(call);

@@ -5,8 +5,7 @@ use super::super::config::{SchedulerConfig, SigmaMap};
 use super::super::prediction::estimates;
 use super::super::schedule::NoiseSchedule;
 use super::super::trajectory::{Linear, Register, Trajectory, output, sample, saved};
-use super::dpm::levels;
-use super::{alpha_sigma, lambda, plain_call};
+use super::{UnitLevels, alpha_sigma, lambda, plain_call};
 use crate::error::{Error, Result};
 
 struct UniPc<'a> {
@@ -32,29 +31,24 @@ pub(in super::super) fn unipc(
         )));
     }
     let rounded = config.sigma_map == SigmaMap::Karras;
-    let (mut sigmas, timesteps) = levels(
+    let mut levels = UnitLevels::new(
         config,
         schedule,
         (steps, config.num_train_timesteps),
         rounded,
     );
-    if config.sigma_map != SigmaMap::None && !config.final_sigma_zero {
-        // here the remapped levels end at their own last, not at the model's
-        let n = sigmas.len();
-        sigmas[n - 1] = sigmas[n - 2];
-    }
+    levels.end_at_own_last(config);
+    let history = config.solver_order + 1;
+    let mut run = Trajectory {
+        registers: history + 1,
+        ..levels.trajectory()
+    };
+    let UnitLevels { sigmas, timesteps } = levels;
+    let count = timesteps.len();
     let solver = UniPc {
         config,
         sigmas,
-        history: config.solver_order + 1,
-    };
-    let count = timesteps.len();
-    let mut run = Trajectory {
-        init_noise_sigma: 1.0,
-        registers: solver.history + 1,
-        steps: count,
-        sigmas: solver.sigmas.clone(),
-        calls: Vec::new(),
+        history,
     };
     let mut last_order = 0;
     for (i, &t) in timesteps.iter().enumerate() {
