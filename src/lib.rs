@@ -5,6 +5,7 @@ pub mod cli;
 pub mod demo;
 pub mod device;
 pub mod error;
+pub mod memory;
 pub mod output;
 pub mod pipeline;
 pub mod sampling;
@@ -12,4 +13,7 @@ pub mod spec;
 pub mod text;
 pub mod weights;
 
+pub use checkpoint::Checkpoint;
 pub use error::{Error, Result};
+pub use output::Image;
+pub use pipeline::{Control, Engine, Event, Plan, Request};

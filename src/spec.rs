@@ -9,6 +9,7 @@ use crate::checkpoint::{self, Checkpoint, Detection, Family, TensorSet};
 use crate::error::{Error, Result};
 use crate::sampling::{Prediction, SchedulerConfig};
 use crate::weights::Layout;
+use crate::weights::text_tower::{POSITIONS, PROJECTION};
 use sd_models::config::ConfigResult;
 use sd_models::{clip, unet, vae};
 
@@ -38,8 +39,6 @@ pub struct Component<C> {
     pub tensors: Arc<TensorSet>,
     /// Canonical names → names in the file.
     pub layout: Layout,
-    /// Below which stored names a tensor belongs to this component.
-    pub prefix: String,
 }
 
 /// What a family does when nothing else is asked for.
@@ -138,11 +137,13 @@ impl ModelSpec {
         {
             text.layout = Layout::identity("text_model");
         }
-        for known in [
-            "text_model.embeddings.position_ids",
-            "embeddings.position_ids",
+        for (name, what) in [
+            ("text_model.embeddings.position_ids", POSITIONS),
+            ("embeddings.position_ids", POSITIONS),
+            ("text_projection", PROJECTION),
+            ("logit_scale", PROJECTION),
         ] {
-            text.layout.ignore(known);
+            text.layout.ignore(name, what);
         }
         let prediction = scheduler
             .as_ref()
@@ -176,30 +177,24 @@ impl ModelSpec {
             .ok_or_else(|| Error::bad_model(checkpoint.path(), "the file holds no tensors"))?;
         let shapes = |name: &str| tensors.info(name).map(|info| info.shape.clone());
         let broken = |reason: String| Error::bad_model(checkpoint.path(), reason);
-        let component = |prefix: &str, layout| (Arc::clone(&tensors), layout, prefix.to_owned());
-        let unet_prefix = "model.diffusion_model";
-        let vae_prefix = "first_stage_model";
-        let (unet_config, layout) =
-            crate::weights::ldm_unet::read(unet_prefix, &shapes).map_err(broken)?;
-        let unet = Component::new(unet_config, component(unet_prefix, layout));
-        let (vae_config, layout) =
-            crate::weights::ldm_vae::read(vae_prefix, SCALING_FACTOR, &shapes).map_err(broken)?;
-        let vae = Component::new(vae_config, component(vae_prefix, layout));
-        let (text_prefix, text) = if detection.family == Family::Sd2 {
-            let prefix = "cond_stage_model.model";
-            (
-                prefix,
-                crate::weights::text_tower::read_open_clip(prefix, &shapes),
-            )
-        } else {
-            let prefix = "cond_stage_model.transformer";
-            (
-                prefix,
-                crate::weights::text_tower::read_transformers(prefix, &shapes),
-            )
-        };
-        let (text_config, layout) = text.map_err(broken)?;
-        let text = Component::new(text_config, component(text_prefix, layout));
+        let (unet, layout) =
+            crate::weights::ldm_unet::read("model.diffusion_model", &shapes).map_err(broken)?;
+        let unet = Component::new(unet, &tensors, layout);
+        let (vae, layout) =
+            crate::weights::ldm_vae::read("first_stage_model", SCALING_FACTOR, &shapes)
+                .map_err(broken)?;
+        let vae = Component::new(vae, &tensors, layout);
+        let (text, layout) = match detection.family {
+            Family::Sd2 => {
+                crate::weights::text_tower::read_open_clip("cond_stage_model.model", &shapes)
+            }
+            _ => crate::weights::text_tower::read_transformers(
+                "cond_stage_model.transformer",
+                &shapes,
+            ),
+        }
+        .map_err(broken)?;
+        let text = Component::new(text, &tensors, layout);
         let prediction = match detection.prediction {
             Some(checkpoint::Prediction::V) => Prediction::V,
             Some(checkpoint::Prediction::Sample) => Prediction::Sample,
@@ -218,12 +213,11 @@ impl ModelSpec {
 }
 
 impl<C> Component<C> {
-    fn new(config: C, (tensors, layout, prefix): (Arc<TensorSet>, Layout, String)) -> Self {
+    fn new(config: C, tensors: &Arc<TensorSet>, layout: Layout) -> Self {
         Self {
             config,
-            tensors,
+            tensors: Arc::clone(tensors),
             layout,
-            prefix,
         }
     }
 }
@@ -259,8 +253,5 @@ fn folder_component<C>(
         .ok_or_else(|| Error::bad_model(path.join("config.json"), "the file is missing"))?;
     let config =
         parse(config).map_err(|e| Error::bad_model(path.join("config.json"), e.to_string()))?;
-    Ok(Component::new(
-        config,
-        (tensors, Layout::identity(""), String::new()),
-    ))
+    Ok(Component::new(config, &tensors, Layout::identity("")))
 }

@@ -16,6 +16,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "checkpoint",
             "demo",
             "device",
+            "memory",
             "output",
             "pipeline",
             "sampling",
@@ -30,12 +31,14 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("demo", &["checkpoint"]),
     ("device", &["candle_core"]),
     ("error", &["candle_core", "sd_kernels"]),
+    ("memory", &[]),
     ("output", &[]),
     (
         "pipeline",
         &[
             "checkpoint",
             "device",
+            "memory",
             "output::Image",
             "sampling",
             "spec",

@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use crate::support::Dir;
+use crate::support::weights::{Case, FolderForm, Stored, edit};
 
 const SMALL: [&str; 8] = [
     "--width", "64", "--height", "64", "--steps", "2", "--seed", "1",
@@ -145,26 +146,195 @@ fn bench_and_doctor_report_as_json() {
     assert!(serde_json::from_str::<Value>(&out).unwrap().is_object());
 }
 
+#[test]
+fn plain_reads_make_the_same_picture() {
+    let dir = Dir::new();
+    Case::load("sd1-odd").write_folder(&dir.path("model"), &FolderForm::default());
+    let file = |more: &[&'static str], name: &'static str| {
+        let mut args = generate(&["-m", "model", "-o", name]);
+        args.extend(more);
+        dir.ok(&args);
+        std::fs::read(dir.path(name)).unwrap()
+    };
+    assert_eq!(file(&["--no-mmap"], "a.png"), file(&[], "b.png"));
+    let seen = |more: &[&'static str]| {
+        let mut args = vec!["inspect", "model", "--json"];
+        args.extend(more);
+        dir.ok(&args)
+    };
+    assert_eq!(seen(&["--no-mmap"]), seen(&[]));
+}
+
+#[test]
+fn unused_tensors_are_told_of_once_in_one_line() {
+    let dir = Dir::new();
+    Case::load("sd1-odd").write_folder(&dir.path("model"), &FolderForm::default());
+    for (file, count) in [
+        ("unet/diffusion_pytorch_model", 3),
+        ("text_encoder/model", 2),
+    ] {
+        edit(&dir.path(&format!("model/{file}.safetensors")), |tensors| {
+            tensors.extend((0..count).map(|i| Stored {
+                name: format!("odd{i}\u{1b}"),
+                shape: vec![1],
+                dtype: safetensors::Dtype::F32,
+                bytes: vec![0; 4],
+            }));
+        });
+    }
+    let args = generate(&["-m", "model", "--count", "2", "-b", "2", "-o", "p.png"]);
+    let outcome = dir.sd_rs(&args);
+    assert_eq!(outcome.status, Some(0), "{outcome:?}");
+    assert_eq!(outcome.stderr.lines().count(), 1, "{}", outcome.stderr);
+    for part in [
+        "5 tensors are not used",
+        "`text_encoder/odd0\\u{1b}`",
+        "and 2 more",
+        "inspect",
+    ] {
+        assert!(outcome.stderr.contains(part), "{part}: {}", outcome.stderr);
+    }
+    let mut args = generate(&["-m", "model", "-o", "q.png"]);
+    args.push("-q");
+    assert_eq!(dir.sd_rs(&args).stderr, "");
+}
+
+/// A folder whose tensor `name` of `component` holds `value` somewhere.
+fn spoiled(component: &str, name: &str, value: half::f16) -> Dir {
+    let dir = Dir::new();
+    Case::load("sd1-odd").write_folder(&dir.path("model"), &FolderForm::default());
+    let path = dir.path(&format!(
+        "model/{component}/diffusion_pytorch_model.safetensors"
+    ));
+    edit(&path, |tensors| {
+        let tensor = tensors
+            .iter_mut()
+            .find(|tensor| tensor.name == name)
+            .unwrap();
+        assert_eq!(tensor.dtype, safetensors::Dtype::F16);
+        tensor.bytes[..2].copy_from_slice(&value.to_le_bytes());
+    });
+    dir
+}
+
+#[test]
+fn what_is_not_numbers_never_becomes_a_picture() {
+    use half::f16;
+    for (component, name, value, words) in [
+        ("vae", "decoder.conv_in.weight", f16::NAN, "autoencoder"),
+        (
+            "vae",
+            "decoder.conv_in.weight",
+            f16::INFINITY,
+            "autoencoder",
+        ),
+        (
+            "vae",
+            "decoder.conv_out.bias",
+            f16::NEG_INFINITY,
+            "autoencoder",
+        ),
+        (
+            "vae",
+            "decoder.mid_block.resnets.0.norm1.weight",
+            f16::NAN,
+            "autoencoder",
+        ),
+        ("unet", "conv_in.weight", f16::NAN, "network call 1"),
+        (
+            "unet",
+            "mid_block.resnets.0.conv1.weight",
+            f16::INFINITY,
+            "network call 1",
+        ),
+    ] {
+        let dir = spoiled(component, name, value);
+        let args = generate(&[
+            "-m",
+            "model",
+            "-o",
+            "p.png",
+            "--save-latents",
+            "l.safetensors",
+        ]);
+        let sentence = dir.fails(&args, 1);
+        assert!(
+            sentence.contains(words),
+            "{component} {name} {value}: {sentence}"
+        );
+        assert!(sentence.contains("may be damaged"), "{sentence}");
+        assert_eq!(sentence.lines().count(), 1, "{sentence}");
+        assert_eq!(dir.names(), ["model"], "{component} {name} {value}");
+    }
+}
+
+/// Starts a long run and gives it back when its standard error has said `words`.
+#[cfg(unix)]
+fn begun(dir: &Dir, more: &[&str], words: &str) -> std::process::Child {
+    use std::io::{BufRead, BufReader};
+    let mut args = vec![
+        "-vv", "generate", "-p", "x", "-W", "64", "-H", "64", "-o", "p.png",
+    ];
+    args.extend(more);
+    let mut child = dir.command(&args).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let said = lines.by_ref().any(|line| line.unwrap().contains(words));
+    assert!(said, "{:?} ended without `{words}`", child.wait());
+    // what it says from now on must not stop it
+    std::thread::spawn(move || lines.for_each(drop));
+    child
+}
+
 #[cfg(unix)]
 #[test]
 fn an_interrupt_ends_with_130_and_leaves_nothing() {
-    use std::process::{Command, Stdio};
     let dir = Dir::new();
-    let mut child = Command::new(env!("CARGO_BIN_EXE_sd-rs"))
-        .args(["generate", "-p", "x", "--steps", "1000", "-o", "p.png"])
-        .current_dir(dir.root())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(3000));
+    let mut child = begun(&dir, &["--steps", "1000"], "step 2 of 1000");
     let pid = child.id().to_string();
-    assert!(
-        Command::new("kill")
-            .args(["-INT", &pid])
-            .status()
-            .unwrap()
-            .success()
-    );
+    let mut sent = std::process::Command::new("kill");
+    sent.args(["-INT", &pid]);
+    assert!(sent.status().unwrap().success());
     assert_eq!(child.wait().unwrap().code(), Some(130));
     assert!(dir.names().is_empty(), "{:?}", dir.names());
+}
+
+#[cfg(unix)]
+#[test]
+fn a_killed_run_leaves_no_picture_or_a_whole_one() {
+    use std::time::{Duration, Instant};
+    let dir = Dir::new();
+    let mut child = begun(&dir, &["--steps", "1000"], "step 2 of 1000");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(dir.names().is_empty(), "{:?}", dir.names());
+    // while the picture is being written: first there is an unfinished file, and the picture's name is that of a whole one
+    let mut first_names = Vec::new();
+    for microseconds in (0..12_000).step_by(1000) {
+        let dir = Dir::new();
+        let mut child = begun(&dir, &["--steps", "1", "-s", "1"], "decoding");
+        let start = Instant::now();
+        let mut names = Vec::new();
+        while names.is_empty() && start.elapsed() < Duration::from_secs(60) {
+            names = dir.names();
+        }
+        std::thread::sleep(Duration::from_micros(microseconds));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        first_names.extend(names);
+        for name in dir.names() {
+            if name == "p.png" {
+                let picture = image::open(dir.path(&name)).unwrap();
+                assert_eq!((picture.width(), picture.height()), (64, 64));
+            } else {
+                assert!(is_unfinished(&name), "{name}");
+            }
+        }
+    }
+    let seen = first_names.iter().any(|name| is_unfinished(name));
+    assert!(seen, "never an unfinished file: {first_names:?}");
+}
+
+#[cfg(unix)]
+fn is_unfinished(name: &str) -> bool {
+    name.starts_with(".sd-rs-") && name.ends_with(".part")
 }

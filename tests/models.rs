@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::Dtype;
 use sd_kernels::{Source, Weights};
 use sd_models::{clip, unet, vae};
-use sd_rs::checkpoint::Checkpoint;
+use sd_rs::checkpoint::{Checkpoint, ReadOptions};
 use sd_rs::pipeline::{Control, Engine, Plan, Request};
 use sd_rs::text::Syntax;
 use serde_json::Value;
@@ -408,6 +408,14 @@ fn every_form_of_single_file() {
                 latents.unwrap()
             };
             assert_eq!(latents(&engine), latents(&reference), "{what}");
+            // plain reads give the same numbers as a mapping
+            let options = ReadOptions {
+                no_mmap: true,
+                ..ReadOptions::default()
+            };
+            let read = Checkpoint::open_with(&path, &options).unwrap();
+            let read = Engine::load(&read, &Device::Cpu, DType::F32).unwrap();
+            assert_eq!(latents(&read), latents(&engine), "{what}, read");
         }
     }
 }

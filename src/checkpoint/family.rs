@@ -270,7 +270,7 @@ fn detect_single(tensors: &TensorSet) -> Detection {
     let averaged = tensors.names_below("model_ema.").count();
     if averaged > 0 && detection.structure.unet.is_some() {
         let note =
-            format!("{averaged} tensors below `model_ema.` are an averaged copy and are ignored");
+            format!("an averaged copy (tensors below `model_ema.`, {averaged} of them) is ignored");
         detection.evidence.push(note);
     }
     detection

@@ -1,4 +1,5 @@
-//! One safetensors file: opened only when it is a plain file and its header is good, then mapped; tensors are looked at where they lie.
+//! One safetensors file: opened only when it is a plain file and its header is good. Its tensors are looked at where they lie in a mapping,
+//! or, where that is not wanted or the file system cannot do it, each is read when it is asked for.
 //!
 //! Nothing but the header is read when a file is opened, so a file of any size opens in milliseconds. This is the one file of the crate
 //! with `unsafe`: mapping a file, and giving mapped pages back.
@@ -8,7 +9,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, Metadata};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
 use memmap2::Mmap;
@@ -30,8 +30,6 @@ pub struct SafeTensors {
     by_name: HashMap<String, usize>,
     metadata: BTreeMap<String, String>,
     store: Store,
-    /// The open file and when it was changed last; none for bytes in the program.
-    opened: Option<(File, Option<SystemTime>)>,
     /// Why the file is read instead of mapped, when mapping was tried.
     unmapped: Option<String>,
 }
@@ -39,10 +37,19 @@ pub struct SafeTensors {
 /// Where the bytes are.
 #[derive(Debug)]
 enum Store {
-    Mapped(Mmap),
-    /// The lock guards the position in the file.
-    Plain(Mutex<File>),
+    /// Looked at where they lie.
+    Mapped(Mmap, Opened),
+    /// Each tensor is read when it is asked for, and belongs to whoever asked.
+    Plain(Opened),
+    /// Inside the program.
     Static(&'static [u8]),
+}
+
+/// An open file, and when it was changed last.
+#[derive(Debug)]
+struct Opened {
+    file: File,
+    modified: Option<SystemTime>,
 }
 
 impl SafeTensors {
@@ -56,9 +63,9 @@ impl SafeTensors {
         let about = file.metadata().map_err(|e| Error::disk(path, "read", e))?;
         let size = about.len();
         let header = read_header(&mut file, path, size)?;
-        let (store, unmapped) = make_store(&file, path, mapped)?;
+        let modified = about.modified().ok();
+        let (store, unmapped) = Store::new(Opened { file, modified }, mapped);
         Ok(Self {
-            opened: Some((file, about.modified().ok())),
             unmapped,
             ..Self::assemble(path, size, header, store)
         })
@@ -90,7 +97,6 @@ impl SafeTensors {
             by_name,
             metadata: header.metadata,
             store,
-            opened: None,
             unmapped: None,
         }
     }
@@ -140,40 +146,36 @@ impl SafeTensors {
                 format!("tensor `{name}` does not lie in this file"),
             )
         };
-        match &self.store {
-            Store::Mapped(map) => map
-                .get(info.range.clone())
-                .map(Cow::Borrowed)
-                .ok_or_else(outside),
-            Store::Static(bytes) => bytes
-                .get(info.range.clone())
-                .map(Cow::Borrowed)
-                .ok_or_else(outside),
-            Store::Plain(_) if info.range.end as u64 > self.size => Err(outside()),
-            Store::Plain(file) => {
-                let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+        let held: &[u8] = match &self.store {
+            Store::Mapped(map, _) => map,
+            Store::Static(bytes) => bytes,
+            Store::Plain(_) if info.range.end as u64 > self.size => return Err(outside()),
+            Store::Plain(opened) => {
                 let mut bytes = vec![0; info.range.len()];
-                file.seek(SeekFrom::Start(info.range.start as u64))
-                    .and_then(|_| file.read_exact(&mut bytes))
+                read_exact_at(&opened.file, &mut bytes, info.range.start as u64)
                     .map_err(|e| Error::disk(&self.path, "read", e))?;
-                Ok(Cow::Owned(bytes))
+                return Ok(Cow::Owned(bytes));
             }
-        }
+        };
+        held.get(info.range.clone())
+            .map(Cow::Borrowed)
+            .ok_or_else(outside)
     }
 
     /// Tells the system that the bytes of a tensor are not needed any more: they leave this process's memory and come back from the file
     /// if they are asked for again. So a file and its converted copy are never both resident. Does nothing where it cannot.
     pub fn release(&self, info: &TensorInfo) {
-        if let Store::Mapped(map) = &self.store {
+        if let Store::Mapped(map, _) = &self.store {
             give_back(map, info);
         }
     }
 
     fn check_unchanged(&self) -> Result<()> {
-        let Some((file, modified)) = &self.opened else {
+        let (Store::Mapped(_, opened) | Store::Plain(opened)) = &self.store else {
             return Ok(());
         };
-        let now = file
+        let now = opened
+            .file
             .metadata()
             .map_err(|e| Error::disk(&self.path, "read", e))?;
         if now.len() != self.size {
@@ -184,7 +186,7 @@ impl SafeTensors {
             );
             return Err(Error::bad_model(&self.path, reason));
         }
-        if now.modified().ok() != *modified {
+        if now.modified().ok() != opened.modified {
             return Err(Error::bad_model(
                 &self.path,
                 "the file was changed while it was read; try again when nothing writes to it",
@@ -284,20 +286,44 @@ fn read_header(file: &mut (impl Read + Seek), path: &Path, size: u64) -> Result<
     header::parse(&text, size).map_err(bad)
 }
 
-/// A mapping of `file`, or the file itself with the reason why it could not be mapped.
-fn make_store(file: &File, path: &Path, mapped: bool) -> Result<(Store, Option<String>)> {
-    let unmapped = if mapped {
-        match map(file) {
-            Ok(map) => return Ok((Store::Mapped(map), None)),
-            Err(e) => Some(format!(
-                "the file cannot be mapped into memory ({e}), so it is read instead"
-            )),
+impl Store {
+    /// A mapping if that is wanted and the file system can do it (some answer ENODEV), else plain reads; and why not, if it could not.
+    fn new(opened: Opened, mapped: bool) -> (Self, Option<String>) {
+        if !mapped {
+            return (Self::Plain(opened), None);
         }
-    } else {
-        None
-    };
-    let reader = file.try_clone().map_err(|e| Error::disk(path, "read", e))?;
-    Ok((Store::Plain(Mutex::new(reader)), unmapped))
+        match map(&opened.file) {
+            Ok(map) => (Self::Mapped(map, opened), None),
+            Err(e) => {
+                let why =
+                    format!("the file cannot be mapped into memory ({e}), so it is read instead");
+                (Self::Plain(opened), Some(why))
+            }
+        }
+    }
+}
+
+/// Fills `bytes` from `offset` on, wherever the file's position is: several threads read at once. A file that was cut short is an error.
+#[cfg(unix)]
+fn read_exact_at(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, bytes, offset)
+}
+
+/// Fills `bytes` from `offset` on, wherever the file's position is: several threads read at once. A file that was cut short is an error.
+#[cfg(windows)]
+fn read_exact_at(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, bytes, offset) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => {
+                bytes = bytes.get_mut(n..).unwrap_or_default();
+                offset = offset.saturating_add(n as u64);
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
 }
 
 #[allow(unsafe_code)]
@@ -327,3 +353,54 @@ fn give_back(map: &Mmap, info: &TensorInfo) {
 
 #[cfg(not(unix))]
 fn give_back(_map: &Mmap, _info: &TensorInfo) {}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_mapped_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x");
+        // a file that is open for writing alone cannot be mapped, whatever the system
+        let file = File::create(&path).unwrap();
+        let opened = |file| Opened {
+            file,
+            modified: None,
+        };
+        let (store, why) = Store::new(opened(file), true);
+        assert!(matches!(store, Store::Plain(_)));
+        assert!(why.unwrap().contains("so it is read instead"));
+        std::fs::write(&path, b"12").unwrap();
+        let (store, why) = Store::new(opened(File::open(&path).unwrap()), true);
+        assert!(matches!(store, Store::Mapped(..)) && why.is_none());
+        let (store, why) = Store::new(opened(File::open(&path).unwrap()), false);
+        assert!(matches!(store, Store::Plain(_)) && why.is_none());
+    }
+
+    /// The kernel's own files are plain files that answer ENODEV.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_file_system_without_mappings_is_no_obstacle() {
+        const ENODEV: i32 = 19;
+        let Ok(file) = File::open("/sys/kernel/mm/transparent_hugepage/enabled") else {
+            return; // a container may hide them
+        };
+        assert_eq!(map(&file).unwrap_err().raw_os_error(), Some(ENODEV));
+        let (store, why) = Store::new(
+            Opened {
+                file,
+                modified: None,
+            },
+            true,
+        );
+        assert!(why.is_some());
+        let Store::Plain(opened) = store else {
+            panic!("mapped")
+        };
+        let mut bytes = [0; 4];
+        read_exact_at(&opened.file, &mut bytes, 1).unwrap();
+        assert!(read_exact_at(&opened.file, &mut [0; 9999], 0).is_err());
+    }
+}

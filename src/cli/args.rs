@@ -62,6 +62,9 @@ pub struct GenerateArgs {
     /// A .safetensors file or a diffusers folder [default: the demonstration checkpoint in this binary]
     #[arg(short, long)]
     pub model: Option<PathBuf>,
+    /// Read model files instead of mapping them into memory: for network file systems, and files that others write to
+    #[arg(long)]
+    pub no_mmap: bool,
     /// Pixels, a multiple of 8 [default: the model's own size]
     #[arg(short = 'W', long)]
     pub width: Option<usize>,
@@ -132,6 +135,9 @@ pub struct GenerateArgs {
 pub struct InspectArgs {
     /// A model file or folder
     pub file: PathBuf,
+    /// Read model files instead of mapping them into memory: for network file systems, and files that others write to
+    #[arg(long)]
+    pub no_mmap: bool,
     /// One JSON object
     #[arg(long)]
     pub json: bool,
@@ -154,6 +160,9 @@ pub struct BenchArgs {
     /// A full-size network with made-up weights, no file needed
     #[arg(long, value_enum, value_name = "FAMILY")]
     pub random_weights: Option<RandomFamily>,
+    /// Read model files instead of mapping them into memory: for network file systems, and files that others write to
+    #[arg(long)]
+    pub no_mmap: bool,
     /// Pixels of each side [default: the model's own size]
     #[arg(long)]
     pub size: Option<usize>,

@@ -13,7 +13,8 @@ use super::args::{BenchArgs, RandomFamily};
 use super::{interrupt, open_model, print_line, set_threads};
 use crate::device;
 use crate::error::{Error, Result};
-use crate::pipeline::{Networks, peak_resident};
+use crate::memory::peak_resident;
+use crate::pipeline::Networks;
 use crate::spec::ModelSpec;
 
 /// Everything that was measured.
@@ -149,9 +150,9 @@ fn check_stopped() -> Result<()> {
 
 fn load(args: &BenchArgs, device: &Device, dtype: DType) -> Result<(String, Networks, usize)> {
     let Some(family) = args.random_weights else {
-        let checkpoint = open_model(args.model.as_deref())?;
+        let checkpoint = open_model(args.model.as_deref(), args.no_mmap)?;
         let spec = ModelSpec::read(&checkpoint, &crate::checkpoint::detect(&checkpoint))?;
-        let (networks, _) = Networks::load(&spec, device, dtype)?;
+        let (networks, _) = Networks::load(&checkpoint, &spec, device, dtype)?;
         return Ok((spec.family.id().to_owned(), networks, spec.defaults.size));
     };
     let (text, unet, name) = match family {

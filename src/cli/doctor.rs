@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
+use crate::memory::Memory;
 
 /// Memory below which Stable Diffusion 1.5 at 512×512 in f32 does not fit, in bytes.
 const SD15_BYTES: u64 = 5_000_000_000;
@@ -59,13 +60,8 @@ struct Machine {
 impl Machine {
     fn look() -> Self {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let folder = std::env::current_dir().ok();
-        let memory_total =
-            meminfo_bytes(&meminfo, "MemTotal").or_else(|| sysctl("hw.memsize")?.parse().ok());
-        let cgroup = cgroup_memory(Path::new("/sys/fs/cgroup"), Path::new("/proc/self/cgroup"));
-        let limit = cgroup.filter(|memory| memory_total.is_none_or(|total| memory.limit < total));
-        let available = meminfo_bytes(&meminfo, "MemAvailable");
+        let memory = Memory::look();
         Self {
             system: format!("{} {}", std::env::consts::OS, std::env::consts::ARCH),
             cpu: cpuinfo_field(&cpuinfo, "model name")
@@ -74,12 +70,9 @@ impl Machine {
             cores: physical_cores(&cpuinfo).or_else(|| sysctl("hw.physicalcpu")?.parse().ok()),
             logical_cpus: logical_cpus(&cpuinfo).or_else(|| sysctl("hw.logicalcpu")?.parse().ok()),
             usable_threads: std::thread::available_parallelism().map_or(1, usize::from),
-            memory_total,
-            memory_available: match &limit {
-                Some(memory) => Some(memory.left().min(available.unwrap_or(u64::MAX))),
-                None => available,
-            },
-            memory_limit: limit.map(|memory| memory.limit),
+            memory_total: memory.total.or_else(|| sysctl("hw.memsize")?.parse().ok()),
+            memory_available: memory.available,
+            memory_limit: memory.limit,
             cuda_driver: cuda_driver(),
             folder_writable: folder.as_deref().is_some_and(writable),
             disk_free: folder.as_deref().and_then(disk_free),
@@ -336,74 +329,6 @@ fn physical_cores(cpuinfo: &str) -> Option<usize> {
     Some(cores.len()).filter(|count| *count > 0)
 }
 
-/// A field of `/proc/meminfo`, which counts in KiB.
-fn meminfo_bytes(meminfo: &str, name: &str) -> Option<u64> {
-    let value = meminfo
-        .lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-    value
-        .trim()
-        .strip_suffix("kB")?
-        .trim()
-        .parse::<u64>()
-        .ok()?
-        .checked_mul(1024)
-}
-
-/// A container's memory.
-struct CgroupMemory {
-    limit: u64,
-    used: u64,
-    /// File pages that the system gives back when asked.
-    reclaimable: u64,
-}
-
-impl CgroupMemory {
-    fn left(&self) -> u64 {
-        self.limit
-            .saturating_sub(self.used.saturating_sub(self.reclaimable))
-    }
-}
-
-/// The tightest memory limit above this process: cgroup v2's hierarchy, or v1's memory controller. `root` is where cgroups are mounted,
-/// `own` names the process's own.
-fn cgroup_memory(root: &Path, own: &Path) -> Option<CgroupMemory> {
-    let own = fs::read_to_string(own).unwrap_or_default();
-    let (folder, limit, used) = if root.join("cgroup.controllers").exists() {
-        let path = own.lines().find_map(|line| line.strip_prefix("0::/"));
-        (
-            root.join(path.unwrap_or("")),
-            "memory.max",
-            "memory.current",
-        )
-    } else {
-        let path = own
-            .lines()
-            .find_map(|line| line.split_once(":memory:/"))
-            .map(|(_, path)| path);
-        let folder = root.join("memory").join(path.unwrap_or(""));
-        (folder, "memory.limit_in_bytes", "memory.usage_in_bytes")
-    };
-    let number = |path: PathBuf| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-    let levels = folder
-        .ancestors()
-        .take_while(|level| level.starts_with(root));
-    let limits = levels.filter_map(|level| {
-        let stat = fs::read_to_string(level.join("memory.stat")).unwrap_or_default();
-        let inactive = stat
-            .lines()
-            .find_map(|line| line.strip_prefix("inactive_file "));
-        Some(CgroupMemory {
-            limit: number(level.join(limit))?,
-            used: number(level.join(used)).unwrap_or(0),
-            reclaimable: inactive
-                .and_then(|value| value.trim().parse().ok())
-                .unwrap_or(0),
-        })
-    });
-    limits.min_by_key(CgroupMemory::left)
-}
-
 /// The version of NVIDIA's driver, where there is one.
 fn cuda_driver() -> Option<String> {
     let text = fs::read_to_string("/proc/driver/nvidia/version").ok()?;
@@ -474,40 +399,9 @@ mod tests {
         assert_eq!(logical_cpus(CPUINFO), Some(3));
         assert_eq!(physical_cores(CPUINFO), Some(2));
         assert_eq!((logical_cpus(""), physical_cores("")), (None, None));
-        let meminfo = "MemTotal:       16303412 kB\nMemFree: 1 kB\nMemAvailable:    2048 kB\n";
-        assert_eq!(meminfo_bytes(meminfo, "MemAvailable"), Some(2 << 20));
-        assert_eq!(meminfo_bytes(meminfo, "Mem"), None);
         let df = "Filesystem 1024-blocks Used Available Capacity Mounted on\n/dev/a b 100 60 40 60% /my disk\n";
         assert_eq!(df_available(df), Some(40 * 1024));
         assert_eq!(df_available("df: no"), None);
-    }
-
-    #[test]
-    fn the_tightest_limit_of_the_containers_counts() {
-        let folder = tempfile::tempdir().unwrap();
-        let (root, own) = (folder.path().join("cgroup"), folder.path().join("own"));
-        let write = |path: &str, text: &str| {
-            let path = root.join(path);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, text).unwrap();
-        };
-        fs::write(&own, "0::/a/b\n").unwrap();
-        write("cgroup.controllers", "memory");
-        write("a/b/memory.max", "max\n");
-        assert!(cgroup_memory(&root, &own).is_none());
-        write("a/memory.max", "1000\n");
-        write("a/memory.current", "700\n");
-        write("a/memory.stat", "anon 3\ninactive_file 200\n");
-        write("memory.max", "5000\n");
-        let found = cgroup_memory(&root, &own).unwrap();
-        assert_eq!((found.limit, found.left()), (1000, 500));
-
-        fs::remove_file(root.join("cgroup.controllers")).unwrap();
-        fs::write(&own, "3:cpu:/x\n2:memory:/a\n").unwrap();
-        write("memory/a/memory.limit_in_bytes", "4000\n");
-        write("memory/a/memory.usage_in_bytes", "1000\n");
-        let found = cgroup_memory(&root, &own).unwrap();
-        assert_eq!((found.limit, found.left()), (4000, 3000));
     }
 
     #[test]

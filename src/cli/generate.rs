@@ -11,8 +11,9 @@ use super::args::GenerateArgs;
 use super::{interrupt, model_name, open_model, print_line, set_threads};
 use crate::device;
 use crate::error::{Error, Result};
+use crate::memory::peak_resident;
 use crate::output::{self, NoiseSource, Parameters, Target};
-use crate::pipeline::{Batch, Control, Engine, Event, Plan, Request, Rng, peak_resident};
+use crate::pipeline::{Batch, Control, Engine, Event, Plan, Request, Rng};
 
 /// What does not change from picture to picture.
 struct Job<'a> {
@@ -36,7 +37,7 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     let device = device::open(args.device)?;
     let dtype = device::dtype(args.dtype, &device)?;
     output::check_target(&args.output, args.save_latents.as_deref(), args.overwrite)?;
-    let checkpoint = open_model(args.model.as_deref())?;
+    let checkpoint = open_model(args.model.as_deref(), args.no_mmap)?;
     let engine = Engine::load(&checkpoint, &device, dtype)?;
     let plan = Plan::new(&engine, &request)?;
     let job = Job {
@@ -56,15 +57,7 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     }
     let bar = progress_bar(quiet);
     let mut listener = |event: Event| {
-        match event {
-            Event::Warning(text) => bar.suspend(|| tracing::warn!("{text}")),
-            Event::Encoded => bar.set_message("denoising"),
-            Event::Step { done, total } => {
-                bar.set_length(total as u64);
-                bar.set_position(done as u64);
-            }
-            Event::Decoding => bar.set_message("decoding"),
-        }
+        show(&bar, event);
         if interrupt::stopped() {
             Control::Stop
         } else {
@@ -135,6 +128,26 @@ fn progress_bar(quiet: bool) -> ProgressBar {
     bar.set_message("encoding");
     bar.enable_steady_tick(Duration::from_millis(200));
     bar
+}
+
+/// Moves the bar; with `-v` and `-vv` lines tell the same.
+fn show(bar: &ProgressBar, event: Event) {
+    match event {
+        Event::Warning(text) => bar.suspend(|| tracing::warn!("{text}")),
+        Event::Encoded => {
+            bar.set_message("denoising");
+            bar.suspend(|| tracing::info!("the prompt is encoded, denoising begins"));
+        }
+        Event::Step { done, total } => {
+            bar.set_length(total as u64);
+            bar.set_position(done as u64);
+            bar.suspend(|| tracing::debug!("step {done} of {total}"));
+        }
+        Event::Decoding => {
+            bar.set_message("decoding");
+            bar.suspend(|| tracing::info!("decoding"));
+        }
+    }
 }
 
 impl Job<'_> {

@@ -2,23 +2,26 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::Path;
 
 use serde::Serialize;
 
+use super::args::InspectArgs;
+use super::open_model;
 use crate::checkpoint::{
-    Checkpoint, Detection, Structure, TensorInfo, TensorSet, auto_v2, detect, printable,
+    Checkpoint, Detection, Structure, TensorInfo, TensorSet, auto_v2, detect, leftover, printable,
     printable_to, sha256_file,
 };
 use crate::error::{Error, Result};
+use crate::pipeline::Coverage;
+use crate::spec::ModelSpec;
 
 /// Names shown of a longer list.
 const SHOWN: usize = 8;
 /// The longest metadata value that is shown, in characters: in the text, and in the JSON.
 const VALUE_TEXT: usize = 100;
 const VALUE_JSON: usize = 10_000;
-/// The types that networks can be read from.
-const READABLE: [&str; 5] = ["F32", "F16", "BF16", "F64", "F8_E4M3"];
+/// The same for a problem in the text.
+const PROBLEM_TEXT: usize = 400;
 
 /// What is known of a file or folder. The JSON of `--json`.
 #[derive(Debug, Serialize)]
@@ -37,7 +40,7 @@ pub(super) struct Report {
     pub variant: &'static str,
     /// `epsilon`, `v_prediction`, `sample` or null.
     pub prediction: Option<&'static str>,
-    /// Why it cannot make pictures from text yet; null when it can.
+    /// Why it cannot make pictures from text (yet); null when it can.
     pub refusal: Option<String>,
     /// What was seen, the deciding fact first.
     pub evidence: Vec<String>,
@@ -55,7 +58,7 @@ pub(super) struct Report {
     pub files: Vec<FileReport>,
     /// Tensors that are known and not needed, by what they are.
     pub ignored: BTreeMap<String, usize>,
-    /// Tensors that no network asks for.
+    /// Tensors that no network asks for; those of folders below their component's name.
     pub unused: Vec<String>,
     /// What is wrong or unusual.
     pub problems: Vec<String>,
@@ -87,14 +90,14 @@ pub(super) struct FileReport {
     pub sha256: Option<String>,
 }
 
-/// Writes what `path` is to `out`: a screenful, or with `json` one JSON object. The hash, which needs the whole file read, comes last.
+/// Writes what a file or folder is to `out`: a screenful, or one JSON object. The hash, which needs the whole file read, comes last.
 ///
 /// # Errors
 /// Those of [`Checkpoint::open`], with a sentence that says what the file is instead; [`Error::Disk`] when `out` cannot be written.
-pub fn run(path: &Path, json: bool, out: &mut dyn Write) -> Result<()> {
-    let checkpoint = Checkpoint::open(path)?;
+pub fn run(args: &InspectArgs, out: &mut dyn Write) -> Result<()> {
+    let checkpoint = open_model(Some(&args.file), args.no_mmap)?;
     let mut report = Report::new(&checkpoint, &detect(&checkpoint));
-    if json {
+    if args.json {
         report.hash(&checkpoint)?;
         return report.write_json(out);
     }
@@ -149,14 +152,41 @@ impl Report {
             Some(tensors) => report.count_single(&tensors, detection),
             None => report.count_folder(checkpoint),
         }
+        if report.refusal.is_none() {
+            report.cover(checkpoint, detection);
+        }
         let missing = detection.missing.iter();
         let missing = missing.map(|name| format!("the component `{name}` is missing"));
         report.problems.extend(missing);
         report
     }
 
+    /// Lets the networks ask for their weights: what is missing stands in the way, what is left over is listed.
+    fn cover(&mut self, checkpoint: &Checkpoint, detection: &Detection) {
+        let spec = match ModelSpec::read(checkpoint, detection) {
+            Ok(spec) => spec,
+            Err(error) => {
+                let reason = match error {
+                    // the file's own name stands above
+                    Error::BadModel { path, reason } if path == checkpoint.path() => reason,
+                    other => other.to_string(),
+                };
+                self.refusal = Some(printable_to(&reason, VALUE_JSON));
+                return;
+            }
+        };
+        let coverage = Coverage::of(checkpoint, &spec);
+        if !coverage.problems.is_empty() {
+            let why = "its networks lack tensors, or what is there does not fit (see problems)";
+            self.refusal = Some(why.to_owned());
+        }
+        self.problems.extend(coverage.problems);
+        self.problems.extend(coverage.notices);
+        self.unused = coverage.unused;
+        self.ignored = coverage.ignored;
+    }
+
     fn count_single(&mut self, tensors: &TensorSet, detection: &Detection) {
-        let mut odd = Vec::new();
         for info in tensors.names().filter_map(|name| tensors.info(name)) {
             let fits = |prefix: &str| info.name.starts_with(prefix);
             let place = detection.places.iter().find(|place| fits(&place.prefix));
@@ -164,24 +194,24 @@ impl Report {
                 Some(place) => (place.component, place.prefix.as_str()),
                 None if detection.places.is_empty() => ("tensors", ""),
                 None => {
-                    let what = ignored_as(&info.name);
-                    *self.ignored.entry(what.to_owned()).or_default() += 1;
-                    if what == OTHER {
-                        self.unused.push(printable(&info.name));
-                    }
+                    self.count_outside(&info.name);
                     continue;
                 }
             };
             let entry = self.components.entry(component.to_owned()).or_default();
             entry.prefix = prefix.to_owned();
             entry.add(info);
-            odd.extend(unreadable(info));
         }
-        self.note_unreadable(&odd);
+    }
+
+    fn count_outside(&mut self, name: &str) {
+        match leftover(name) {
+            Some(what) => *self.ignored.entry(what.to_owned()).or_default() += 1,
+            None => self.unused.push(printable(name)),
+        }
     }
 
     fn count_folder(&mut self, checkpoint: &Checkpoint) {
-        let mut odd = Vec::new();
         for name in checkpoint.component_names() {
             let entry = self.components.entry(printable(name)).or_default();
             let Some(tensors) = checkpoint.tensors(name) else {
@@ -189,19 +219,7 @@ impl Report {
             };
             for info in tensors.names().filter_map(|name| tensors.info(name)) {
                 entry.add(info);
-                odd.extend(unreadable(info));
             }
-        }
-        self.note_unreadable(&odd);
-    }
-
-    fn note_unreadable(&mut self, odd: &[String]) {
-        if !odd.is_empty() {
-            let list = some_of(odd);
-            self.problems.push(format!(
-                "{} tensors are of types that networks are not read from: {list}",
-                odd.len()
-            ));
         }
     }
 
@@ -264,12 +282,10 @@ impl Report {
             ),
         );
         text.push_str(&line("is", &self.title));
-        text.push_str(&line(
-            "usable",
-            self.refusal
-                .as_deref()
-                .unwrap_or("yes, with `sd-rs generate --model`"),
-        ));
+        text.push_str(&match &self.refusal {
+            Some(why) => line("usable", &format!("no: {why}")),
+            None => line("usable", "yes, with `sd-rs generate --model`"),
+        });
         if let Some(prediction) = self.prediction {
             text.push_str(&line("predicts", prediction));
         }
@@ -291,11 +307,19 @@ impl Report {
         let ignored: Vec<String> = self
             .ignored
             .iter()
-            .map(|(what, count)| format!("{count} {what}"))
+            .map(|(what, count)| match count {
+                1 => format!("1 {}", what.replacen("tensors", "tensor", 1)),
+                _ => format!("{count} {what}"),
+            })
             .collect();
         list(&mut text, "ignored", &ignored, usize::MAX);
         list(&mut text, "unused", &self.unused, SHOWN);
-        list(&mut text, "problems", &self.problems, SHOWN);
+        let problems: Vec<String> = self
+            .problems
+            .iter()
+            .map(|problem| printable_to(problem, PROBLEM_TEXT))
+            .collect();
+        list(&mut text, "problems", &problems, SHOWN);
         text
     }
 }
@@ -307,38 +331,6 @@ impl Component {
         self.bytes = self.bytes.saturating_add(info.size() as u64);
         *self.dtypes.entry(info.dtype.to_string()).or_default() += 1;
     }
-}
-
-/// Tensors that belong to nothing that is known.
-const OTHER: &str = "tensors that nothing asks for";
-
-/// What a tensor outside the components is.
-fn ignored_as(name: &str) -> &'static str {
-    const SCHEDULE: [&str; 5] = ["alphas_", "betas", "sqrt_", "log_one_minus", "posterior_"];
-    const TRAINING: [&str; 5] = [
-        "optimizer",
-        "lr_schedulers",
-        "loss.",
-        "global_step",
-        "logvar",
-    ];
-    let begins = |starts: &[&str]| starts.iter().any(|start| name.starts_with(start));
-    if name.starts_with("model_ema.") {
-        "tensors of an averaged copy (model_ema.*)"
-    } else if begins(&TRAINING) {
-        "tensors of the training's state"
-    } else if begins(&SCHEDULE) {
-        "tensors of the noise schedule, which is computed"
-    } else {
-        OTHER
-    }
-}
-
-/// Describes a tensor whose type no network is read from. Positions are whole numbers by right.
-fn unreadable(info: &TensorInfo) -> Option<String> {
-    let dtype = info.dtype.to_string();
-    let fine = READABLE.contains(&dtype.as_str()) || info.name.ends_with("position_ids");
-    (!fine).then(|| format!("`{}` {dtype}", printable(&info.name)))
 }
 
 fn output_error(source: std::io::Error) -> Error {
@@ -370,14 +362,16 @@ fn structure_json(structure: &Structure) -> serde_json::Value {
     object.into()
 }
 
-/// One line a network: `unet: channels [320,640], context_width 768 …`; what is null is left out.
+/// One line a network: `unet: channels [320,640], context width 768 …`; what is null or an empty list is left out.
 fn structure_lines(structure: &serde_json::Value) -> Vec<String> {
     let networks = structure.as_object().into_iter().flatten();
     networks
         .map(|(name, fields)| {
             let fields = fields.as_object().into_iter().flatten();
             let fields: Vec<String> = fields
-                .filter(|(_, value)| !value.is_null())
+                .filter(|(_, value)| {
+                    !value.is_null() && value.as_array().is_none_or(|v| !v.is_empty())
+                })
                 .map(|(field, value)| {
                     let value = value.to_string().replace('"', "");
                     format!("{} {value}", field.replace('_', " "))
@@ -402,8 +396,9 @@ fn component_line((name, component): (&String, &Component)) -> String {
         prefix => format!(" below `{}`", printable(prefix)),
     };
     format!(
-        "{name}: {} tensors{below}, {} parameters, {} ({})",
+        "{name}: {} tensor{}{below}, {} parameters, {} ({})",
         component.tensors,
+        if component.tensors == 1 { "" } else { "s" },
         millions(component.parameters),
         bytes(component.bytes),
         dtypes.join(", ")
@@ -423,15 +418,6 @@ fn list(text: &mut String, label: &str, items: &[String], most: usize) {
     if items.len() > most {
         text.push_str(&line("", &format!("… and {} more", items.len() - most)));
     }
-}
-
-fn some_of(items: &[String]) -> String {
-    let shown: Vec<&str> = items.iter().take(SHOWN).map(String::as_str).collect();
-    let more = match items.len().saturating_sub(SHOWN) {
-        0 => String::new(),
-        more => format!(" and {more} more"),
-    };
-    format!("{}{more}", shown.join(", "))
 }
 
 fn millions(count: u64) -> String {

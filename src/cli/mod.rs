@@ -12,7 +12,7 @@ use std::path::Path;
 
 use args::{Cli, Command};
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, ReadOptions};
 use crate::error::{Error, Result};
 
 /// Runs the command.
@@ -23,16 +23,20 @@ pub fn run(cli: Cli) -> Result<()> {
     let stdout = &mut std::io::stdout();
     match cli.command {
         Command::Generate(args) => generate::run(&args, cli.quiet),
-        Command::Inspect(args) => inspect::run(&args.file, args.json, stdout),
+        Command::Inspect(args) => inspect::run(&args, stdout),
         Command::Bench(args) => bench::run(&args, cli.quiet),
         Command::Doctor(args) => doctor::run(stdout, args.json),
     }
 }
 
 /// The checkpoint that `--model` names, or the one in this binary.
-fn open_model(model: Option<&Path>) -> Result<Checkpoint> {
+fn open_model(model: Option<&Path>, no_mmap: bool) -> Result<Checkpoint> {
+    let options = ReadOptions {
+        no_mmap,
+        ..ReadOptions::default()
+    };
     match model {
-        Some(path) => Checkpoint::open(path),
+        Some(path) => Checkpoint::open_with(path, &options),
         None => crate::demo::checkpoint(),
     }
 }

@@ -1,5 +1,6 @@
 //! From a request to pictures: texts are encoded, noise is drawn, denoised step by step, decoded.
 
+mod coverage;
 mod decode;
 mod denoise;
 mod event;
@@ -8,8 +9,8 @@ mod networks;
 mod plan;
 mod request;
 
+pub use coverage::Coverage;
 pub use event::{Control, Event, Listener};
-pub use memory::{available, peak_resident};
 pub use networks::Networks;
 pub use plan::Plan;
 pub use request::{Request, Rng};
@@ -78,16 +79,9 @@ impl Engine {
         let detection = checkpoint::detect(checkpoint);
         let spec = ModelSpec::read(checkpoint, &detection)?;
         let tokenizer = text::tokenizer_for(checkpoint, &spec)?;
-        let (networks, unused) = Networks::load(&spec, device, dtype).map_err(|e| match e {
-            Error::Weights(reason) => Error::bad_model(checkpoint.path(), reason),
-            other => other,
-        })?;
-        let warnings = checkpoint
-            .warnings()
-            .iter()
-            .cloned()
-            .chain(unused)
-            .collect();
+        let (networks, coverage) = Networks::load(checkpoint, &spec, device, dtype)?;
+        let mut warnings = checkpoint.warnings().to_vec();
+        warnings.extend(coverage.warning(checkpoint));
         Ok(Self {
             spec,
             tokenizer,

@@ -8,9 +8,11 @@ use sd_models::clip::{self, TextEncoder};
 use sd_models::unet::{self, UNet};
 use sd_models::vae::{self, Decoder};
 
+use super::coverage::{Coverage, TEXT, UNET, VAE, named, source};
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::spec::{Component, ModelSpec};
-use crate::weights::{CheckpointSource, RandomSource};
+use crate::spec::ModelSpec;
+use crate::weights::RandomSource;
 
 /// Text encoder, UNet and picture decoder on a device.
 pub struct Networks {
@@ -32,38 +34,29 @@ struct Sources {
 }
 
 impl Networks {
-    /// Reads the networks of a checkpoint; with them come notices about tensors that nothing asked for.
+    /// Reads the networks of a checkpoint, from which `spec` was read; with them comes what its other tensors are.
     ///
     /// # Errors
-    /// [`Error::BadModel`] that names missing or misshapen tensors.
-    pub fn load(spec: &ModelSpec, device: &Device, dtype: DType) -> Result<(Self, Vec<String>)> {
-        let text = source(&spec.text);
-        let unet = source(&spec.unet);
-        let vae = source(&spec.vae);
+    /// [`Error::BadModel`] that names missing or misshapen tensors, before any is read; whatever reading one gives.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        spec: &ModelSpec,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<(Self, Coverage)> {
+        let coverage = Coverage::of(checkpoint, spec);
+        coverage.check(checkpoint)?;
         let sources = Sources {
-            text: Arc::clone(&text) as Arc<dyn Source>,
-            unet: Arc::clone(&unet) as Arc<dyn Source>,
-            vae: Arc::clone(&vae) as Arc<dyn Source>,
+            text: source(&spec.text),
+            unet: source(&spec.unet),
+            vae: source(&spec.vae),
         };
         let configs = (&spec.text.config, &spec.unet.config, &spec.vae.config);
-        let networks = Self::build(configs, sources, device, dtype)?;
-        let mut warnings = Vec::new();
-        for (name, source, prefix) in [
-            ("text encoder", &text, &spec.text.prefix),
-            ("UNet", &unet, &spec.unet.prefix),
-        ] {
-            warnings.extend(unused(name, &source.unused(&[prefix])));
-        }
-        // the encoder is there for pictures that come in; a prompt needs only the decoder
-        let prefix = |part: &str| {
-            format!("{}.{part}", spec.vae.prefix)
-                .trim_start_matches('.')
-                .to_owned()
-        };
-        let decoder = [prefix("decoder."), prefix("post_quant_conv.")];
-        let unused_vae = vae.unused(&decoder.each_ref().map(String::as_str));
-        warnings.extend(unused("autoencoder", &unused_vae));
-        Ok((networks, warnings))
+        let networks = Self::build(configs, sources, device, dtype).map_err(|e| match e {
+            Error::Weights(reason) => Error::bad_model(checkpoint.path(), reason),
+            other => other,
+        })?;
+        Ok((networks, coverage))
     }
 
     /// Networks of these structures with made-up weights.
@@ -107,14 +100,11 @@ impl Networks {
             weight_bytes: text_weights.bytes() + unet_weights.bytes() + vae_weights.bytes(),
         };
         for (name, weights) in [
-            ("text encoder", text_weights),
-            ("UNet", unet_weights),
-            ("autoencoder", vae_weights),
+            (TEXT, text_weights),
+            (UNET, unet_weights),
+            (VAE, vae_weights),
         ] {
-            weights.finish().map_err(|e| match e {
-                sd_kernels::Error::Weights(reason) => Error::Weights(format!("{name}: {reason}")),
-                other => other.into(),
-            })?;
+            named(name, weights.finish())?;
         }
         Ok(networks)
     }
@@ -213,19 +203,4 @@ impl Networks {
             .forward(&graph.input("latents", &[batch, channels, h, w]))?;
         Ok(graph)
     }
-}
-
-fn source<C>(component: &Component<C>) -> Arc<CheckpointSource> {
-    let tensors = Arc::clone(&component.tensors);
-    Arc::new(CheckpointSource::new(tensors, component.layout.clone()))
-}
-
-/// One notice about tensors of a component that nothing asked for.
-fn unused(component: &str, names: &[String]) -> Option<String> {
-    let first = names.first()?;
-    Some(format!(
-        "{} tensors of the {component} are not used by this version, `{}` for one; `sd-rs inspect` lists them",
-        names.len(),
-        first.escape_debug()
-    ))
 }

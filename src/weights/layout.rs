@@ -54,7 +54,7 @@ pub const fn inner(canonical: &'static str, stored: &'static str) -> Inner {
 pub struct Layout {
     prefixes: BTreeMap<String, Rename>,
     aliases: Vec<(String, String)>,
-    ignored: Vec<String>,
+    ignored: Vec<(String, &'static str)>,
 }
 
 impl Layout {
@@ -79,16 +79,17 @@ impl Layout {
         self.aliases.push((canonical.to_owned(), stored.to_owned()));
     }
 
-    /// Stored names below this prefix are known and not needed: no warning about them.
-    pub fn ignore(&mut self, stored: &str) {
-        self.ignored.push(stored.to_owned());
+    /// Stored names below this prefix are known and not needed; `what` says what they are, in the plural.
+    pub fn ignore(&mut self, stored: &str, what: &'static str) {
+        self.ignored.push((stored.to_owned(), what));
     }
 
-    /// Whether a stored name is known to be of no use.
-    pub fn is_ignored(&self, stored: &str) -> bool {
+    /// What a stored name is that is known to be of no use.
+    pub fn ignored_as(&self, stored: &str) -> Option<&'static str> {
         self.ignored
             .iter()
-            .any(|prefix| below(stored, prefix).is_some())
+            .find(|(prefix, _)| below(stored, prefix).is_some())
+            .map(|(_, what)| *what)
     }
 
     /// Where `canonical` may lie, best guess first.

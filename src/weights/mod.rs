@@ -10,4 +10,4 @@ pub(crate) mod text_tower;
 
 pub use layout::{Layout, Part, Rename};
 pub use random::RandomSource;
-pub use source::CheckpointSource;
+pub use source::{CheckpointSource, is_readable};

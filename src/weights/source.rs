@@ -29,15 +29,10 @@ impl CheckpointSource {
         }
     }
 
-    /// Stored names below one of `prefixes` that nothing has asked for and that are not known to be of no use.
-    pub fn unused(&self, prefixes: &[&str]) -> Vec<String> {
+    /// The stored names that have been asked for, under any of their spellings.
+    pub fn found(&self) -> BTreeSet<String> {
         let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-        self.tensors
-            .names()
-            .filter(|name| prefixes.iter().any(|prefix| name.starts_with(prefix)))
-            .filter(|name| !found.contains(*name) && !self.layout.is_ignored(name))
-            .map(str::to_owned)
-            .collect()
+        found.clone()
     }
 
     fn locate(&self, name: &str) -> Option<(Part, Vec<usize>)> {
@@ -97,6 +92,11 @@ impl Source for CheckpointSource {
         self.tensors.release(&part.stored);
         Ok(tensor.to_dtype(dtype)?.to_device(device)?)
     }
+}
+
+/// Whether networks can be read from tensors of this type.
+pub fn is_readable(dtype: Dtype) -> bool {
+    to_f32(dtype, &[]).is_some()
 }
 
 /// Little-endian bytes of a float type as f32; `None` for other types. Bytes need not be aligned.
@@ -170,6 +170,7 @@ mod tests {
         assert_eq!(to_f32(Dtype::F32, &bytes[5..9]), Some(vec![0.1]));
         assert_eq!(to_f32(Dtype::F64, &bytes[9..17]), Some(vec![0.1]));
         assert_eq!(to_f32(Dtype::I64, &bytes[9..17]), None);
+        assert!(is_readable(Dtype::BF16) && !is_readable(Dtype::I64));
         // from the paper's table: largest 448, smallest normal 2⁻⁶, smallest 2⁻⁹
         assert_eq!(
             to_f32(Dtype::F8_E4M3, &[0x7e, 0x08, 0x81]),

@@ -33,6 +33,11 @@ const HEAD_WIDTH: usize = 64;
 /// More layers than any tower has.
 const MAX_LAYERS: usize = 256;
 
+/// What `position_ids` are.
+pub(crate) const POSITIONS: &str = "tensors of counted positions (position_ids)";
+/// What stands behind the text encoder in CLIP itself.
+pub(crate) const PROJECTION: &str = "tensors of CLIP's comparison of texts with pictures";
+
 fn heads(width: usize) -> usize {
     if width.is_multiple_of(HEAD_WIDTH) {
         (width / HEAD_WIDTH).max(1)
@@ -78,9 +83,10 @@ pub(crate) fn read_transformers(
     )?;
     let (intermediate, _) = matrix(shapes, &format!("{root}.encoder.layers.0.mlp.fc1.weight"))?;
     let mut layout = Layout::identity(&root);
-    layout.ignore(&format!("{root}.embeddings.position_ids"));
-    layout.ignore(&format!("{prefix}.text_projection"));
-    layout.ignore(&format!("{prefix}.logit_scale"));
+    layout.ignore(&format!("{root}.embeddings.position_ids"), POSITIONS);
+    for name in ["text_projection", "logit_scale"] {
+        layout.ignore(&format!("{prefix}.{name}"), PROJECTION);
+    }
     let config = Config {
         vocabulary,
         positions,
@@ -126,9 +132,12 @@ pub(crate) fn read_open_clip(
     for i in 0..layers {
         layout.rename(&format!("encoder.layers.{i}"), &block(i), BLOCK);
     }
-    layout.ignore(&block(layers));
+    layout.ignore(
+        &block(layers),
+        "tensors of the text encoder's last layer, which Stable Diffusion 2 leaves out",
+    );
     for name in ["text_projection", "logit_scale", "attn_mask"] {
-        layout.ignore(&format!("{prefix}.{name}"));
+        layout.ignore(&format!("{prefix}.{name}"), PROJECTION);
     }
     let config = Config {
         vocabulary,

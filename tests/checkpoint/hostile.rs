@@ -465,6 +465,46 @@ fn a_file_that_changes_is_noticed() {
 }
 
 #[test]
+fn plain_reads_outlive_a_file_that_is_cut_and_grown() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let mut tensors = Tensors::default();
+    tensors.add_bytes("a", "U8", &[4 << 20], vec![7; 4 << 20]);
+    let file = tensors.file();
+    let size = std::fs::metadata(&file.path).unwrap().len();
+    let open = SafeTensors::open(&file.path, false).unwrap();
+    let other = std::fs::File::options()
+        .write(true)
+        .open(&file.path)
+        .unwrap();
+    let time = other.metadata().unwrap().modified().unwrap();
+    let done = AtomicBool::new(false);
+    let (mut whole, mut failed) = (0, 0);
+    std::thread::scope(|scope| {
+        // cut and made whole again under the time that the file had, so that often only the read itself can notice
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                for length in [1000, size] {
+                    other.set_len(length).unwrap();
+                    other.set_modified(time).unwrap();
+                }
+            }
+        });
+        for _ in 0..300 {
+            match open.bytes(open.get("a").unwrap()) {
+                Ok(bytes) => whole += usize::from(bytes.len() == 4 << 20),
+                Err(error) => {
+                    failed += 1;
+                    assert!(matches!(error.code(), "disk" | "bad-model"), "{error}");
+                }
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(whole + failed, 300);
+    assert!(failed > 0);
+}
+
+#[test]
 fn absurd_lengths_cost_nothing() {
     // lengths that the file does not have, and one that it has: a hole of 100 MB
     let started = Instant::now();

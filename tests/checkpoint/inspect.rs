@@ -2,14 +2,23 @@
 
 use std::path::Path;
 
+use sd_rs::cli::args::InspectArgs;
 use sd_rs::cli::inspect::run;
 use serde_json::Value;
 
 use super::build::{Sizes, Tensors, file_of, sd1};
 
-fn output(path: &Path, json: bool) -> String {
+fn args(path: &Path, json: bool) -> InspectArgs {
+    InspectArgs {
+        file: path.to_owned(),
+        no_mmap: false,
+        json,
+    }
+}
+
+pub(super) fn output(path: &Path, json: bool) -> String {
     let mut out = Vec::new();
-    run(path, json, &mut out).unwrap();
+    run(&args(path, json), &mut out).unwrap();
     String::from_utf8(out).unwrap()
 }
 
@@ -30,7 +39,6 @@ fn the_json_holds_the_facts() {
     tensors.add("model_ema.decay", &[]);
     tensors.add("betas", &[10]);
     tensors.add("strange\u{7}", &[10]);
-    tensors.add_typed("first_stage_model.decoder.mask", "BOOL", &[3]);
     let file = tensors.file();
     let text = output(&file.path, true);
     let json: Value = serde_json::from_str(&text).unwrap();
@@ -42,7 +50,9 @@ fn the_json_holds_the_facts() {
         json["size_bytes"],
         std::fs::metadata(&file.path).unwrap().len()
     );
-    assert_eq!(json["refusal"], Value::Null);
+    // only what structures are read from is there: what it is shows all the same, and why it cannot be used
+    let refusal = json["refusal"].as_str().unwrap();
+    assert!(refusal.contains("has no blocks for level 0"), "{refusal}");
     assert_eq!(json["components"]["text_encoder"]["dtypes"]["I64"], 1);
     assert_eq!(json["components"]["text_encoder"]["tensors"], 15);
     assert_eq!(
@@ -58,11 +68,6 @@ fn the_json_holds_the_facts() {
     assert_eq!(
         json["ignored"]["tensors of an averaged copy (model_ema.*)"],
         1
-    );
-    let problems = json["problems"].to_string();
-    assert!(
-        problems.contains("`first_stage_model.decoder.mask` BOOL"),
-        "{problems}"
     );
     assert_eq!(
         json["sha256"].as_str().unwrap()[..10],
@@ -111,6 +116,6 @@ fn the_text_fits_a_screen_and_is_clean() {
 #[test]
 fn other_files_are_refused_in_a_sentence() {
     let file = file_of(b"GGUF\x03\0\0\0\0\0\0\0");
-    let error = run(&file.path, false, &mut Vec::new()).unwrap_err();
+    let error = run(&args(&file.path, false), &mut Vec::new()).unwrap_err();
     assert!(error.to_string().contains("a GGUF file"));
 }

@@ -110,3 +110,18 @@ pub(super) fn save<'a>(tensors: impl Iterator<Item = &'a Stored>, path: &Path) {
     )
     .unwrap();
 }
+
+/// Reads the safetensors file at `path`, lets `change` change its tensors, and writes it anew.
+pub(crate) fn edit(path: &Path, change: impl FnOnce(&mut Vec<Stored>)) {
+    let bytes = std::fs::read(path).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let stored = |(name, view): (String, safetensors::tensor::TensorView<'_>)| Stored {
+        name,
+        shape: view.shape().to_vec(),
+        dtype: view.dtype(),
+        bytes: view.data().to_vec(),
+    };
+    let mut tensors = file.tensors().into_iter().map(stored).collect();
+    change(&mut tensors);
+    save(tensors.iter(), path);
+}

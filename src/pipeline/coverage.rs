@@ -1,0 +1,257 @@
+//! What the tensors of a checkpoint are to the networks: asked for, missing, of the wrong shape, or of no use. Nothing is read for it.
+//!
+//! The networks are built over the files' names and shapes alone and ask for their weights as always. `generate` begins with it, and
+//! `inspect` prints it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+use sd_kernels::{Source, Weights};
+use sd_models::clip::TextEncoder;
+use sd_models::unet::{self, Mid, UNet};
+use sd_models::vae::{Decoder, Encoder};
+
+use crate::checkpoint::{Checkpoint, TensorSet, leftover, printable};
+use crate::error::{Error, Result};
+use crate::spec::{Component, ModelSpec};
+use crate::weights::{CheckpointSource, Layout, is_readable};
+
+/// How many names one sentence holds.
+const NAMED: usize = 3;
+
+/// What is there, what is missing and what is left over. Names are as in the files and fit to be printed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Coverage {
+    /// Why the networks cannot be built: a sentence for each of them that lacks something.
+    pub problems: Vec<String>,
+    /// What is incomplete and not needed for pictures from text.
+    pub notices: Vec<String>,
+    /// Tensors that no network asks for, sorted; those of folders below their component's name (`unet/…`).
+    pub unused: Vec<String>,
+    /// Tensors that are known and not needed: what they are, in the plural, and how many.
+    pub ignored: BTreeMap<String, usize>,
+}
+
+impl Coverage {
+    /// Lets every network of `spec` ask for its weights in `checkpoint`, from which `spec` was read.
+    pub fn of(checkpoint: &Checkpoint, spec: &ModelSpec) -> Self {
+        let mut coverage = Self::default();
+        let text = source(&spec.text);
+        let unet = source(&spec.unet);
+        let vae = source(&spec.vae);
+        if coverage.sizes_are_possible(spec) {
+            let ask = |name, source: &Arc<CheckpointSource>, load: &dyn Fn(&Weights)| {
+                let weights = weights(source);
+                load(&weights);
+                named(name, weights.check()).err()
+            };
+            let problems = [
+                ask(TEXT, &text, &|w| {
+                    drop(TextEncoder::load(w, &spec.text.config))
+                }),
+                ask(UNET, &unet, &|w| drop(UNet::load(w, &spec.unet.config))),
+                ask(VAE, &vae, &|w| drop(Decoder::load(w, &spec.vae.config))),
+            ];
+            let problems = problems.into_iter().flatten();
+            coverage.problems.extend(problems.map(|e| e.to_string()));
+            for (name, source, tensors) in [
+                (TEXT, &text, &spec.text.tensors),
+                (UNET, &unet, &spec.unet.tensors),
+                (VAE, &vae, &spec.vae.tensors),
+            ] {
+                coverage.check_types(name, &source.found(), tensors);
+            }
+            let encoder = ask("encoder of the autoencoder", &vae, &|w| {
+                drop(Encoder::load(w, &spec.vae.config));
+            });
+            coverage.notices.extend(
+                encoder.map(|error| {
+                    format!("not needed for pictures from text and incomplete: {error}")
+                }),
+            );
+        }
+        let parts = [
+            ("text_encoder", text.found(), &spec.text.layout),
+            ("unet", unet.found(), &spec.unet.layout),
+            ("vae", vae.found(), &spec.vae.layout),
+        ];
+        match checkpoint.single() {
+            Some(tensors) => coverage.count_single(&tensors, &parts),
+            None => coverage.count_folder(checkpoint, &parts),
+        }
+        coverage
+    }
+
+    /// Fails if the networks cannot be built.
+    ///
+    /// # Errors
+    /// [`Error::BadModel`] with the first problem.
+    pub fn check(&self, checkpoint: &Checkpoint) -> Result<()> {
+        let Some((first, others)) = self.problems.split_first() else {
+            return Ok(());
+        };
+        let more = match others {
+            [] => "",
+            _ => "; `sd-rs inspect` tells what else is wrong",
+        };
+        Err(Error::bad_model(
+            checkpoint.path(),
+            format!("{first}{more}"),
+        ))
+    }
+
+    /// One sentence about the tensors that nothing asked for, if there are any.
+    pub fn warning(&self, checkpoint: &Checkpoint) -> Option<String> {
+        let count = self.unused.len();
+        let hint = match count {
+            0 => return None,
+            1..=NAMED => "",
+            _ => "; `sd-rs inspect` lists more of them",
+        };
+        Some(format!(
+            "{}: {count} {} not used: {}{hint}",
+            checkpoint.path().display(),
+            if count == 1 {
+                "tensor is"
+            } else {
+                "tensors are"
+            },
+            list_some(&in_backticks(&self.unused), NAMED),
+        ))
+    }
+
+    /// Configs are made by strangers: a network of a million layers would take all memory before the first missing tensor is seen.
+    fn sizes_are_possible(&mut self, spec: &ModelSpec) -> bool {
+        let vae = &spec.vae.config;
+        let sizes = [
+            (TEXT, spec.text.config.layers, &spec.text.tensors),
+            (UNET, unet_blocks(&spec.unet.config), &spec.unet.tensors),
+            (
+                VAE,
+                vae.layers.saturating_mul(vae.channels.len()),
+                &spec.vae.tensors,
+            ),
+        ];
+        for (name, blocks, tensors) in sizes {
+            if blocks > tensors.len() {
+                self.problems.push(format!(
+                    "{name}: its config describes {blocks} blocks, and the file holds only {} tensors; they are not of one model",
+                    tensors.len()
+                ));
+            }
+        }
+        self.problems.is_empty()
+    }
+
+    /// Tensors that were asked for and whose types nothing is computed from (whole numbers, exotic floats).
+    fn check_types(&mut self, network: &str, found: &BTreeSet<String>, tensors: &TensorSet) {
+        let infos = found.iter().filter_map(|name| tensors.info(name));
+        let odd: Vec<String> = infos
+            .filter(|info| !is_readable(info.dtype))
+            .map(|info| format!("`{}` {}", printable(&info.name), info.dtype))
+            .collect();
+        if !odd.is_empty() {
+            let names = list_some(&odd, NAMED);
+            self.problems.push(format!(
+                "{network}: tensors are of types that networks are not read from: {names}"
+            ));
+        }
+    }
+
+    fn count_single(&mut self, tensors: &TensorSet, parts: &[Part<'_>]) {
+        for name in tensors.names() {
+            if parts.iter().any(|(_, found, _)| found.contains(name)) {
+                continue;
+            }
+            let known = parts
+                .iter()
+                .find_map(|(.., layout)| layout.ignored_as(name));
+            match known.or_else(|| leftover(name)) {
+                Some(what) => self.ignore(what),
+                None => self.unused.push(printable(name)),
+            }
+        }
+    }
+
+    fn count_folder(&mut self, checkpoint: &Checkpoint, parts: &[Part<'_>]) {
+        for component in checkpoint.component_names() {
+            let Some(tensors) = checkpoint.tensors(component) else {
+                continue;
+            };
+            let part = parts.iter().find(|(name, ..)| *name == component);
+            let Some((_, found, layout)) = part else {
+                let what = format!("tensors of the component `{}`", printable(component));
+                *self.ignored.entry(what).or_default() += tensors.len();
+                continue;
+            };
+            for name in tensors.names().filter(|name| !found.contains(*name)) {
+                match layout.ignored_as(name) {
+                    Some(what) => self.ignore(what),
+                    None => self.unused.push(format!("{component}/{}", printable(name))),
+                }
+            }
+        }
+    }
+
+    fn ignore(&mut self, what: &str) {
+        *self.ignored.entry(what.to_owned()).or_default() += 1;
+    }
+}
+
+/// A component by its name in folders, the stored names that were asked for, and its names.
+type Part<'a> = (&'static str, BTreeSet<String>, &'a Layout);
+
+/// What the networks are called in messages.
+pub(super) const TEXT: &str = "text encoder";
+pub(super) const UNET: &str = "UNet";
+pub(super) const VAE: &str = "autoencoder";
+
+/// The weights of a component under canonical names.
+pub(super) fn source<C>(component: &Component<C>) -> Arc<CheckpointSource> {
+    let tensors = Arc::clone(&component.tensors);
+    Arc::new(CheckpointSource::new(tensors, component.layout.clone()))
+}
+
+/// Puts the network's name in front of what its weights lack.
+pub(super) fn named<T>(network: &str, outcome: sd_kernels::Result<T>) -> Result<T> {
+    outcome.map_err(|error| match error {
+        sd_kernels::Error::Weights(reason) => Error::Weights(format!("{network}: {reason}")),
+        other => other.into(),
+    })
+}
+
+/// Weights that are asked for and never read, so that type and device do not matter.
+fn weights(source: &Arc<CheckpointSource>) -> Weights {
+    let source = Arc::clone(source) as Arc<dyn Source>;
+    Weights::new(source, DType::F32, &Device::Cpu)
+}
+
+/// Residual blocks and blocks of transformers of a UNet.
+fn unet_blocks(config: &unet::Config) -> usize {
+    let levels = config.levels.iter();
+    let sides = levels.flat_map(|level| [&level.down, &level.up]);
+    let mid = match config.mid {
+        Mid::Attention { depth } => depth,
+        _ => 0,
+    };
+    sides.fold(mid, |sum, depths| {
+        let depths = depths.iter().copied();
+        sum.saturating_add(depths.fold(0, |sum: usize, depth| {
+            sum.saturating_add(depth).saturating_add(1)
+        }))
+    })
+}
+
+fn in_backticks(names: &[String]) -> Vec<String> {
+    names.iter().map(|name| format!("`{name}`")).collect()
+}
+
+/// The first names, and how many more there are.
+fn list_some(names: &[String], most: usize) -> String {
+    let shown = names.get(..most).unwrap_or(names).join(", ");
+    match names.len().saturating_sub(most) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
