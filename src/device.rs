@@ -1,6 +1,7 @@
 //! Which device computes, and in which type.
 
 use candle_core::{DType, Device};
+use sd_kernels::cpu::Level;
 
 use crate::error::{Error, Result};
 
@@ -75,27 +76,21 @@ pub fn open(choice: DeviceChoice) -> Result<Device> {
 /// The type that networks compute in on `device`.
 ///
 /// # Errors
-/// [`Error::Unsupported`] for 16-bit types on the CPU, which this version does not compute in.
+/// [`Error::Unsupported`] for 16-bit arithmetic that the processor does not have.
 pub fn dtype(choice: DtypeChoice, device: &Device) -> Result<DType> {
+    let bf16 = Level::current().has_bf16();
     match choice {
+        DtypeChoice::Auto if device.is_cpu() && bf16 => Ok(DType::BF16),
         DtypeChoice::Auto | DtypeChoice::F32 => Ok(DType::F32),
-        DtypeChoice::F16 | DtypeChoice::Bf16 => {
-            let name = if choice == DtypeChoice::F16 {
-                "f16"
-            } else {
-                "bf16"
-            };
-            if device.is_cpu() {
-                return Err(Error::Unsupported(format!(
-                    "--dtype {name} is not built for the cpu yet; use --dtype f32 (16-bit checkpoints load either way)"
-                )));
-            }
-            Ok(if choice == DtypeChoice::F16 {
-                DType::F16
-            } else {
-                DType::BF16
-            })
-        }
+        DtypeChoice::Bf16 if device.is_cpu() && !bf16 => Err(Error::Unsupported(format!(
+            "--dtype bf16 needs a processor with AVX512-BF16, this one is used at level {}; use --dtype f32 (16-bit checkpoints load either way)",
+            Level::current().name()
+        ))),
+        DtypeChoice::F16 if device.is_cpu() => Err(Error::Unsupported(
+            "--dtype f16 is not built for the cpu; use --dtype bf16 or f32 (16-bit checkpoints load either way)".to_owned(),
+        )),
+        DtypeChoice::Bf16 => Ok(DType::BF16),
+        DtypeChoice::F16 => Ok(DType::F16),
     }
 }
 

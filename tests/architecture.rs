@@ -29,7 +29,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     ("demo", &["checkpoint"]),
-    ("device", &["candle_core"]),
+    ("device", &["sd_kernels", "candle_core"]),
     ("error", &["candle_core", "sd_kernels"]),
     ("memory", &[]),
     ("output", &[]),

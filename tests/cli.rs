@@ -2,8 +2,8 @@
 
 use serde_json::Value;
 
-use crate::support::Dir;
 use crate::support::weights::{Case, FolderForm, Stored, edit};
+use crate::support::{Dir, finish};
 
 const SMALL: [&str; 8] = [
     "--width", "64", "--height", "64", "--steps", "2", "--seed", "1",
@@ -104,7 +104,7 @@ fn what_is_not_there_or_not_built_exits_with_1() {
             "nothing.safetensors",
         ),
         (vec!["--sampler", "DPM++ SDE"], "not built yet"),
-        (vec!["--dtype", "bf16"], "bf16"),
+        (vec!["--dtype", "f16"], "f16"),
         (vec!["--device", "cuda"], "cuda"),
         (vec!["-o", "no/such/folder/p.png"], "no/such/folder"),
     ] {
@@ -115,6 +115,24 @@ fn what_is_not_there_or_not_built_exits_with_1() {
         assert!(out.stderr.contains(word), "{args:?}: {}", out.stderr);
     }
     assert!(dir.names().is_empty());
+}
+
+/// `auto` takes bf16 only where the processor has it; asked for by name it is refused elsewhere.
+#[test]
+fn bf16_needs_a_processor_that_has_it() {
+    let dir = Dir::new();
+    let plain = |dtype| {
+        let mut command = dir.command(&["generate", "-p", "x", "--dry-run", "--dtype", dtype]);
+        finish(command.env("SD_RS_CPU", "portable").spawn().unwrap())
+    };
+    assert_eq!(plain("auto").status, Some(0));
+    let refused = plain("bf16");
+    assert_eq!(refused.status, Some(1));
+    assert!(
+        refused.stderr.contains("level portable"),
+        "{}",
+        refused.stderr
+    );
 }
 
 #[test]

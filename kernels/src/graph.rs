@@ -98,6 +98,11 @@ impl Graph {
         peak
     }
 
+    /// Whether both are handles to one graph.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     fn push(&self, node: Node) -> Tensor {
         let shape = node.shape.clone();
         let mut nodes = self.0.lock().unwrap_or_else(PoisonError::into_inner);

@@ -31,11 +31,13 @@
 //! | `Embed` | ids `[b, s]` → `[b, s, c]` |
 //! | `AddPositions` | `[b, s, c]` → same |
 
+pub mod cpu;
 pub mod eager;
 pub mod graph;
 pub mod op;
 pub mod ops;
 pub mod param;
+pub mod plan;
 pub mod profile;
 mod tensor;
 
@@ -66,6 +68,9 @@ pub enum Error {
         /// The operation.
         op: &'static str,
     },
+    /// There is no room for buffers.
+    #[error("{0}")]
+    Memory(String),
     /// candle failed.
     #[error("tensor operation failed: {0}")]
     Candle(#[from] candle_core::Error),

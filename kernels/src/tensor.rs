@@ -41,6 +41,14 @@ impl Tensor {
         }
     }
 
+    /// The node of `graph` that this is.
+    pub(crate) fn node(&self, graph: &Graph) -> Option<NodeId> {
+        match &self.0 {
+            Value::Node { graph: own, id, .. } if own.is(graph) => Some(*id),
+            _ => None,
+        }
+    }
+
     /// The data behind an eager tensor.
     ///
     /// # Errors

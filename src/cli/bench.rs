@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
+use sd_kernels::cpu::Level;
 use sd_kernels::op::LayerClass;
 use sd_kernels::profile;
 use sd_models::{clip, unet, vae};
@@ -16,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::memory::peak_resident;
 use crate::pipeline::Networks;
 use crate::spec::ModelSpec;
+use crate::text::Tower;
 
 /// Everything that was measured.
 struct Report {
@@ -63,21 +65,21 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
     let latent = size / scale;
 
     say("encoding text");
-    let positions = networks.text().config().positions;
-    let ids = Tensor::zeros((2, positions), DType::U32, &device)?;
     let begin = Instant::now();
-    let context = networks.text().forward(&ids.into(), 0)?.into_data()?;
+    let context = networks.states(&vec![0; 2 * networks.positions()], 2, 0)?;
     let text = begin.elapsed();
-    networks.release_text();
 
     let channels = networks.unet().config().in_channels;
-    let sample = Tensor::randn(0f32, 1.0, (2, channels, latent, latent), &device)?;
+    let sample = Tensor::randn(0f32, 1.0, (1, channels, latent, latent), &device)?;
+    let begin = Instant::now();
+    let mut denoiser = networks.denoiser([1, channels, latent, latent], &context, &[500.0])?;
+    let load = load + begin.elapsed();
     let mut steps = Vec::new();
     let mut times = BTreeMap::new();
     for i in 0..=args.steps {
         check_stopped()?;
         let begin = Instant::now();
-        let (out, classes) = profile::measure(|| networks.predict(&sample, 500.0, &context));
+        let (out, classes) = profile::measure(|| denoiser.predict(&sample, 500.0));
         out?;
         let took = begin.elapsed();
         if i == 0 {
@@ -235,7 +237,7 @@ impl Report {
             "dtype": device::dtype_name(self.dtype),
             "device": "cpu",
             "threads": self.threads,
-            "cpu_level": cpu_level(),
+            "cpu_level": Level::current().name(),
             "timings": {
                 "load_s": self.load.as_secs_f64(),
                 "text_s": self.text.as_secs_f64(),
@@ -266,7 +268,7 @@ impl Report {
                 self.size,
                 device::dtype_name(self.dtype),
                 self.threads,
-                cpu_level()
+                Level::current().name()
             ),
             format!("load            {:8.2} s", self.load.as_secs_f64()),
             format!("text            {:8.2} s", self.text.as_secs_f64()),
@@ -300,22 +302,4 @@ impl Report {
         }
         lines.join("\n")
     }
-}
-
-/// The widest vector instructions that this processor has.
-fn cpu_level() -> &'static str {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") {
-            return if is_x86_feature_detected!("avx512bf16") {
-                "avx512bf16"
-            } else {
-                "avx512"
-            };
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            return "avx2";
-        }
-    }
-    "portable"
 }

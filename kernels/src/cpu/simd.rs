@@ -1,0 +1,198 @@
+//! Arithmetic written once in plain Rust and compiled for every level: loops without branches, which the compiler vectorises.
+
+use std::f32::consts::LOG2_E;
+
+use half::bf16;
+
+use super::epilogue::Stored;
+
+/// Defines a function that runs its body, compiled for the level given as its first argument.
+///
+/// `multiversion!(fn scale(x: &mut [f32], by: f32) { … })` defines `fn scale(level: Level, x: &mut [f32], by: f32)`; type parameters with one
+/// bound each may stand behind the name. What the body calls must be `#[inline(always)]` to be compiled along.
+macro_rules! multiversion {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$($t:ident : $bound:ident),+>)? ($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$meta])*
+        $vis fn $name $(<$($t: $bound),+>)? (level: $crate::cpu::Level, $($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            fn body $(<$($t: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+                fn avx512 $(<$($t: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                #[target_feature(enable = "avx2,fma,f16c")]
+                fn avx2 $(<$($t: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
+                match level {
+                    // SAFETY: a level is only in use where the processor has it
+                    $crate::cpu::Level::Avx512 | $crate::cpu::Level::Avx512Bf16 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: as above
+                    $crate::cpu::Level::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::cpu::Level::Portable => {}
+                }
+            }
+            let _ = level;
+            body($($arg),*)
+        }
+    };
+}
+pub(crate) use multiversion;
+
+/// `a · b + c` in two roundings, the same at every level.
+#[inline(always)]
+pub(crate) fn fma(a: f32, b: f32, c: f32) -> f32 {
+    a * b + c
+}
+
+/// eˣ within 2 units in the last place; 0 far below, +∞ is not reached before 88.7 (larger arguments give eˣ of 88.3).
+///
+/// x = n·ln 2 + r with |r| ≤ ln 2 / 2; eʳ by its Taylor polynomial of degree 6 (Cody & Waite's reduction).
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    let x = x.clamp(-87.3, 88.3);
+    // adding 1.5·2²³ rounds to the nearest whole number without a branch
+    const ROUND: f32 = 12_582_912.0;
+    let shifted = fma(x, LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    const HIGH: f32 = 355.0 / 512.0; // ln 2 to 9 bits: n · HIGH is exact
+    let r = fma(n, -HIGH, x);
+    let r = fma(n, (HIGH as f64 - std::f64::consts::LN_2) as f32, r);
+    let p = fma(r, 1.0 / 720.0, 1.0 / 120.0);
+    let p = fma(r, p, 1.0 / 24.0);
+    let p = fma(r, p, 1.0 / 6.0);
+    let p = fma(r, p, 0.5);
+    let p = fma(r * r, p, r) + 1.0;
+    // the low bits of `shifted` are n; a cast would check for overflow, number by number
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
+    p * power
+}
+
+/// A number as stored: f32 or bf16.
+pub(crate) trait Number: Copy + Send + Sync + Stored {
+    /// Exact.
+    fn f32(self) -> f32;
+}
+
+impl Number for f32 {
+    #[inline(always)]
+    fn f32(self) -> f32 {
+        self
+    }
+}
+
+impl Number for bf16 {
+    #[inline(always)]
+    fn f32(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
+
+/// `x · sigmoid(x)`.
+#[inline(always)]
+pub(crate) fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x))
+}
+
+/// `x · sigmoid(1.702 x)`.
+#[inline(always)]
+pub(crate) fn quick_gelu(x: f32) -> f32 {
+    x / (1.0 + exp(-1.702 * x))
+}
+
+/// `x · tanh(ln(1 + eˣ))`: with n = eˣ the tanh is (n² + 2n) / (n² + 2n + 2).
+#[inline(always)]
+pub(crate) fn mish(x: f32) -> f32 {
+    // beyond 20 the tanh is 1 to the last bit, and n² would leave the range
+    let n = exp(x.min(20.0));
+    let m = n * (n + 2.0);
+    x * (m / (m + 2.0))
+}
+
+/// `x/2 · (1 + erf(x/√2))`, absolute error below 2e-7 · max(1, |x|).
+#[inline(always)]
+pub(crate) fn gelu(x: f32) -> f32 {
+    0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))
+}
+
+/// The error function: its Taylor-like odd polynomial near zero, 1 − e^(−x²)·p(1/(1 + x/2)) elsewhere (Numerical Recipes, 2nd ed., §6.2,
+/// `erfcc`: fractional error of the complement below 1.2e-7).
+#[inline(always)]
+pub(crate) fn erf(x: f32) -> f32 {
+    const C: [f32; 10] = [
+        -1.265_512_2,
+        1.000_023_7,
+        0.374_091_96,
+        0.096_784_18,
+        -0.186_288_06,
+        0.278_868_07,
+        -1.135_204,
+        1.488_515_8,
+        -0.822_152_23,
+        0.170_872_77,
+    ];
+    let z = x.abs();
+    let t = 1.0 / (1.0 + 0.5 * z);
+    let mut p = C[9];
+    let mut i = 9;
+    while i > 0 {
+        i -= 1;
+        p = p * t + C[i];
+    }
+    let far = 1.0 - t * exp(p - z * z);
+    // odd Taylor polynomial: 2/√π · x · (1 − x²/3 + x⁴/10 − x⁶/42 + x⁸/216 − x¹⁰/1320)
+    let s = x * x;
+    let near = x
+        * (std::f32::consts::FRAC_2_SQRT_PI
+            + s * (-0.376_126_4
+                + s * (0.112_837_92
+                    + s * (-0.026_866_17 + s * (0.005_223_977 - s * 0.000_854_833)))));
+    if z < 0.5 { near } else { far.copysign(x) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cpu::Level;
+
+    multiversion! {
+        fn exps(x: &mut [f32]) { for x in x { *x = exp(*x); } }
+    }
+
+    #[test]
+    fn exp_is_close_at_every_level() {
+        for level in Level::supported() {
+            let x: Vec<f32> = (-87_000..88_000).map(|i| i as f32 / 1000.0).collect();
+            let mut y = x.clone();
+            exps(level, &mut y);
+            for (x, y) in x.iter().zip(&y) {
+                let want = f64::from(*x).exp();
+                assert!((f64::from(*y) / want - 1.0).abs() < 4e-7, "{x}: {y} {want}");
+            }
+        }
+    }
+
+    #[test]
+    fn activations_are_close() {
+        let f64s = |x: f64| {
+            let e = libm::erf(x / std::f64::consts::SQRT_2);
+            [
+                x / (1.0 + (-x).exp()),
+                0.5 * x * (1.0 + e),
+                x / (1.0 + (-1.702 * x).exp()),
+                x * x.exp().ln_1p().tanh(),
+            ]
+        };
+        for i in -60_000..60_000 {
+            let x = i as f32 / 2000.0;
+            for (got, want) in [silu(x), gelu(x), quick_gelu(x), mish(x)]
+                .into_iter()
+                .zip(f64s(f64::from(x)))
+            {
+                assert!(
+                    (f64::from(got) - want).abs() < 3e-7 * f64::from(x.abs()).max(1.0),
+                    "{x}: {got} {want}"
+                );
+            }
+        }
+        assert!(silu(f32::NAN).is_nan() && gelu(f32::NAN).is_nan());
+    }
+}

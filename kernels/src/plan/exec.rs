@@ -1,0 +1,284 @@
+//! One step: the right kernel for its work and types.
+
+use super::ir::{Form, Part, Product, Step, ValueId, View, Work};
+use super::memory::Memory;
+use super::run::Prepared;
+use super::store::{Layout, Packed};
+use crate::Result;
+use crate::cpu::Level;
+use crate::cpu::aligned::Plain;
+use crate::cpu::attention::{self, Shape, attention};
+use crate::cpu::epilogue::{Epilogue, PerImage, Stored};
+use crate::cpu::norm::{GroupNorm, Side, layer_norm};
+use crate::cpu::product::{Grid, Source, product};
+use crate::cpu::view::NumbersMut;
+use crate::cpu::winograd::{self, Kept};
+
+/// Pixels that each tap reads, for result (0, 0).
+pub(super) type Taps = Vec<(isize, isize)>;
+
+/// The taps of every group of a product, for each of its phases.
+pub(super) fn taps(product: &Product) -> Vec<Vec<Taps>> {
+    let of = |part: &Part| -> Taps {
+        let before = part.padding.before.cast_signed();
+        let (kh, kw) = (part.kernel.0.cast_signed(), part.kernel.1.cast_signed());
+        (0..kh)
+            .flat_map(|y| (0..kw).map(move |x| (y - before, x - before)))
+            .collect()
+    };
+    let groups = |taps: &dyn Fn(&Part) -> Taps| -> Vec<Taps> {
+        product
+            .parts
+            .iter()
+            .flat_map(|part| vec![taps(part); part.sources.len()])
+            .collect()
+    };
+    if product.form != Form::Upsample {
+        return vec![groups(&of)];
+    }
+    (0..4)
+        .map(|phase| {
+            let (dy, dx) = (phase / 2 - 1, phase % 2 - 1);
+            groups(&|_| vec![(dy, dx), (dy, dx + 1), (dy + 1, dx), (dy + 1, dx + 1)])
+        })
+        .collect()
+}
+
+impl Memory<'_> {
+    /// Computes a step.
+    pub(super) fn step(
+        &self,
+        level: Level,
+        step: &Step,
+        prepared: &Prepared,
+        workspace: &mut [u8],
+    ) -> Result<()> {
+        // SAFETY: a step reads no part of its result (`check_places`)
+        let out = unsafe { self.write(step.out) };
+        match (&step.work, prepared) {
+            (
+                Work::Product(product),
+                Prepared::Product {
+                    weights,
+                    bias,
+                    taps,
+                },
+            ) => {
+                let epilogue = Epilogue {
+                    bias: bias.as_ref().map(|b| b.as_slice()),
+                    image: match product.image {
+                        Some(image) => Some(PerImage {
+                            values: self.read_f32(image)?,
+                            rows: product.size.0 * product.size.1,
+                        }),
+                        None => None,
+                    },
+                    activation: product.activation,
+                    residual: product.residual.map(|r| self.read(r)),
+                    gated: product.form == Form::Gated,
+                };
+                let run = Run {
+                    memory: self,
+                    level,
+                    product,
+                    taps,
+                    epilogue: &epilogue,
+                    batch: self.batch(step.out),
+                };
+                let packed;
+                let weights = match weights {
+                    Some(weights) => weights,
+                    None => {
+                        let (channels, bf16) = self.program().sources(product);
+                        packed = Packed::now(product, &channels, bf16)?;
+                        &packed
+                    }
+                };
+                match (weights, out) {
+                    (Packed::F32(w), NumbersMut::F32(out)) => run.product(w, out, workspace),
+                    (Packed::F32(w), NumbersMut::Bf16(out)) => run.product(w, out, workspace),
+                    (Packed::Bf16(w), NumbersMut::F32(out)) => run.product(w, out, workspace),
+                    (Packed::Bf16(w), NumbersMut::Bf16(out)) => run.product(w, out, workspace),
+                }
+                Ok(())
+            }
+            (
+                Work::Attention {
+                    q,
+                    k,
+                    v,
+                    heads,
+                    causal,
+                },
+                _,
+            ) => {
+                let shape = self.attention_shape((*q, *k), step.out, *heads, *causal);
+                match out {
+                    NumbersMut::F32(out) => attention(
+                        level,
+                        &shape,
+                        (self.vectors(*q), self.vectors(*k), self.vectors(*v)),
+                        out,
+                        workspace,
+                    ),
+                    NumbersMut::Bf16(out) => attention(
+                        level,
+                        &shape,
+                        (self.vectors(*q), self.vectors(*k), self.vectors(*v)),
+                        out,
+                        workspace,
+                    ),
+                }
+                Ok(())
+            }
+            (Work::LayerNorm { source, eps, .. }, Prepared::Affine { weight, bias }) => {
+                layer_norm(level, self.read(*source), (weight, bias, *eps), out);
+                Ok(())
+            }
+            (
+                Work::GroupNorm {
+                    sources,
+                    groups,
+                    eps,
+                    activation,
+                    ..
+                },
+                Prepared::Affine { weight, bias },
+            ) => {
+                let norm = GroupNorm {
+                    batch: self.batch(step.out),
+                    pixels: self.pixels(step.out),
+                    groups: *groups,
+                    eps: *eps,
+                    weight,
+                    bias,
+                    activation: *activation,
+                };
+                let sides: Vec<Side<'_>> = sources
+                    .iter()
+                    .map(|&s| Side {
+                        data: self.read(s),
+                        channels: self.channels(s),
+                        pictures: self.batch(s),
+                    })
+                    .collect();
+                norm.run(level, &sides, out, cast_workspace(workspace));
+                Ok(())
+            }
+            (work, prepared) => self.pointwise(work, prepared, step.out, out),
+        }
+    }
+}
+
+/// The workspace as f64.
+fn cast_workspace(bytes: &mut [u8]) -> &mut [f64] {
+    // SAFETY: any bytes are numbers
+    let (before, numbers, _) = unsafe { bytes.align_to_mut::<f64>() };
+    debug_assert!(before.is_empty(), "the workspace begins at a line");
+    numbers
+}
+
+impl<'a> Memory<'a> {
+    fn attention_shape(
+        &self,
+        (q, k): (ValueId, ValueId),
+        out: ValueId,
+        heads: usize,
+        causal: bool,
+    ) -> Shape {
+        Shape {
+            batch: self.batch(out),
+            queries: self.pixels(q),
+            keys: self.pixels(k),
+            heads,
+            width: self.channels(q) / heads,
+            causal,
+            kv_batch: self.batch(k),
+            q_batch: self.batch(q),
+        }
+    }
+
+    fn vectors<T: Plain>(&self, value: ValueId) -> attention::View<'a, T> {
+        attention::View {
+            data: self.operand(value),
+            stride: self.channels(value),
+        }
+    }
+}
+
+/// A product about to run.
+struct Run<'a> {
+    memory: &'a Memory<'a>,
+    level: Level,
+    product: &'a Product,
+    taps: &'a [Vec<Taps>],
+    epilogue: &'a Epilogue<'a>,
+    batch: usize,
+}
+
+impl Run<'_> {
+    fn product<T: Kept, O: Stored>(
+        &self,
+        weights: &Layout<T>,
+        out: &mut [O],
+        workspace: &mut [u8],
+    ) {
+        let (h, w) = self.product.size;
+        let phases = match weights {
+            Layout::Panels(phases) => phases,
+            Layout::Winograd(weights) => {
+                let views = self.product.parts.iter().flat_map(|part| &part.sources);
+                let sources: Vec<_> = views.map(|view| self.picture::<T>(view.value)).collect();
+                let pictures = (self.batch, h, w);
+                let job = ((self.level, weights), (pictures, sources.as_slice()));
+                return winograd::convolve(job.0, job.1, self.epilogue, out, workspace);
+            }
+        };
+        for (phase, (panels, taps)) in phases.iter().zip(self.taps).enumerate() {
+            let grid = if self.product.form == Form::Upsample {
+                Grid {
+                    batch: self.batch,
+                    h: h / 2,
+                    w: w / 2,
+                    place: (2, phase / 2, phase % 2),
+                }
+            } else {
+                Grid::plain(self.batch, h, w)
+            };
+            let views = self
+                .product
+                .parts
+                .iter()
+                .flat_map(|part| part.sources.iter().map(|view| (*view, part.stride)));
+            let sources: Vec<Source<'_, T>> = views
+                .zip(taps)
+                .map(|((view, stride), taps)| self.source(view, stride, taps))
+                .collect();
+            product(self.level, panels, (grid, &sources), self.epilogue, out);
+        }
+    }
+
+    fn picture<T: Plain>(&self, value: ValueId) -> winograd::Source<'_, T> {
+        let channels = self.memory.channels(value);
+        winograd::Source {
+            data: self.memory.operand(value),
+            pictures: self.memory.batch(value),
+            channels,
+            pixel_stride: channels,
+        }
+    }
+
+    fn source<'b, T: Plain>(&'b self, view: View, stride: usize, taps: &'b Taps) -> Source<'b, T> {
+        let channels = self.memory.channels(view.value);
+        Source {
+            data: self.memory.operand(view.value),
+            pictures: self.memory.batch(view.value),
+            h: view.h,
+            w: view.w,
+            channels,
+            pixel_stride: channels,
+            stride,
+            taps,
+        }
+    }
+}

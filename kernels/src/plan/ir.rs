@@ -1,0 +1,243 @@
+//! What a plan is made of: values with their places, and the steps that make them.
+
+use crate::cpu::winograd;
+use crate::{Activation, Padding, Param};
+
+/// The place of a value in [`Program::values`].
+pub(super) type ValueId = usize;
+
+/// How often a value has to be computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Rate {
+    /// Depends on nothing but the timestep: one row for each timestep of a run, all computed before it.
+    Timestep,
+    /// Depends on what stays the same during a run, such as the text.
+    Run,
+    /// Depends on what changes at every call.
+    Call,
+}
+
+/// The type that a value is stored as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Type {
+    F32,
+    Bf16,
+}
+
+impl Type {
+    pub(super) fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
+}
+
+/// A channels-last value: `[batch, pixels, channels]`. A batch smaller than that of a value computed from it repeats.
+#[derive(Debug, Clone)]
+pub(super) struct Value {
+    pub rate: Rate,
+    pub batch: usize,
+    pub pixels: usize,
+    pub channels: usize,
+    pub kind: Type,
+}
+
+impl Value {
+    pub(super) fn len(&self) -> usize {
+        self.batch * self.pixels * self.channels
+    }
+}
+
+/// A picture-like view of a value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct View {
+    pub value: ValueId,
+    pub h: usize,
+    pub w: usize,
+}
+
+/// A convolution or a linear layer with everything that happens to its sums.
+#[derive(Debug, Clone)]
+pub(super) struct Product {
+    /// One or two inputs side by side, and the shortcut's if it was folded in.
+    pub parts: Vec<Part>,
+    /// Bias of each part that has one.
+    pub biases: Vec<Param>,
+    pub form: Form,
+    /// Height and width of the result.
+    pub size: (usize, usize),
+    pub columns: usize,
+    pub image: Option<ValueId>,
+    pub activation: Option<Activation>,
+    pub residual: Option<ValueId>,
+}
+
+/// Inputs of one weight.
+#[derive(Debug, Clone)]
+pub(super) struct Part {
+    pub weight: Param,
+    /// Side by side along the channels.
+    pub sources: Vec<View>,
+    pub kernel: (usize, usize),
+    pub stride: usize,
+    pub padding: Padding,
+}
+
+/// How a product is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Form {
+    /// As an implicit product.
+    Direct,
+    /// A linear layer to values and gates, and value × gelu(gate).
+    Gated,
+    /// Enlarge twice, then 3×3: four 2×2 convolutions of the small picture.
+    Upsample,
+    /// A 3×3 convolution by Winograd's minimal filtering.
+    Winograd(winograd::Form),
+}
+
+/// One step of a program.
+#[derive(Debug, Clone)]
+pub(super) struct Step {
+    pub work: Work,
+    pub out: ValueId,
+    /// What the profile counts it as.
+    pub class: crate::op::LayerClass,
+}
+
+/// What a step does.
+#[derive(Debug, Clone)]
+pub(super) enum Work {
+    Product(Product),
+    GroupNorm {
+        sources: Vec<ValueId>,
+        weight: Param,
+        bias: Param,
+        groups: usize,
+        eps: f64,
+        activation: Option<Activation>,
+    },
+    LayerNorm {
+        source: ValueId,
+        weight: Param,
+        bias: Param,
+        eps: f64,
+    },
+    Attention {
+        q: ValueId,
+        k: ValueId,
+        v: ValueId,
+        heads: usize,
+        causal: bool,
+    },
+    Geglu(ValueId),
+    Activate(ValueId, Activation),
+    Add(ValueId, ValueId),
+    AddChannels(ValueId, ValueId),
+    ScaleShift(ValueId, ValueId),
+    Affine {
+        source: ValueId,
+        scale: f32,
+        shift: f32,
+    },
+    Concat(ValueId, ValueId),
+    Upsample {
+        source: View,
+        h: usize,
+        w: usize,
+    },
+    Sinusoid {
+        source: ValueId,
+        flip_sin_to_cos: bool,
+        freq_shift: f64,
+    },
+    Embed {
+        ids: ValueId,
+        table: Param,
+    },
+    AddPositions {
+        source: ValueId,
+        table: Param,
+    },
+}
+
+impl Work {
+    /// Every value that is read.
+    pub(super) fn reads(&self) -> Vec<ValueId> {
+        match self {
+            Self::Product(product) => {
+                let sources = product
+                    .parts
+                    .iter()
+                    .flat_map(|p| p.sources.iter().map(|s| s.value));
+                sources
+                    .chain(product.image)
+                    .chain(product.residual)
+                    .collect()
+            }
+            Self::GroupNorm { sources, .. } => sources.clone(),
+            Self::Attention { q, k, v, .. } => vec![*q, *k, *v],
+            Self::Add(a, b)
+            | Self::AddChannels(a, b)
+            | Self::ScaleShift(a, b)
+            | Self::Concat(a, b) => vec![*a, *b],
+            Self::LayerNorm { source, .. }
+            | Self::Affine { source, .. }
+            | Self::Sinusoid { source, .. }
+            | Self::AddPositions { source, .. }
+            | Self::Embed { ids: source, .. }
+            | Self::Geglu(source)
+            | Self::Activate(source, _) => vec![*source],
+            Self::Upsample { source, .. } => vec![source.value],
+        }
+    }
+
+    /// Every value that is an operand of a product, which decides the type it is stored as.
+    pub(super) fn operands(&self) -> Vec<ValueId> {
+        match self {
+            Self::Product(product) => product
+                .parts
+                .iter()
+                .flat_map(|p| p.sources.iter().map(|s| s.value))
+                .collect(),
+            Self::Attention { q, k, v, .. } => vec![*q, *k, *v],
+            _ => Vec::new(),
+        }
+    }
+}
+
+/// A value given from outside.
+#[derive(Debug, Clone)]
+pub(super) struct Input {
+    pub name: String,
+    pub value: ValueId,
+    /// `[b, c, h, w]`, `[b, s, c]`, `[b, s]` or `[b]`, as the network declared it.
+    pub shape: Vec<usize>,
+}
+
+/// A network at one shape, fused.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Program {
+    pub values: Vec<Value>,
+    pub inputs: Vec<Input>,
+    /// In the order in which they can run; steps of rarer rates come first among equals.
+    pub steps: Vec<Step>,
+    pub output: ValueId,
+    pub output_shape: Vec<usize>,
+}
+
+impl Program {
+    /// The channels of every source of a product, by part, and whether they are bf16.
+    pub(super) fn sources(&self, product: &Product) -> (Vec<Vec<usize>>, bool) {
+        let of = |part: &Part| -> Vec<usize> {
+            let views = part.sources.iter();
+            views.map(|view| self.values[view.value].channels).collect()
+        };
+        let views = product.parts.iter().flat_map(|part| &part.sources);
+        let bf16 = views
+            .map(|view| self.values[view.value].kind)
+            .any(|kind| kind == Type::Bf16);
+        (product.parts.iter().map(of).collect(), bf16)
+    }
+}

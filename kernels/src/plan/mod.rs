@@ -1,0 +1,183 @@
+//! Plans: a network recorded at one shape, made into steps over known buffers, and run on the CPU.
+//!
+//! [`Plan::compile`] takes the recorded graph through four passes: what can be fused is (`fuse`), every value gets a type, a rate (once a timestep,
+//! once a run, or at every call) and a place in one arena (`place`), and weights are packed into the layout of the kernels that read them (`store`).
+//! [`Plan::run`] then only calls kernels: nothing is allocated, nothing is decided.
+//!
+//! Exact savings that fall out of the rates and batches: what depends on the text alone is computed once a run; what depends on the timestep
+//! alone once for all timesteps, as one product; and what comes before the text is known (both halves of guidance see the same picture) at half
+//! the batch.
+
+#[allow(unsafe_code)]
+mod exec;
+mod fuse;
+mod ir;
+#[allow(unsafe_code)]
+mod memory;
+mod place;
+mod pointwise;
+#[allow(unsafe_code)]
+mod run;
+mod store;
+#[cfg(test)]
+mod tests;
+
+use ir::{Form, Part, Program, Rate};
+pub use store::Store;
+
+use crate::cpu::{Level, winograd};
+use crate::graph::Graph;
+use crate::{Error, Padding, Result, Tensor};
+
+/// The arithmetic of products. Norms, softmax and sums are f32 in both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// 32-bit throughout.
+    F32,
+    /// Operands of products in bf16, sums in f32. Needs [`Level::Avx512Bf16`].
+    Bf16,
+}
+
+impl Precision {
+    fn is_bf16(self) -> bool {
+        self == Self::Bf16
+    }
+}
+
+/// How a plan is to be made.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The instruction set.
+    pub level: Level,
+    /// The arithmetic.
+    pub precision: Precision,
+    /// The input that is the same for the whole batch and known before a run: the timestep.
+    pub timestep: Option<&'static str>,
+    /// Inputs that stay the same during a run: the text.
+    pub constant: Vec<&'static str>,
+    /// Whether weights are packed each time they are needed, and let go of: for a network that runs seldom.
+    pub transient: bool,
+    /// Inputs whose second half equals the first, as guidance has it; they are given by half.
+    pub halved: Vec<&'static str>,
+}
+
+impl Options {
+    /// For a network all of whose inputs change at every call.
+    pub fn new(level: Level, precision: Precision) -> Self {
+        Self {
+            level,
+            precision,
+            timestep: None,
+            transient: false,
+            constant: Vec::new(),
+            halved: Vec::new(),
+        }
+    }
+
+    /// Rate and batch of an input.
+    fn input(&self, name: &str, shape: &[usize]) -> (Rate, usize) {
+        let batch = shape.first().copied().unwrap_or(1);
+        if self.timestep == Some(name) {
+            return (Rate::Timestep, 1);
+        }
+        let rate = if self.constant.contains(&name) {
+            Rate::Run
+        } else {
+            Rate::Call
+        };
+        let halved = self.halved.contains(&name) && batch.is_multiple_of(2);
+        (rate, if halved { batch / 2 } else { batch })
+    }
+
+    /// The form in which a convolution of `columns` results a pixel, `size` pixels high and wide, is computed.
+    ///
+    /// Winograd's forms take 2.25 and 4 times fewer products, and 1.8 and 4 times the memory for weights. F(4×4) in bf16 rounds too much.
+    fn form(&self, part: &Part, columns: usize, size: (usize, usize)) -> Form {
+        let channels = part.weight.shape().get(1).copied().unwrap_or(0);
+        let is_3x3 = part.kernel == (3, 3) && part.stride == 1 && part.padding == Padding::same(1);
+        // few channels or pixels: transforms cost more than they save
+        if !is_3x3 || channels.min(columns) < 32 || size.0 * size.1 < 16 * 16 {
+            return Form::Direct;
+        }
+        if self.precision.is_bf16() {
+            return Form::Winograd(winograd::Form::F2);
+        }
+        let weights = channels.saturating_mul(columns);
+        let tiles = size.0.div_ceil(4) * size.1.div_ceil(4);
+        if tiles >= 64 && (self.transient || weights <= SMALL) {
+            Form::Winograd(winograd::Form::F4)
+        } else if self.transient || weights <= 4 * SMALL {
+            Form::Winograd(winograd::Form::F2)
+        } else {
+            Form::Direct
+        }
+    }
+}
+
+/// Weights whose fourfold size in f32 does not matter: those of the levels with most pixels.
+const SMALL: usize = 320 * 960;
+
+/// A network at one shape, ready to run.
+pub struct Plan {
+    program: Program,
+    machine: run::Machine,
+}
+
+/// One input of a call.
+#[derive(Debug, Clone, Copy)]
+pub struct Feed<'a> {
+    /// As the network declared it.
+    pub name: &'a str,
+    /// Its numbers in the declared order (`[b, c, h, w]` and so on; ids as numbers), by half where [`Options::halved`] says so.
+    pub values: &'a [f32],
+}
+
+impl Plan {
+    /// Makes a plan of what `output`, a node of `graph`, needs.
+    ///
+    /// # Errors
+    /// When a weight cannot be read or memory is short.
+    pub fn compile(
+        graph: &Graph,
+        output: &Tensor,
+        options: &Options,
+        store: &Store,
+    ) -> Result<Self> {
+        let nodes = graph.nodes();
+        let output = output.node(graph).ok_or(Error::Mixed { op: "plan" })?;
+        let program = fuse::fuse(&nodes, output, options)?;
+        let machine = run::Machine::new(&program, options, store)?;
+        Ok(Self { program, machine })
+    }
+
+    /// The names of the inputs.
+    pub fn inputs(&self) -> impl Iterator<Item = &str> {
+        self.program.inputs.iter().map(|input| input.name.as_str())
+    }
+
+    /// The shape of the result.
+    pub fn output_shape(&self) -> &[usize] {
+        &self.program.output_shape
+    }
+
+    /// Bytes of buffers, weights not counted.
+    pub fn arena_bytes(&self) -> usize {
+        self.machine.arena_bytes()
+    }
+
+    /// Computes for these timesteps all that depends on nothing else.
+    ///
+    /// # Errors
+    /// When memory is short.
+    pub fn prepare_timesteps(&mut self, timesteps: &[f32]) -> Result<()> {
+        self.machine.prepare_timesteps(&self.program, timesteps)
+    }
+
+    /// One call: the result in the recorded order of axes. Inputs that are constant during a run may be left out after the first call.
+    ///
+    /// # Errors
+    /// When an input is missing or has the wrong size.
+    pub fn run(&mut self, feeds: &[Feed<'_>], out: &mut Vec<f32>) -> Result<()> {
+        self.machine.run(&self.program, feeds, out)
+    }
+}

@@ -1,0 +1,384 @@
+//! The machine that runs a program on the CPU: one arena, packed weights, and a loop over steps.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::exec::{Taps, taps};
+use super::ir::{Form, Input, Program, Rate, Step, Type, Work};
+use super::memory::{BEHIND, Memory};
+use super::place::{Places, check_places, place};
+use super::store::{Packed, Store};
+use super::{Feed, Options};
+use crate::cpu::Level;
+use crate::cpu::aligned::Aligned;
+use crate::cpu::attention::Shape;
+use crate::cpu::epilogue::Stored;
+use crate::cpu::norm::GroupNorm;
+use crate::cpu::view::{Numbers, NumbersMut};
+use crate::cpu::winograd;
+use crate::{Error, Result, profile};
+
+/// Everything that running a program needs.
+pub(super) struct Machine {
+    level: Level,
+    /// Values by `places`, and behind them what attention and the like need while they run.
+    arena: Aligned<u8>,
+    places: Places,
+    /// Values of the timestep's rate, a row each timestep, by `tables`.
+    rows: Aligned<f32>,
+    tables: Tables,
+    prepared: Vec<Prepared>,
+    /// Whether what is computed once a run is there.
+    constants: bool,
+}
+
+/// What depends on the timestep alone, for all timesteps of a run.
+#[derive(Default)]
+pub(super) struct Tables {
+    /// Where the table `[timesteps, channels]` of each value begins.
+    pub offsets: Vec<usize>,
+    pub timesteps: Vec<f32>,
+    /// The row of the current call.
+    pub row: usize,
+}
+
+/// What a step reads beside values.
+pub(super) enum Prepared {
+    Product {
+        /// None: to be packed when they are needed.
+        weights: Option<Packed>,
+        bias: Option<Arc<Vec<f32>>>,
+        /// Of each group, for each phase.
+        taps: Vec<Vec<Taps>>,
+    },
+    Affine {
+        weight: Arc<Vec<f32>>,
+        bias: Arc<Vec<f32>>,
+    },
+    Table(Arc<Vec<f32>>),
+    Nothing,
+}
+
+impl Machine {
+    pub(super) fn new(program: &Program, options: &Options, store: &Store) -> Result<Self> {
+        let places = place(program);
+        check_places(program, &places)?;
+        let workspace = program
+            .steps
+            .iter()
+            .map(|step| workspace(program, step))
+            .max()
+            .unwrap_or(0);
+        let bytes = places.bytes + workspace;
+        let prepared = program
+            .steps
+            .par_iter()
+            .map(|step| prepare(program, step, (store, options.transient)));
+        let prepared = prepared.collect::<Result<Vec<_>>>()?;
+        Ok(Self {
+            level: options.level,
+            arena: Aligned::zeros(bytes).map_err(|e| no_memory(bytes, &e))?,
+            places,
+            rows: Aligned::zeros(0).map_err(|e| no_memory(0, &e))?,
+            tables: Tables {
+                offsets: vec![0; program.values.len()],
+                ..Tables::default()
+            },
+            prepared,
+            constants: false,
+        })
+    }
+
+    pub(super) fn arena_bytes(&self) -> usize {
+        self.arena.len()
+    }
+
+    pub(super) fn prepare_timesteps(&mut self, program: &Program, timesteps: &[f32]) -> Result<()> {
+        if self.tables.timesteps == timesteps {
+            return Ok(());
+        }
+        let mut len = 0;
+        for (value, offset) in program.values.iter().zip(&mut self.tables.offsets) {
+            if value.rate == Rate::Timestep {
+                *offset = len;
+                len += (timesteps.len() * value.channels + BEHIND).next_multiple_of(16);
+            }
+        }
+        if len > self.rows.len() {
+            self.rows = Aligned::zeros(len).map_err(|e| no_memory(4 * len, &e))?;
+        }
+        self.tables.timesteps = timesteps.to_vec();
+        for input in program
+            .inputs
+            .iter()
+            .filter(|i| program.values[i.value].rate == Rate::Timestep)
+        {
+            let offset = self.tables.offsets[input.value];
+            self.rows.as_mut_slice()[offset..offset + timesteps.len()].copy_from_slice(timesteps);
+        }
+        self.steps(program, Rate::Timestep)
+    }
+
+    pub(super) fn run(
+        &mut self,
+        program: &Program,
+        feeds: &[Feed<'_>],
+        out: &mut Vec<f32>,
+    ) -> Result<()> {
+        for input in &program.inputs {
+            let rate = program.values[input.value].rate;
+            match feeds.iter().find(|feed| feed.name == input.name) {
+                Some(feed) if rate == Rate::Timestep => self.seek(program, feed.values)?,
+                Some(feed) => {
+                    self.import(program, input, feed.values)?;
+                    self.constants &= rate != Rate::Run;
+                }
+                None if rate == Rate::Run && self.constants => {}
+                None => {
+                    return Err(Error::Weights(format!(
+                        "input `{}` of the network is missing",
+                        input.name
+                    )));
+                }
+            }
+        }
+        if !self.constants {
+            self.steps(program, Rate::Run)?;
+            self.constants = true;
+        }
+        self.steps(program, Rate::Call)?;
+        self.export(program, out)
+    }
+
+    /// Makes the given timestep the current row, computing its row if it was not prepared.
+    fn seek(&mut self, program: &Program, timestep: &[f32]) -> Result<()> {
+        let [first, rest @ ..] = timestep else {
+            return Err(Error::Weights("the timestep is missing".to_owned()));
+        };
+        if rest.iter().any(|t| t != first) {
+            return Err(Error::Weights(
+                "one timestep for the whole batch is expected".to_owned(),
+            ));
+        }
+        let row = self.tables.timesteps.iter().position(|t| t == first);
+        if row.is_none() {
+            self.prepare_timesteps(program, &[*first])?;
+        }
+        self.tables.row = row.unwrap_or(0);
+        Ok(())
+    }
+
+    fn steps(&mut self, program: &Program, rate: Rate) -> Result<()> {
+        let (level, workspace) = (self.level, self.places.bytes);
+        let arena = self.arena.as_mut_slice();
+        let (values, workspace) = arena.split_at_mut(workspace);
+        let pointers = (values.as_mut_ptr(), self.rows.as_mut_slice().as_mut_ptr());
+        // SAFETY: both are borrowed mutably until the steps are done, and have the sizes that `places` and `tables` say
+        let memory = unsafe {
+            Memory::new(
+                pointers,
+                &self.places,
+                &self.tables,
+                program,
+                rate == Rate::Timestep,
+            )
+        };
+        for (step, prepared) in program.steps.iter().zip(&self.prepared) {
+            if program.values[step.out].rate == rate {
+                let start = Instant::now();
+                memory.step(level, step, prepared, workspace)?;
+                profile::note(step.class, start.elapsed());
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts an input into its place, channels last.
+    fn import(&mut self, program: &Program, input: &Input, values: &[f32]) -> Result<()> {
+        let value = &program.values[input.value];
+        if values.len() != value.len() {
+            return Err(Error::Shape {
+                op: "plan input",
+                expected: format!("{} numbers for `{}`", value.len(), input.name),
+                got: values.len().to_string(),
+            });
+        }
+        let pointers = (
+            self.arena.as_mut_slice().as_mut_ptr(),
+            self.rows.as_mut_slice().as_mut_ptr(),
+        );
+        // SAFETY: as in `steps`
+        let memory = unsafe { Memory::new(pointers, &self.places, &self.tables, program, false) };
+        // pictures come planar
+        let planar = input.shape.len() == 4;
+        let (pixels, channels) = (value.pixels, value.channels);
+        let at = |i: usize| {
+            let (row, channel) = (i / channels, i % channels);
+            if planar {
+                (row / pixels * channels + channel) * pixels + row % pixels
+            } else {
+                i
+            }
+        };
+        // SAFETY: the only slice of the arena in use
+        match unsafe { memory.write(input.value) } {
+            NumbersMut::F32(out) => out
+                .par_iter_mut()
+                .enumerate()
+                .with_min_len(CHUNK)
+                .for_each(|(i, out)| *out = values[at(i)]),
+            NumbersMut::Bf16(out) => out
+                .par_iter_mut()
+                .enumerate()
+                .with_min_len(CHUNK)
+                .for_each(|(i, out)| *out = Stored::of(values[at(i)])),
+        }
+        Ok(())
+    }
+
+    /// The result in the recorded order of axes.
+    fn export(&mut self, program: &Program, out: &mut Vec<f32>) -> Result<()> {
+        let value = &program.values[program.output];
+        let pointers = (
+            self.arena.as_mut_slice().as_mut_ptr(),
+            self.rows.as_mut_slice().as_mut_ptr(),
+        );
+        // SAFETY: as in `steps`
+        let memory = unsafe { Memory::new(pointers, &self.places, &self.tables, program, false) };
+        let total: usize = program.output_shape.iter().product();
+        let planar = program.output_shape.len() == 4;
+        let (pixels, channels, len) = (value.pixels, value.channels, value.len());
+        out.clear();
+        out.resize(total, 0.0);
+        let at = |i: usize| {
+            if !planar {
+                return i % len;
+            }
+            let (plane, pixel) = (i / pixels, i % pixels);
+            ((plane / channels * pixels + pixel) * channels + plane % channels) % len
+        };
+        match memory.read(program.output) {
+            Numbers::F32(x) => out
+                .par_iter_mut()
+                .enumerate()
+                .with_min_len(CHUNK)
+                .for_each(|(i, out)| *out = x[at(i)]),
+            Numbers::Bf16(x) => out
+                .par_iter_mut()
+                .enumerate()
+                .with_min_len(CHUNK)
+                .for_each(|(i, out)| *out = x[at(i)].to_f32()),
+        }
+        Ok(())
+    }
+}
+
+/// Elements a task of import and export.
+const CHUNK: usize = 1 << 14;
+
+fn no_memory(bytes: usize, error: &std::io::Error) -> Error {
+    Error::Memory(format!("no memory for {bytes} bytes of buffers: {error}"))
+}
+
+/// Packs the weights that a step reads, unless those of products are to be packed when they are needed.
+fn prepare(program: &Program, step: &Step, (store, later): (&Store, bool)) -> Result<Prepared> {
+    Ok(match &step.work {
+        Work::Product(product) => {
+            let (channels, bf16) = program.sources(product);
+            Prepared::Product {
+                weights: match later {
+                    false => Some(store.weights(product, &channels, bf16)?),
+                    true => None,
+                },
+                bias: store.bias(product)?,
+                taps: taps(product),
+            }
+        }
+        Work::GroupNorm { weight, bias, .. } | Work::LayerNorm { weight, bias, .. } => {
+            Prepared::Affine {
+                weight: store.vector(weight)?,
+                bias: store.vector(bias)?,
+            }
+        }
+        Work::Embed { table, .. } | Work::AddPositions { table, .. } => {
+            Prepared::Table(store.vector(table)?)
+        }
+        _ => Prepared::Nothing,
+    })
+}
+
+/// Bytes that a step needs beside its values.
+fn workspace(program: &Program, step: &Step) -> usize {
+    let threads = rayon::current_num_threads();
+    match &step.work {
+        Work::Product(product) => {
+            let Form::Winograd(form) = product.form else {
+                return 0;
+            };
+            let views = product.parts.iter().flat_map(|part| &part.sources);
+            let channels: Vec<usize> = views
+                .clone()
+                .map(|view| program.values[view.value].channels)
+                .collect();
+            let shape = winograd::Shape {
+                form,
+                pictures: (
+                    program.values[step.out].batch,
+                    product.size.0,
+                    product.size.1,
+                ),
+                channels: &channels,
+                columns: product.columns,
+            };
+            match program.values[product.parts[0].sources[0].value].kind {
+                Type::F32 => shape.workspace_bytes::<f32>(threads),
+                Type::Bf16 => shape.workspace_bytes::<bf16>(threads),
+            }
+        }
+        Work::Attention {
+            q,
+            k,
+            heads,
+            causal,
+            ..
+        } => {
+            let (q, k, out) = (
+                &program.values[*q],
+                &program.values[*k],
+                &program.values[step.out],
+            );
+            let shape = Shape {
+                batch: out.batch,
+                queries: q.pixels,
+                keys: k.pixels,
+                heads: *heads,
+                width: q.channels / heads,
+                causal: *causal,
+                kv_batch: k.batch,
+                q_batch: q.batch,
+            };
+            match out.kind {
+                Type::F32 => shape.workspace_bytes::<f32>(threads),
+                Type::Bf16 => shape.workspace_bytes::<bf16>(threads),
+            }
+        }
+        Work::GroupNorm { groups, .. } => {
+            let out = &program.values[step.out];
+            let ones = vec![0.0; out.channels];
+            let norm = GroupNorm {
+                batch: out.batch,
+                pixels: out.pixels,
+                groups: *groups,
+                eps: 0.0,
+                weight: &ones,
+                bias: &ones,
+                activation: None,
+            };
+            8 * norm.workspace_len()
+        }
+        _ => 0,
+    }
+}

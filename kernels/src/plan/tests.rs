@@ -1,0 +1,203 @@
+//! Plans against the eager executor, which is tested against definitions and references elsewhere.
+#![allow(clippy::unwrap_used)]
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+
+use super::{Feed, Options, Plan, Precision, Store};
+use crate::cpu::Level;
+use crate::{Activation, Graph, Op, Padding, Result, Source, Tensor, Weights, ops};
+
+/// Weights made up from their names.
+struct Made;
+
+fn numbers(n: usize, seed: &str) -> Vec<f32> {
+    let mut state = seed
+        .bytes()
+        .fold(17u64, |s, b| s.wrapping_mul(31).wrapping_add(u64::from(b)));
+    (0..n)
+        .map(|_| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+impl Source for Made {
+    fn shape(&self, _: &str, wanted: &[usize]) -> Option<Vec<usize>> {
+        Some(wanted.to_vec())
+    }
+
+    fn read(
+        &self,
+        name: &str,
+        shape: &[usize],
+        dtype: DType,
+        device: &Device,
+    ) -> Result<candle_core::Tensor> {
+        let n: usize = shape.iter().product();
+        let fan: usize = shape.iter().skip(1).product::<usize>().max(1);
+        let scale = if shape.len() > 1 {
+            1.7 / (fan as f32).sqrt()
+        } else {
+            0.5
+        };
+        let values: Vec<f32> = numbers(n, name).into_iter().map(|v| v * scale).collect();
+        Ok(candle_core::Tensor::from_vec(values, shape, device)?.to_dtype(dtype)?)
+    }
+}
+
+/// Inputs by name, and a network over them.
+struct Net {
+    inputs: Vec<(&'static str, Vec<usize>)>,
+    run: fn(&Weights, &[Tensor]) -> Result<Tensor>,
+}
+
+fn weights() -> Weights {
+    Weights::new(Arc::new(Made), DType::F32, &Device::Cpu)
+}
+
+/// Relative L2 distance of a plan's result from the eager one's.
+fn distance(net: &Net, options: &Options) -> f64 {
+    let values: Vec<Vec<f32>> = net
+        .inputs
+        .iter()
+        .map(|(name, shape)| {
+            let n: usize = shape.iter().product();
+            let v = numbers(n, name);
+            let halved = options.halved.contains(name);
+            let v = if halved {
+                [&v[..n / 2], &v[..n / 2]].concat()
+            } else {
+                v
+            };
+            if options.timestep == Some(name) {
+                vec![317.0; n]
+            } else {
+                v
+            }
+        })
+        .collect();
+    let eager: Vec<Tensor> = net
+        .inputs
+        .iter()
+        .zip(&values)
+        .map(|((_, shape), v)| {
+            candle_core::Tensor::from_vec(v.clone(), shape.as_slice(), &Device::Cpu)
+                .unwrap()
+                .into()
+        })
+        .collect();
+    let want = (net.run)(&weights(), &eager).unwrap().into_data().unwrap();
+    let graph = Graph::new();
+    let nodes: Vec<Tensor> = net
+        .inputs
+        .iter()
+        .map(|(name, shape)| graph.input(name, shape))
+        .collect();
+    let output = (net.run)(&weights(), &nodes).unwrap();
+    let store = Store::default();
+    let mut plan = Plan::compile(&graph, &output, options, &store).unwrap();
+    assert_eq!(plan.output_shape(), want.dims());
+    let feeds: Vec<Feed<'_>> = net
+        .inputs
+        .iter()
+        .zip(&values)
+        .map(|((name, _), v)| Feed {
+            name,
+            values: if options.halved.contains(name) {
+                &v[..v.len() / 2]
+            } else {
+                v
+            },
+        })
+        .collect();
+    let mut got = Vec::new();
+    // the second call finds the buffers used, and is the same
+    plan.run(&feeds, &mut got).unwrap();
+    let first = got.clone();
+    plan.run(&feeds, &mut got).unwrap();
+    assert_eq!(first, got);
+    let want: Vec<f32> = want.flatten_all().unwrap().to_vec1().unwrap();
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|v| v * v).sum::<f64>().sqrt();
+    norm(
+        &mut got
+            .iter()
+            .zip(&want)
+            .map(|(a, b)| f64::from(*a) - f64::from(*b)),
+    ) / norm(&mut want.iter().map(|&v| f64::from(v)))
+}
+
+fn conv(
+    weights: &Weights,
+    name: &str,
+    x: &Tensor,
+    (o, kernel, stride): (usize, usize, usize),
+) -> Result<Tensor> {
+    let c = x.dims4()?.1;
+    let weights = weights.at(name);
+    let op = Op::Conv2d {
+        weight: weights.param("weight", &[o, c, kernel, kernel]),
+        bias: Some(weights.param("bias", &[o])),
+        stride,
+        padding: Padding::same(kernel / 2),
+    };
+    ops::apply(op, &[x])
+}
+
+fn linear(weights: &Weights, name: &str, x: &Tensor, o: usize) -> Result<Tensor> {
+    let c = *x.shape().last().unwrap();
+    let weights = weights.at(name);
+    ops::apply(
+        Op::Linear {
+            weight: weights.param("weight", &[o, c]),
+            bias: Some(weights.param("bias", &[o])),
+        },
+        &[x],
+    )
+}
+
+/// Every fusion of products: time embedding, residual, shortcut, join, enlargement, gate, activation, strides, views.
+fn products(w: &Weights, inputs: &[Tensor]) -> Result<Tensor> {
+    let (x, temb) = (&inputs[0], &inputs[1]);
+    let (b, _, h, wd) = x.dims4()?;
+    let a = conv(w, "in", x, (14, 3, 1))?;
+    let t = linear(w, "t", &ops::activate(temb, Activation::Silu)?, 14)?;
+    let y = ops::add_channels(&conv(w, "c1", &a, (14, 3, 1))?, &t)?;
+    let y = ops::add(&a, &conv(w, "c2", &y, (14, 3, 1))?)?; // plain residual
+    let down = conv(w, "down", &y, (20, 3, 2))?;
+    let seq = ops::flatten(&down)?;
+    let s = linear(w, "up", &seq, 80)?;
+    let s = linear(w, "back", &ops::geglu(&s)?, 20)?;
+    let s = ops::add(&s, &seq)?;
+    let s = ops::activate(&linear(w, "act", &s, 20)?, Activation::Gelu)?;
+    let (_, _, dh, dw) = down.dims4()?;
+    let down = ops::add(&down, &ops::unflatten(&s, dh, dw)?)?;
+    let up = conv(w, "upc", &ops::upsample(&down, 2 * dh, 2 * dw)?, (12, 3, 1))?;
+    let joined = ops::concat(&ops::upsample(&up, h, wd)?, &y)?;
+    let z = conv(w, "c3", &joined, (9, 3, 1))?;
+    let z = ops::add_channels(&z, &linear(w, "t2", temb, 9)?)?;
+    let z = conv(w, "c4", &z, (9, 3, 1))?;
+    let z = ops::add(&conv(w, "short", &joined, (9, 1, 1))?, &z)?; // folded shortcut of a join
+    assert_eq!(z.shape()[0], b);
+    ops::affine(&conv(w, "out", &z, (3, 3, 1))?, 0.5, 0.0)
+}
+
+#[test]
+fn products_with_all_that_fuses_into_them() {
+    let net = Net {
+        inputs: vec![("x", vec![2, 5, 13, 9]), ("temb", vec![2, 6])],
+        run: products,
+    };
+    for level in Level::supported() {
+        let error = distance(&net, &Options::new(level, Precision::F32));
+        assert!(error < 1e-6, "{}: {error}", level.name());
+        if level.has_bf16() {
+            let error = distance(&net, &Options::new(level, Precision::Bf16));
+            assert!(error < 2e-2 && error > 1e-4, "bf16: {error}");
+        }
+    }
+}
