@@ -219,11 +219,10 @@ impl Networks {
             let (b, c, h, w) = latents.dims4()?;
             let graph = Graph::new();
             let output = self.vae.forward(&graph.input("latents", &[b, c, h, w]))?;
-            // in f32 all weights together take 0.8 GB, and one picture after another reads them once each
-            let precision = precision(dtype);
+            // one picture after another reads every weight once each: to pack them again costs less than the memory to keep them
             let options = Options {
-                transient: precision == Precision::F32,
-                ..Options::new(Level::current(), precision)
+                transient: true,
+                ..Options::new(Level::current(), precision(dtype))
             };
             let mut plan = Plan::compile(&graph, &output, &options, &planned.vae)?;
             let values = latents

@@ -3,7 +3,7 @@
 use half::bf16;
 
 use super::Level;
-use super::micro::{MR, NR};
+use super::micro::{LANES, MR};
 use super::simd;
 use super::view::Numbers;
 use crate::Activation;
@@ -125,68 +125,113 @@ pub(super) unsafe fn finish<O: Stored>(
 /// As [`finish`].
 #[inline(always)]
 unsafe fn body<O: Stored>(epilogue: &Epilogue<'_>, tile: &Finish<'_, O>) {
-    let Finish {
-        ldc,
-        width,
-        column,
-        columns,
-        ..
-    } = *tile;
+    let Finish { width, column, .. } = *tile;
     // a gated tile holds half as many results, which begin at half the column
     let (results, at) = if epilogue.gated {
         (width / 2, column / 2)
     } else {
         (width, column)
     };
-    let bias = epilogue.bias.map(|bias| &bias[column..][..width]);
-    let mut v = [0f32; NR];
-    for (sums, &row) in tile.sums.chunks(ldc).zip(tile.rows) {
-        let v = &mut v[..width];
-        v.copy_from_slice(&sums[..width]);
-        if let Some(bias) = bias {
-            add(v, bias);
-        }
-        if let Some(PerImage { values, rows }) = epilogue.image {
-            let picture = row / rows % (values.len() / columns);
-            add(v, &values[picture * columns + column..][..width]);
-        }
-        if epilogue.gated {
-            let (value, gate) = v.split_at_mut(results);
-            for (value, gate) in value.iter_mut().zip(gate) {
-                *value *= simd::gelu(*gate);
-            }
-        }
-        let v = &mut v[..results];
-        match epilogue.activation {
-            None => {}
-            Some(Activation::Silu) => v.iter_mut().for_each(|x| *x = simd::silu(*x)),
-            Some(Activation::Gelu) => v.iter_mut().for_each(|x| *x = simd::gelu(*x)),
-            Some(Activation::QuickGelu) => v.iter_mut().for_each(|x| *x = simd::quick_gelu(*x)),
-            Some(Activation::Mish) => v.iter_mut().for_each(|x| *x = simd::mish(*x)),
-            Some(Activation::Relu) => v.iter_mut().for_each(|x| *x = x.max(0.0)),
-        }
+    for (sums, &row) in tile.sums.chunks(tile.ldc).zip(tile.rows) {
         let place = row * tile.target.columns + at;
-        match epilogue.residual {
-            None => {}
-            Some(Numbers::F32(more)) => add(v, &more[place % more.len()..][..results]),
-            Some(Numbers::Bf16(more)) => {
-                for (x, more) in v.iter_mut().zip(&more[place % more.len()..][..results]) {
-                    *x += f32::from_bits(u32::from(more.to_bits()) << 16);
-                }
-            }
-        }
+        let line = Line {
+            sums,
+            bias: epilogue.bias.map(|bias| &bias[column..][..width]),
+            image: epilogue.image.map(|image| {
+                let pictures = image.values.len() / tile.columns;
+                let picture = row / image.rows % pictures;
+                &image.values[picture * tile.columns + column..][..width]
+            }),
+            residual: epilogue.residual.map(|more| match more {
+                Numbers::F32(more) => Numbers::F32(&more[within(place, more.len())..][..results]),
+                Numbers::Bf16(more) => Numbers::Bf16(&more[within(place, more.len())..][..results]),
+            }),
+            activation: epilogue.activation,
+            gates: epilogue.gated.then_some(results),
+        };
         // SAFETY: `results` numbers of a row that the caller promises to be there and nobody else's
         let out = unsafe { std::slice::from_raw_parts_mut(tile.target.out.add(place), results) };
-        for (out, x) in out.iter_mut().zip(v) {
-            *out = O::of(*x);
+        let mut chunks = out.chunks_exact_mut(LANES);
+        let mut first = 0;
+        for out in &mut chunks {
+            line.store::<O, LANES>(first, out);
+            first += LANES;
+        }
+        for out in chunks.into_remainder() {
+            line.store::<O, 1>(first, std::slice::from_mut(out));
+            first += 1;
         }
     }
 }
 
+/// `place` modulo `len`, without a division where it is inside.
 #[inline(always)]
-fn add(to: &mut [f32], more: &[f32]) {
-    for (to, more) in to.iter_mut().zip(more) {
-        *to += more;
+fn within(place: usize, len: usize) -> usize {
+    if place < len { place } else { place % len }
+}
+
+/// One row of a tile, and what is done to it.
+struct Line<'a> {
+    sums: &'a [f32],
+    bias: Option<&'a [f32]>,
+    image: Option<&'a [f32]>,
+    residual: Option<Numbers<'a>>,
+    activation: Option<Activation>,
+    /// How far behind its value a gate is.
+    gates: Option<usize>,
+}
+
+impl Line<'_> {
+    /// Finishes `N` results; with `N` a vector's length they stay in one register.
+    #[inline(always)]
+    fn store<O: Stored, const N: usize>(&self, first: usize, out: &mut [O]) {
+        let mut x = self.biased::<N>(first);
+        if let Some(behind) = self.gates {
+            let gate = self.biased::<N>(first + behind);
+            each(&mut x, |i, x| *x *= simd::gelu(gate[i]));
+        }
+        match self.activation {
+            None => {}
+            Some(Activation::Silu) => each(&mut x, |_, x| *x = simd::silu(*x)),
+            Some(Activation::Gelu) => each(&mut x, |_, x| *x = simd::gelu(*x)),
+            Some(Activation::QuickGelu) => each(&mut x, |_, x| *x = simd::quick_gelu(*x)),
+            Some(Activation::Mish) => each(&mut x, |_, x| *x = simd::mish(*x)),
+            Some(Activation::Relu) => each(&mut x, |_, x| *x = x.max(0.0)),
+        }
+        match self.residual {
+            None => {}
+            Some(Numbers::F32(more)) => {
+                let more = &more[first..][..N];
+                each(&mut x, |i, x| *x += more[i]);
+            }
+            Some(Numbers::Bf16(more)) => {
+                let more = &more[first..][..N];
+                each(&mut x, |i, x| *x += simd::Number::f32(more[i]));
+            }
+        }
+        for (out, x) in out[..N].iter_mut().zip(x) {
+            *out = O::of(x);
+        }
+    }
+
+    #[inline(always)]
+    fn biased<const N: usize>(&self, first: usize) -> [f32; N] {
+        let mut x = [0f32; N];
+        x.copy_from_slice(&self.sums[first..][..N]);
+        for more in [self.bias, self.image].into_iter().flatten() {
+            let more = &more[first..][..N];
+            each(&mut x, |i, x| *x += more[i]);
+        }
+        x
+    }
+}
+
+#[inline(always)]
+fn each<const N: usize>(x: &mut [f32; N], mut f: impl FnMut(usize, &mut f32)) {
+    let mut i = 0;
+    while i < N {
+        f(i, &mut x[i]);
+        i += 1;
     }
 }
 

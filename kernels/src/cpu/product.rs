@@ -323,28 +323,33 @@ impl<T: Operand + Plain, O: Stored> Job<'_, T, O> {
         let zeros = zeros::<T>();
         let taps: usize = self.sources.iter().map(|s| s.taps.len()).sum();
         pointers.clear();
-        for first in rows.clone().step_by(MR) {
+        pointers.resize(rows.len().div_ceil(MR) * MR * taps, zeros);
+        let (mut picture, mut y, mut x) = self.grid.at(rows.start);
+        for (tile, first) in rows.clone().step_by(MR).enumerate() {
             let count = (rows.end - first).min(MR);
-            for source in self.sources {
-                for &(dy, dx) in source.taps {
-                    for row in first..first + count {
-                        let (picture, y, x) = self.grid.at(row);
-                        let (y, x) = (
-                            (y * source.stride).checked_add_signed(dy),
-                            (x * source.stride).checked_add_signed(dx),
-                        );
-                        pointers.push(match (y, x) {
-                            (Some(y), Some(x)) if y < source.h && x < source.w => {
-                                let pixel =
-                                    (picture % source.pictures * source.h + y) * source.w + x;
-                                source.data[pixel * source.pixel_stride..].as_ptr()
-                            }
-                            _ => zeros,
-                        });
+            let tile = &mut pointers[tile * taps * MR..][..taps * MR];
+            for r in 0..count {
+                let mut places = tile[r..].iter_mut().step_by(count);
+                for source in self.sources {
+                    let (y, x) = (y * source.stride, x * source.stride);
+                    let from = picture % source.pictures * source.h;
+                    for (&(dy, dx), place) in source.taps.iter().zip(&mut places) {
+                        // rows and columns before the first wrap around, and are outside as well
+                        let (y, x) = (y.wrapping_add_signed(dy), x.wrapping_add_signed(dx));
+                        if y < source.h && x < source.w {
+                            let pixel = (from + y) * source.w + x;
+                            *place = source.data[pixel * source.pixel_stride..].as_ptr();
+                        }
                     }
                 }
+                x += 1;
+                if x == self.grid.w {
+                    (x, y) = (0, y + 1);
+                }
+                if y == self.grid.h {
+                    (y, picture) = (0, picture + 1);
+                }
             }
-            pointers.resize(pointers.len() + taps * (MR - count), zeros);
         }
     }
 }

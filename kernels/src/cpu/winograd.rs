@@ -57,14 +57,17 @@ impl Form {
 /// A channels-last picture, or one of several that lie side by side as if their channels were one picture's.
 #[derive(Debug, Clone, Copy)]
 pub struct Source<'a, I> {
-    /// `[pictures, h, w, channels]`. Picture `i` of the result reads picture `i` modulo their number.
+    /// `[pictures, h / enlarged, w / enlarged, channels]`. Picture `i` of the result reads picture `i` modulo their number.
     pub data: &'a [I],
     /// How many pictures there are.
     pub pictures: usize,
-    /// Kepts of a pixel.
+    /// Numbers of a pixel.
     pub channels: usize,
-    /// Kepts from one pixel to the next; `channels` or more.
+    /// Numbers from one pixel to the next; `channels` or more.
     pub pixel_stride: usize,
+    /// How many pixels of the convolved picture each becomes, along either side: 1, or more where the picture is enlarged first. The
+    /// enlarged picture is nowhere.
+    pub enlarged: usize,
 }
 
 /// The sizes of a convolution.
@@ -171,8 +174,11 @@ fn check<T: Kept, I: Kept>(
                 && channels <= CHANNELS
                 && source.pixel_stride >= channels
                 && source.pictures > 0
+                && source.enlarged > 0
+                && h.is_multiple_of(source.enlarged)
+                && w.is_multiple_of(source.enlarged)
         );
-        let pixels = source.pictures * h * w;
+        let pixels = source.pictures * (h / source.enlarged) * (w / source.enlarged);
         assert!(
             pixels == 0 || source.data.len() >= (pixels - 1) * source.pixel_stride + channels,
             "a source's size"
@@ -212,7 +218,7 @@ struct Plan {
     shared: bool,
     /// Tiles whose products are kept at a time, by each thread.
     block: usize,
-    /// Kepts from the operands of one tile to the next, and of one position.
+    /// Numbers from the operands of one tile to the next, and of one position.
     row: usize,
     position: usize,
 }
@@ -277,7 +283,7 @@ impl Plan {
         self.positions * self.position * size_of::<T>()
     }
 
-    /// Kepts from the products of one position to the next.
+    /// Numbers from the products of one position to the next.
     fn product_position(&self) -> usize {
         self.block * NR + LANES
     }

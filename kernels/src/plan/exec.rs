@@ -228,7 +228,7 @@ impl Run<'_> {
             Layout::Panels(phases) => phases,
             Layout::Winograd(weights) => {
                 let views = self.product.parts.iter().flat_map(|part| &part.sources);
-                let sources: Vec<_> = views.map(|view| self.picture::<T>(view.value)).collect();
+                let sources: Vec<_> = views.map(|view| self.picture::<T>(view, h)).collect();
                 let pictures = (self.batch, h, w);
                 let job = ((self.level, weights), (pictures, sources.as_slice()));
                 return winograd::convolve(job.0, job.1, self.epilogue, out, workspace);
@@ -258,13 +258,15 @@ impl Run<'_> {
         }
     }
 
-    fn picture<T: Plain>(&self, value: ValueId) -> winograd::Source<'_, T> {
-        let channels = self.memory.channels(value);
+    /// A source of a convolution of pictures `h` pixels high.
+    fn picture<T: Plain>(&self, view: &View, h: usize) -> winograd::Source<'_, T> {
+        let channels = self.memory.channels(view.value);
         winograd::Source {
-            data: self.memory.operand(value),
-            pictures: self.memory.batch(value),
+            data: self.memory.operand(view.value),
+            pictures: self.memory.batch(view.value),
             channels,
             pixel_stride: channels,
+            enlarged: h / view.h.max(1),
         }
     }
 

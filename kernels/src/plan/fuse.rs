@@ -7,6 +7,7 @@ use super::Options;
 use super::ir::{
     Form, Input, Part, Product, Program, Rate, Step, Type, Value, ValueId, View, Work,
 };
+use crate::cpu::winograd;
 use crate::graph::{Node, NodeId, NodeKind};
 use crate::op::LayerClass;
 use crate::{Error, Op, Result};
@@ -314,7 +315,11 @@ impl<'a> Fuser<'a> {
                 if (*kh, *kw, *stride, *padding) == (3, 3, 1, crate::Padding::same(1)) =>
             {
                 part.sources = self.views(small)?;
-                Form::Upsample
+                match self.options.form(&part, *columns, (*oh, *ow)) {
+                    // fewer products than those of four 2×2 convolutions
+                    Form::Winograd(winograd::Form::F4) => Form::Winograd(winograd::Form::F4),
+                    _ => Form::Upsample,
+                }
             }
             _ => {
                 part.sources = self.views(x)?;
@@ -517,11 +522,13 @@ fn needed(nodes: &[Node], output: NodeId) -> Vec<bool> {
     needed
 }
 
-/// Operands of products are stored as the products read them; everything else, the residual stream above all, stays in f32.
+/// Operands of products are stored as the products read them, and so is what only norms read; everything else, the residual stream above all,
+/// stays in f32.
 fn choose_types(program: &mut Program, options: &Options) {
     if !options.precision.is_bf16() {
         return;
     }
+    let mut only_norms = vec![false; program.values.len()];
     for step in &program.steps {
         // products of the timestep are few and feed every block: they keep their precision
         if program.values[step.out].rate == Rate::Timestep {
@@ -530,9 +537,24 @@ fn choose_types(program: &mut Program, options: &Options) {
         for value in step.work.operands() {
             program.values[value].kind = Type::Bf16;
         }
-        // attention stores what it reads
-        if matches!(step.work, Work::Attention { .. }) {
-            program.values[step.out].kind = Type::Bf16;
+        match &step.work {
+            // attention stores what it reads
+            Work::Attention { .. } => program.values[step.out].kind = Type::Bf16,
+            Work::Product(product) => only_norms[step.out] = product.residual.is_none(),
+            _ => {}
+        }
+    }
+    only_norms[program.output] = false;
+    for step in &program.steps {
+        if !matches!(step.work, Work::GroupNorm { .. } | Work::LayerNorm { .. }) {
+            for value in step.work.reads() {
+                only_norms[value] = false;
+            }
+        }
+    }
+    for (value, only) in program.values.iter_mut().zip(only_norms) {
+        if only && value.rate != Rate::Timestep {
+            value.kind = Type::Bf16;
         }
     }
 }

@@ -73,10 +73,12 @@ impl Machine {
             .max()
             .unwrap_or(0);
         let bytes = places.bytes + workspace;
-        let prepared = program
-            .steps
-            .par_iter()
-            .map(|step| prepare(program, step, (store, options.transient)));
+        let prepared = program.steps.par_iter().map(|step| {
+            // what is computed once a run or less reads its weights as seldom
+            let rate = program.values[step.out].rate;
+            let later = options.transient || rate != Rate::Call;
+            prepare(program, step, (store, later))
+        });
         let prepared = prepared.collect::<Result<Vec<_>>>()?;
         Ok(Self {
             level: options.level,

@@ -25,6 +25,7 @@ struct Case {
     /// Channels, pixel stride and pictures of each source.
     sources: Vec<(usize, usize, usize)>,
     columns: usize,
+    enlarged: usize,
     threads: usize,
 }
 
@@ -36,6 +37,7 @@ impl Case {
             pictures,
             sources,
             columns,
+            enlarged: 1,
             threads: 2,
         }
     }
@@ -49,7 +51,10 @@ impl Case {
         self.sources
             .iter()
             .enumerate()
-            .map(|(i, s)| numbers(s.2 * h * w * s.1, 31 + i as u32))
+            .map(|(i, s)| {
+                let pixels = (h / self.enlarged) * (w / self.enlarged);
+                numbers(s.2 * pixels * s.1, 31 + i as u32)
+            })
             .collect()
     }
 
@@ -96,6 +101,7 @@ impl Case {
                 pictures,
                 channels,
                 pixel_stride,
+                enlarged: self.enlarged,
             })
             .collect();
         let mut out = vec![O::of(f32::NAN); self.results()];
@@ -136,6 +142,8 @@ impl Case {
                     for tap in 0..9 {
                         let (y, x) = ((y + tap / 3).wrapping_sub(1), (x + tap % 3).wrapping_sub(1));
                         if y < h && x < w {
+                            let (h, w) = (h / self.enlarged, w / self.enlarged);
+                            let (y, x) = (y / self.enlarged, x / self.enlarged);
                             let pixel =
                                 &data[s][((b % pictures * h + y) * w + x) * stride..][..channels];
                             let taps = weights[s][column * channels * 9..]
@@ -184,6 +192,9 @@ fn shapes() -> Vec<Case> {
         let mut more = Case::new(form, (4, 6, 6), &[8, 3], 20);
         more.sources = vec![(8, 9, 2), (3, 7, 1)];
         cases.push(more);
+        let mut enlarged = Case::new(form, (2, 14, 6), &[9], 21);
+        enlarged.enlarged = 2;
+        cases.push(enlarged);
     }
     cases
 }
@@ -319,6 +330,7 @@ fn large_numbers_stay_finite_and_sources_are_not_read_beyond_their_end() {
         pictures: 1,
         channels: 64,
         pixel_stride: 64,
+        enlarged: 1,
     }];
     let mut out = vec![0f32; case.results()];
     for form in [Form::F2, Form::F4] {

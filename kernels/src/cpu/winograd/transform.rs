@@ -49,6 +49,7 @@ impl<T: Kept, I: Kept, S: Scheme> Input<'_, T, I, S> {
     fn gather(&self, tile: usize) -> [*const I; 36] {
         let Tiles { h, w, .. } = self.tiles;
         let (picture, y, x) = self.tiles.at(tile);
+        let enlarged = self.source.enlarged;
         let mut pixels = [ZEROS.0.as_ptr().cast::<I>(); 36];
         for dy in 0..S::IN {
             // row −1 wraps around, and is outside as well
@@ -56,12 +57,14 @@ impl<T: Kept, I: Kept, S: Scheme> Input<'_, T, I, S> {
             if y >= h {
                 continue;
             }
-            let line = (picture % self.source.pictures * h + y) * w;
+            let line = picture % self.source.pictures * (h / enlarged) + y / enlarged;
+            let line = line * (w / enlarged);
             for dx in 0..S::IN {
                 let x = (x * S::OUT + dx).wrapping_sub(1);
                 if x < w {
-                    pixels[dy * S::IN + dx] =
-                        self.source.data[(line + x) * self.source.pixel_stride..].as_ptr();
+                    pixels[dy * S::IN + dx] = self.source.data
+                        [(line + x / enlarged) * self.source.pixel_stride..]
+                        .as_ptr();
                 }
             }
         }
