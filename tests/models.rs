@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use safetensors::Dtype;
-use sd_kernels::{Source, Weights};
+use sd_kernels::{Reader, Source, Weights};
 use sd_models::{clip, unet, vae};
 use sd_rs::checkpoint::{Checkpoint, ReadOptions};
 use sd_rs::pipeline::{Control, Engine, Plan, Request};
@@ -49,14 +49,16 @@ impl Source for Memory {
         self.0.get(name).map(|(shape, _)| shape.clone())
     }
 
-    fn read(
-        &self,
-        name: &str,
-        shape: &[usize],
-        dtype: DType,
-        device: &Device,
-    ) -> sd_kernels::Result<Tensor> {
-        Ok(Tensor::from_slice(&self.0[name].1, shape, device)?.to_dtype(dtype)?)
+    fn open(&self, name: &str, _shape: &[usize]) -> sd_kernels::Result<Box<dyn Reader + '_>> {
+        Ok(Box::new(Held(&self.0[name].1)))
+    }
+}
+
+struct Held<'a>(&'a [f32]);
+
+impl Reader for Held<'_> {
+    fn read(&self, first: usize, out: &mut [f32]) {
+        out.copy_from_slice(&self.0[first..][..out.len()]);
     }
 }
 

@@ -43,7 +43,7 @@ mod tensor;
 
 pub use graph::Graph;
 pub use op::{Activation, Op, Padding};
-pub use param::{Param, Source, Weights};
+pub use param::{Param, Reader, Source, Weights};
 pub use tensor::Tensor;
 
 /// What can go wrong in an operation or while weights are asked for.

@@ -14,17 +14,20 @@ pub trait Source: Send + Sync {
     /// The shape of a tensor, or `None` when there is none of that name. A source that makes weights up gives the `wanted` shape.
     fn shape(&self, name: &str, wanted: &[usize]) -> Option<Vec<usize>>;
 
-    /// Reads a tensor as `shape` (which holds as many elements), converted once to `dtype`, onto `device`.
+    /// Opens a tensor to be read as `shape`, which holds as many numbers.
     ///
     /// # Errors
     /// When the tensor cannot be read; the message names it.
-    fn read(
-        &self,
-        name: &str,
-        shape: &[usize],
-        dtype: DType,
-        device: &Device,
-    ) -> Result<candle_core::Tensor>;
+    fn open(&self, name: &str, shape: &[usize]) -> Result<Box<dyn Reader + '_>>;
+}
+
+/// The numbers of one tensor, converted as they are read: a piece at a time, by several threads.
+pub trait Reader: Send + Sync {
+    /// The numbers from `first` on, row-major, in f32: as many as `out` has.
+    ///
+    /// # Panics
+    /// When the tensor ends before.
+    fn read(&self, first: usize, out: &mut [f32]);
 }
 
 struct Inner {
@@ -51,14 +54,22 @@ impl Param {
         &self.0.shape
     }
 
-    /// Reads the weight anew, without keeping it: for executors that pack weights into a layout of their own.
+    /// Opens the weight to be read anew: for executors that pack weights into a layout of their own.
     ///
     /// # Errors
     /// When the source cannot read it.
-    pub fn read(&self, dtype: DType, device: &Device) -> Result<candle_core::Tensor> {
-        self.0
-            .source
-            .read(&self.0.name, &self.0.shape, dtype, device)
+    pub fn open(&self) -> Result<Box<dyn Reader + '_>> {
+        self.0.source.open(&self.0.name, &self.0.shape)
+    }
+
+    /// All numbers, row-major.
+    ///
+    /// # Errors
+    /// When the source cannot read them.
+    pub fn numbers(&self) -> Result<Vec<f32>> {
+        let mut numbers = vec![0.0; self.0.shape.iter().product()];
+        self.open()?.read(0, &mut numbers);
+        Ok(numbers)
     }
 
     /// The weight as a candle tensor, read at the first call and kept until [`Weights::release`].
@@ -70,7 +81,9 @@ impl Param {
         if let Some(tensor) = &*kept {
             return Ok(tensor.clone());
         }
-        let tensor = self.read(self.0.dtype, &self.0.device)?;
+        let shape = self.0.shape.as_slice();
+        let tensor = candle_core::Tensor::from_vec(self.numbers()?, shape, &Device::Cpu)?;
+        let tensor = tensor.to_dtype(self.0.dtype)?.to_device(&self.0.device)?;
         *kept = Some(tensor.clone());
         Ok(tensor)
     }

@@ -196,6 +196,7 @@ impl Engine {
             denoise::run(&plan.trajectory, &mut noise, &mut model, progress, listener)?;
         let denoise = start.elapsed();
 
+        drop(denoiser); // its buffers make room for the decoder's
         event::send(listener, Event::Decoding)?;
         let start = Instant::now();
         let mut pictures = Vec::with_capacity(seeds.len());

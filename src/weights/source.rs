@@ -2,12 +2,12 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{DType, Device, Tensor};
 use half::slice::HalfFloatSliceExt;
 use safetensors::Dtype;
-use sd_kernels::{Result, Source};
+use sd_kernels::{Reader, Result, Source};
 
 use super::layout::{Layout, Part};
 use crate::checkpoint::TensorSet;
@@ -62,7 +62,7 @@ impl Source for CheckpointSource {
         Some(shape)
     }
 
-    fn read(&self, name: &str, shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+    fn open(&self, name: &str, shape: &[usize]) -> Result<Box<dyn Reader + '_>> {
         let (part, _) = self
             .locate(name)
             .ok_or_else(|| Self::error(name, "it is not in the file"))?;
@@ -74,69 +74,103 @@ impl Source for CheckpointSource {
             .tensors
             .bytes(&part.stored)
             .map_err(|e| Self::error(&part.stored, e))?;
-        let bytes = match part.rows {
+        let width = width(info.dtype).ok_or_else(|| {
+            let reason = format!("its type {:?} is not a float", info.dtype);
+            Self::error(&part.stored, reason)
+        })?;
+        let range = match part.rows {
             Some(rows) => {
                 let size = bytes.len() / rows.count;
-                Cow::Borrowed(&bytes[rows.index * size..(rows.index + 1) * size])
+                rows.index * size..(rows.index + 1) * size
             }
-            None => Cow::Borrowed(&*bytes),
+            None => 0..bytes.len(),
         };
-        let values = to_f32(info.dtype, &bytes).ok_or_else(|| {
-            Self::error(
-                &part.stored,
-                format!("its type {:?} is not a float", info.dtype),
-            )
-        })?;
-        let tensor = Tensor::from_vec(values, shape, &Device::Cpu)
-            .map_err(|e| Self::error(&part.stored, e))?;
-        self.tensors.release(&part.stored);
-        Ok(tensor.to_dtype(dtype)?.to_device(device)?)
+        let wanted: usize = shape.iter().product();
+        if range.len() != wanted * width {
+            let reason = format!("it has {} numbers, expected {wanted}", range.len() / width);
+            return Err(Self::error(&part.stored, reason));
+        }
+        Ok(Box::new(StoredTensor {
+            tensors: &self.tensors,
+            dtype: info.dtype,
+            width,
+            name: part.stored,
+            bytes,
+            range,
+        }))
+    }
+}
+
+/// A tensor, or some of its rows, where it lies.
+struct StoredTensor<'a> {
+    tensors: &'a TensorSet,
+    name: String,
+    dtype: Dtype,
+    /// Bytes of a number.
+    width: usize,
+    bytes: Cow<'a, [u8]>,
+    range: Range<usize>,
+}
+
+impl Reader for StoredTensor<'_> {
+    fn read(&self, first: usize, out: &mut [f32]) {
+        let bytes = &self.bytes[self.range.clone()];
+        let bytes = &bytes[first * self.width..][..out.len() * self.width];
+        to_f32(self.dtype, bytes, out);
+    }
+}
+
+impl Drop for StoredTensor<'_> {
+    fn drop(&mut self) {
+        self.tensors.release(&self.name);
     }
 }
 
 /// Whether networks can be read from tensors of this type.
 pub fn is_readable(dtype: Dtype) -> bool {
-    to_f32(dtype, &[]).is_some()
+    width(dtype).is_some()
 }
 
-/// Little-endian bytes of a float type as f32; `None` for other types. Bytes need not be aligned.
-pub(crate) fn to_f32(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
-    /// Elements converted at a time: through a small aligned buffer, so that the conversion is vectorised whatever the alignment.
-    const BLOCK: usize = 1024;
-    Some(match dtype {
-        Dtype::F32 => bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| f32::from_le_bytes(*b))
-            .collect(),
-        Dtype::F64 => bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| f64::from_le_bytes(*b) as f32)
-            .collect(),
-        Dtype::BF16 => bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16))
-            .collect(),
+/// Bytes of a number of a float type; `None` for other types.
+fn width(dtype: Dtype) -> Option<usize> {
+    match dtype {
+        Dtype::F64 => Some(8),
+        Dtype::F32 => Some(4),
+        Dtype::F16 | Dtype::BF16 => Some(2),
+        Dtype::F8_E4M3 => Some(1),
+        _ => None,
+    }
+}
+
+/// Little-endian bytes of a float type as f32: as many as `out` has. Bytes need not be aligned; other types give no numbers.
+fn to_f32(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
+    match dtype {
+        Dtype::F32 => each(bytes, out, f32::from_le_bytes),
+        Dtype::F64 => each(bytes, out, |b| f64::from_le_bytes(b) as f32),
+        Dtype::BF16 => each(bytes, out, |b| {
+            f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)
+        }),
+        Dtype::F8_E4M3 => each(bytes, out, |[b]| e4m3(b)),
         Dtype::F16 => {
-            let mut out = vec![0f32; bytes.len() / 2];
-            let mut buffer = [half::f16::ZERO; BLOCK];
-            for (out, bytes) in out.chunks_mut(BLOCK).zip(bytes.chunks(2 * BLOCK)) {
+            // through a small aligned buffer, so that the conversion is vectorised whatever the alignment
+            let mut buffer = [half::f16::ZERO; 1024];
+            let blocks = bytes.chunks(2 * buffer.len());
+            for (out, bytes) in out.chunks_mut(buffer.len()).zip(blocks) {
                 let buffer = &mut buffer[..out.len()];
                 for (half, b) in buffer.iter_mut().zip(bytes.as_chunks().0) {
                     *half = half::f16::from_le_bytes(*b);
                 }
                 buffer.convert_to_f32_slice(out);
             }
-            out
         }
-        Dtype::F8_E4M3 => bytes.iter().map(|&b| e4m3(b)).collect(),
-        _ => return None,
-    })
+        _ => out.fill(f32::NAN),
+    }
+}
+
+fn each<const N: usize>(bytes: &[u8], out: &mut [f32], number: impl Fn([u8; N]) -> f32) {
+    for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
+        *out = number(*bytes);
+    }
 }
 
 /// One sign bit, four exponent bits (bias 7), three mantissa bits; no infinities (Micikevicius et al., arXiv 2209.05433).
@@ -165,16 +199,20 @@ mod tests {
         bytes.extend(half::bf16::from_f32(3.0).to_le_bytes());
         bytes.extend(0.1f32.to_le_bytes());
         bytes.extend(0.1f64.to_le_bytes());
-        assert_eq!(to_f32(Dtype::F16, &bytes[1..3]), Some(vec![-1.5]));
-        assert_eq!(to_f32(Dtype::BF16, &bytes[3..5]), Some(vec![3.0]));
-        assert_eq!(to_f32(Dtype::F32, &bytes[5..9]), Some(vec![0.1]));
-        assert_eq!(to_f32(Dtype::F64, &bytes[9..17]), Some(vec![0.1]));
-        assert_eq!(to_f32(Dtype::I64, &bytes[9..17]), None);
+        let one = |dtype, bytes: &[u8]| {
+            let mut out = vec![0.0; bytes.len() / width(dtype).unwrap_or(8)];
+            to_f32(dtype, bytes, &mut out);
+            out
+        };
+        assert_eq!(one(Dtype::F16, &bytes[1..3]), [-1.5]);
+        assert_eq!(one(Dtype::BF16, &bytes[3..5]), [3.0]);
+        assert_eq!(one(Dtype::F32, &bytes[5..9]), [0.1]);
+        assert_eq!(one(Dtype::F64, &bytes[9..17]), [0.1]);
         assert!(is_readable(Dtype::BF16) && !is_readable(Dtype::I64));
         // from the paper's table: largest 448, smallest normal 2⁻⁶, smallest 2⁻⁹
         assert_eq!(
-            to_f32(Dtype::F8_E4M3, &[0x7e, 0x08, 0x81]),
-            Some(vec![448.0, 0.015625, -0.001953125])
+            one(Dtype::F8_E4M3, &[0x7e, 0x08, 0x81]),
+            [448.0, 0.015625, -0.001953125]
         );
     }
 }

@@ -3,13 +3,12 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{CpuStorage, DType, Device, Storage};
 use half::bf16;
 
 use super::ir::{Form, Part, Product};
 use crate::cpu::panels::{Group, Panels, geglu_column};
 use crate::cpu::winograd::{Kept, WinogradWeights};
-use crate::{Error, Param, Result};
+use crate::{Error, Param, Reader, Result};
 
 /// The packed weights of one network.
 #[derive(Default)]
@@ -97,7 +96,7 @@ impl Store {
         {
             return Ok(Arc::clone(found));
         }
-        let values = Arc::new(with_values(param, <[f32]>::to_vec)?);
+        let values = Arc::new(param.numbers()?);
         let mut vectors = self.vectors.lock().unwrap_or_else(PoisonError::into_inner);
         vectors.insert(param.name().to_owned(), Arc::clone(&values));
         Ok(values)
@@ -158,39 +157,23 @@ impl Store {
     }
 }
 
-/// Gives `work` a weight's numbers in f32.
-fn with_values<T>(param: &Param, work: impl FnOnce(&[f32]) -> T) -> Result<T> {
-    let tensor = param.read(DType::F32, &Device::Cpu)?.contiguous()?;
-    let (storage, layout) = tensor.storage_and_layout();
-    let values = match (&*storage, layout.contiguous_offsets()) {
-        (Storage::Cpu(CpuStorage::F32(data)), Some((start, end))) => data.get(start..end),
-        _ => None,
-    };
-    values
-        .map(work)
-        .ok_or_else(|| Error::Weights(format!("{param} could not be read as f32")))
-}
-
-/// One weight of a product with its channels' place in the input.
-struct Loaded {
-    values: Vec<f32>,
+/// One weight of a product, as the file keeps it: `[column][input][tap]`.
+struct Stored<'a> {
+    numbers: Box<dyn Reader + 'a>,
     inputs: usize,
     taps: usize,
 }
 
-fn load(part: &Part) -> Result<Loaded> {
-    let values = with_values(&part.weight, <[f32]>::to_vec)?;
-    let shape = part.weight.shape();
-    let taps = part.kernel.0 * part.kernel.1;
-    Ok(Loaded {
-        values,
-        inputs: shape.get(1).copied().unwrap_or(1),
-        taps,
+fn open(part: &Part) -> Result<Stored<'_>> {
+    Ok(Stored {
+        numbers: part.weight.open()?,
+        inputs: part.weight.shape().get(1).copied().unwrap_or(1),
+        taps: part.kernel.0 * part.kernel.1,
     })
 }
 
 fn pack<T: Kept>(product: &Product, channels: &[Vec<usize>]) -> Result<Layout<T>> {
-    let parts = product.parts.iter().map(load).collect::<Result<Vec<_>>>()?;
+    let parts = product.parts.iter().map(open).collect::<Result<Vec<_>>>()?;
     // for each group: its part and its first channel
     let mut places = Vec::new();
     for (p, channels) in channels.iter().enumerate() {
@@ -209,11 +192,11 @@ fn pack<T: Kept>(product: &Product, channels: &[Vec<usize>]) -> Result<Layout<T>
             })
             .collect()
     };
-    let row = |column: usize, group: usize| {
-        let (p, first, channels) = places[group];
+    let row = |column: usize, group: usize, out: &mut [f32]| {
+        let (p, first, _) = places[group];
         let part = &parts[p];
-        let start = (column * part.inputs + first) * part.taps;
-        &part.values[start..start + channels * part.taps]
+        part.numbers
+            .read((column * part.inputs + first) * part.taps, out);
     };
     let no_memory =
         |e: std::io::Error| Error::Weights(format!("no memory for packed weights: {e}"));
@@ -221,7 +204,7 @@ fn pack<T: Kept>(product: &Product, channels: &[Vec<usize>]) -> Result<Layout<T>
         Form::Winograd(form) => {
             let channels = channels.concat();
             WinogradWeights::pack(form, product.columns, &channels, |column, source, out| {
-                out.copy_from_slice(row(column, source));
+                row(column, source, out);
             })
             .map(Layout::Winograd)
             .map_err(no_memory)
@@ -229,10 +212,9 @@ fn pack<T: Kept>(product: &Product, channels: &[Vec<usize>]) -> Result<Layout<T>
         Form::Upsample => (0..4)
             .map(|phase| {
                 Panels::pack(product.columns, &groups(Some(4)), |column, group, out| {
-                    for (taps, out) in row(column, group)
-                        .chunks_exact(9)
-                        .zip(out.chunks_exact_mut(4))
-                    {
+                    let mut taps = vec![0.0; out.len() / 4 * 9];
+                    row(column, group, &mut taps);
+                    for (taps, out) in taps.chunks_exact(9).zip(out.chunks_exact_mut(4)) {
                         sub_pixel(taps, (phase / 2, phase % 2), out);
                     }
                 })
@@ -248,7 +230,7 @@ fn pack<T: Kept>(product: &Product, channels: &[Vec<usize>]) -> Result<Layout<T>
                 } else {
                     column
                 };
-                out.copy_from_slice(row(column, group));
+                row(column, group, out);
             });
             Ok(Layout::Panels(vec![panels.map_err(no_memory)?]))
         }
