@@ -169,6 +169,12 @@ pub struct BenchArgs {
     /// Network calls to measure, after one that is not counted
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub steps: u16,
+    /// Pictures to decode
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub decodes: u16,
+    /// Every layer shape of Stable Diffusion 1.5 and XL by itself, in place of a model
+    #[arg(long, conflicts_with_all = ["model", "random_weights", "size", "steps", "decodes"])]
+    pub kernels: bool,
     /// The compute type
     #[arg(long, value_enum, default_value_t)]
     pub dtype: DtypeChoice,

@@ -11,13 +11,16 @@ use sd_models::{clip, unet, vae};
 use serde_json::{Value, json};
 
 use super::args::{BenchArgs, RandomFamily};
-use super::{interrupt, open_model, print_line, set_threads};
+use super::{interrupt, kernels, open_model, print_line, set_threads};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::memory::peak_resident;
 use crate::pipeline::Networks;
 use crate::spec::ModelSpec;
 use crate::text::Tower;
+
+/// GFLOP and seconds by layer class.
+type Classes = BTreeMap<LayerClass, (f64, f64)>;
 
 /// Everything that was measured.
 struct Report {
@@ -28,11 +31,12 @@ struct Report {
     load: Duration,
     text: Duration,
     steps: Vec<Duration>,
-    decode: Duration,
+    decodes: Vec<Duration>,
     total: Duration,
-    /// Of one UNet call: GFLOP and seconds.
-    unet: BTreeMap<LayerClass, (f64, f64)>,
-    decode_gflop: f64,
+    /// Of one UNet call.
+    unet: Classes,
+    /// Of one decoding.
+    vae: Classes,
     peak_gflops: f64,
     peak_rss: Option<u64>,
 }
@@ -47,6 +51,9 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
     let threads = set_threads(args.threads)?;
     let device = device::open(args.device)?;
     let dtype = device::dtype(args.dtype, &device)?;
+    if args.kernels {
+        return kernels::run(dtype, args.json);
+    }
     let say = |text: &str| {
         if !quiet {
             eprintln!("{text}");
@@ -91,35 +98,27 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
             args.steps,
             took.as_secs_f64()
         ));
-        for (class, time) in classes {
-            *times.entry(class).or_insert(Duration::ZERO) += time;
-        }
+        add_times(&mut times, classes);
         steps.push(took);
     }
     check_stopped()?;
+    drop(denoiser);
     say("decoding");
-    let begin = Instant::now();
-    let latents =
-        sample
-            .narrow(0, 0, 1)?
-            .narrow(1, 0, channels.min(networks.vae_latent_channels()))?;
-    networks.decode(&latents, dtype)?;
-    let decode = begin.elapsed();
+    let latents = sample.narrow(1, 0, channels.min(networks.vae_latent_channels()))?;
+    let mut decodes = Vec::new();
+    let mut decode_times = BTreeMap::new();
+    for _ in 0..args.decodes {
+        check_stopped()?;
+        let begin = Instant::now();
+        let (out, classes) = profile::measure(|| networks.decode(&latents, dtype));
+        out?;
+        decodes.push(begin.elapsed());
+        add_times(&mut decode_times, classes);
+    }
 
-    let flop = networks.record_unet((latent, latent), 2)?.flop_by_class();
-    let unet = flop
-        .into_iter()
-        .map(|(class, flop)| {
-            let seconds =
-                times.get(&class).map_or(0.0, Duration::as_secs_f64) / f64::from(args.steps);
-            (class, (flop as f64 / 1e9, seconds))
-        })
-        .collect();
-    let decode_flop: u64 = networks
-        .record_vae((latent, latent), 1)?
-        .flop_by_class()
-        .values()
-        .sum();
+    let unet = networks.record_unet((latent, latent), 2)?.flop_by_class();
+    let vae = networks.record_vae((latent, latent), 1)?.flop_by_class();
+    let bf16 = dtype == DType::BF16;
     let report = Report {
         family,
         size,
@@ -127,13 +126,13 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
         threads,
         load,
         text,
+        unet: by_class(&unet, &times, args.steps),
+        vae: by_class(&vae, &decode_times, args.decodes),
         steps,
-        decode,
+        decodes,
         total: start.elapsed(),
-        unet,
-        decode_gflop: decode_flop as f64 / 1e9,
         peak_rss: peak_resident(),
-        peak_gflops: measure_peak(&device)?,
+        peak_gflops: sd_kernels::cpu::peak_gflops(Level::current(), bf16),
     };
     print_line(&if args.json {
         report.json().to_string()
@@ -194,17 +193,21 @@ fn load(args: &BenchArgs, device: &Device, dtype: DType) -> Result<(String, Netw
     ))
 }
 
-/// GFLOP/s of a large product, the best of three: what the machine gives to those who ask nicely.
-fn measure_peak(device: &Device) -> Result<f64> {
-    const N: usize = 1536;
-    let a = Tensor::randn(0f32, 1.0, (N, N), device)?;
-    let mut best = f64::INFINITY;
-    for _ in 0..3 {
-        let begin = Instant::now();
-        a.matmul(&a)?;
-        best = best.min(begin.elapsed().as_secs_f64());
+fn add_times(sums: &mut BTreeMap<LayerClass, Duration>, more: BTreeMap<LayerClass, Duration>) {
+    for (class, time) in more {
+        *sums.entry(class).or_default() += time;
     }
-    Ok(2.0 * (N as f64).powi(3) / best / 1e9)
+}
+
+fn by_class(
+    flop: &BTreeMap<LayerClass, u64>,
+    times: &BTreeMap<LayerClass, Duration>,
+    calls: u16,
+) -> Classes {
+    let seconds = |class| times.get(class).map_or(0.0, Duration::as_secs_f64) / f64::from(calls);
+    flop.iter()
+        .map(|(class, &flop)| (*class, (flop as f64 / 1e9, seconds(class))))
+        .collect()
 }
 
 fn median(times: &[Duration]) -> f64 {
@@ -242,13 +245,14 @@ impl Report {
                 "load_s": self.load.as_secs_f64(),
                 "text_s": self.text.as_secs_f64(),
                 "step_s": self.steps.iter().map(Duration::as_secs_f64).collect::<Vec<_>>(),
-                "decode_s": self.decode.as_secs_f64(),
+                "decode_s": median(&self.decodes),
+                "decodes_s": self.decodes.iter().map(Duration::as_secs_f64).collect::<Vec<_>>(),
                 "total_s": self.total.as_secs_f64(),
             },
             "gflop": classes(&|(gflop, _)| json!(gflop)),
             "gflops": classes(&|&(gflop, seconds)| json!(rate(gflop, seconds))),
             "class_s": classes(&|(_, seconds)| json!(seconds)),
-            "decode_gflop": self.decode_gflop,
+            "decode_gflop": total_gflop(&self.vae),
             "peak_gflops": self.peak_gflops,
             "peak_rss_bytes": self.peak_rss,
             "peak_device_bytes": Value::Null,
@@ -257,9 +261,6 @@ impl Report {
     }
 
     fn table(&self) -> String {
-        let step = median(&self.steps);
-        let gflop: f64 = self.unet.values().map(|(gflop, _)| gflop).sum();
-        let share = |rate: f64| format!("{:5.1} %", 100.0 * rate / self.peak_gflops);
         let mut lines = vec![
             format!(
                 "{} at {}×{}, {}, {} threads, cpu ({})",
@@ -272,34 +273,45 @@ impl Report {
             ),
             format!("load            {:8.2} s", self.load.as_secs_f64()),
             format!("text            {:8.2} s", self.text.as_secs_f64()),
-            format!(
-                "unet step       {step:8.2} s   median of {}, guidance included   {:7.1} GFLOP {:7.1} GFLOP/s  {}",
-                self.steps.len(),
-                gflop,
-                gflop / step,
-                share(gflop / step)
-            ),
         ];
-        for (class, &(gflop, seconds)) in &self.unet {
-            let speed = rate(gflop, seconds).map_or(String::new(), |rate| {
-                format!("{gflop:7.1} GFLOP {rate:7.1} GFLOP/s  {}", share(rate))
-            });
-            lines.push(format!("  {:13} {seconds:8.2} s   {speed}", class.name()));
-        }
-        let decode = self.decode.as_secs_f64();
+        let about = format!("median of {}, guidance included", self.steps.len());
+        lines.push(self.stage("unet step", median(&self.steps), &self.unet));
+        lines.extend(self.classes(&self.unet));
+        lines.push(format!("  ({about})"));
+        lines.push(self.stage("vae decode", median(&self.decodes), &self.vae));
+        lines.extend(self.classes(&self.vae));
         lines.push(format!(
-            "vae decode      {decode:8.2} s   {:7.1} GFLOP {:7.1} GFLOP/s  {}",
-            self.decode_gflop,
-            self.decode_gflop / decode,
-            share(self.decode_gflop / decode)
-        ));
-        lines.push(format!(
-            "machine's peak  {:8.1} GFLOP/s in a large f32 product",
-            self.peak_gflops
+            "machine's peak  {:8.1} GFLOP/s in {} products that never leave the cache",
+            self.peak_gflops,
+            device::dtype_name(self.dtype)
         ));
         if let Some(bytes) = self.peak_rss {
             lines.push(format!("peak memory     {:8.2} GB", bytes as f64 / 1e9));
         }
         lines.join("\n")
     }
+
+    fn stage(&self, name: &str, seconds: f64, classes: &Classes) -> String {
+        let gflop = total_gflop(classes);
+        format!(
+            "{name:15} {seconds:8.2} s   {gflop:7.1} GFLOP {:7.1} GFLOP/s  {:5.1} %",
+            gflop / seconds,
+            100.0 * gflop / seconds / self.peak_gflops
+        )
+    }
+
+    fn classes(&self, classes: &Classes) -> Vec<String> {
+        let line = |(class, &(gflop, seconds)): (&LayerClass, &(f64, f64))| {
+            let speed = rate(gflop, seconds).map_or(String::new(), |rate| {
+                let share = 100.0 * rate / self.peak_gflops;
+                format!("{gflop:7.1} GFLOP {rate:7.1} GFLOP/s  {share:5.1} %")
+            });
+            format!("  {:13} {seconds:8.2} s   {speed}", class.name())
+        };
+        classes.iter().map(line).collect()
+    }
+}
+
+fn total_gflop(classes: &Classes) -> f64 {
+    classes.values().map(|(gflop, _)| gflop).sum()
 }

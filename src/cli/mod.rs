@@ -6,6 +6,7 @@ mod doctor;
 mod generate;
 pub mod inspect;
 mod interrupt;
+mod kernels;
 
 use std::io::Write;
 use std::path::Path;

@@ -14,6 +14,8 @@ pub mod micro;
 pub mod norm;
 pub mod panels;
 #[allow(unsafe_code)]
+mod peak;
+#[allow(unsafe_code)]
 pub mod product;
 #[allow(unsafe_code)]
 pub(crate) mod simd;
@@ -22,3 +24,4 @@ pub mod view;
 pub mod winograd;
 
 pub use level::Level;
+pub use peak::peak_gflops;
