@@ -36,12 +36,25 @@ pub struct PerImage<'a> {
 pub trait Stored: Copy + Send + Sync {
     /// Rounded to nearest even.
     fn of(value: f32) -> Self;
+
+    /// Rounds a vector by the processor's own instruction.
+    ///
+    /// # Safety
+    /// For functions that are compiled for [`Level::Avx512Bf16`], and the processors that have it.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn store_native(values: &[f32; LANES], out: &mut [Self; LANES]);
 }
 
 impl Stored for f32 {
     #[inline(always)]
     fn of(value: f32) -> Self {
         value
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn store_native(values: &[f32; LANES], out: &mut [Self; LANES]) {
+        *out = *values;
     }
 }
 
@@ -53,6 +66,17 @@ impl Stored for bf16 {
         let rounded = (bits.wrapping_add(0x7fff + even) >> 16) as u16;
         // what is not a number stays so
         Self::from_bits(if value.is_nan() { 0x7fc0 } else { rounded })
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn store_native(values: &[f32; LANES], out: &mut [Self; LANES]) {
+        use std::arch::x86_64::{__m256bh, _mm512_cvtneps_pbh, _mm512_loadu_ps};
+        // SAFETY: the processor has the instructions; 16 numbers are read, and 16 of half the size written
+        unsafe {
+            let rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(values.as_ptr()));
+            out.as_mut_ptr().cast::<__m256bh>().write_unaligned(rounded);
+        }
     }
 }
 
@@ -98,19 +122,26 @@ pub(super) unsafe fn finish<O: Stored>(
 ) {
     #[cfg(target_arch = "x86_64")]
     {
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")]
+        unsafe fn avx512_bf16<O: Stored>(epilogue: &Epilogue<'_>, tile: &Finish<'_, O>) {
+            // SAFETY: passed on
+            unsafe { body::<O, true>(epilogue, tile) }
+        }
         #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
         unsafe fn avx512<O: Stored>(epilogue: &Epilogue<'_>, tile: &Finish<'_, O>) {
             // SAFETY: passed on
-            unsafe { body(epilogue, tile) }
+            unsafe { body::<O, false>(epilogue, tile) }
         }
         #[target_feature(enable = "avx2,fma")]
         unsafe fn avx2<O: Stored>(epilogue: &Epilogue<'_>, tile: &Finish<'_, O>) {
             // SAFETY: passed on
-            unsafe { body(epilogue, tile) }
+            unsafe { body::<O, false>(epilogue, tile) }
         }
         match level {
             // SAFETY: passed on; a level is only in use where the processor has it
-            Level::Avx512 | Level::Avx512Bf16 => return unsafe { avx512(epilogue, tile) },
+            Level::Avx512Bf16 => return unsafe { avx512_bf16(epilogue, tile) },
+            // SAFETY: as above
+            Level::Avx512 => return unsafe { avx512(epilogue, tile) },
             // SAFETY: as above
             Level::Avx2 => return unsafe { avx2(epilogue, tile) },
             Level::Portable => {}
@@ -118,13 +149,13 @@ pub(super) unsafe fn finish<O: Stored>(
     }
     let _ = level;
     // SAFETY: passed on
-    unsafe { body(epilogue, tile) }
+    unsafe { body::<O, false>(epilogue, tile) }
 }
 
 /// # Safety
-/// As [`finish`].
+/// As [`finish`]; `NATIVE` as [`Stored::store_native`].
 #[inline(always)]
-unsafe fn body<O: Stored>(epilogue: &Epilogue<'_>, tile: &Finish<'_, O>) {
+unsafe fn body<O: Stored, const NATIVE: bool>(epilogue: &Epilogue<'_>, tile: &Finish<'_, O>) {
     let Finish { width, column, .. } = *tile;
     // a gated tile holds half as many results, which begin at half the column
     let (results, at) = if epilogue.gated {
@@ -154,11 +185,19 @@ unsafe fn body<O: Stored>(epilogue: &Epilogue<'_>, tile: &Finish<'_, O>) {
         let mut chunks = out.chunks_exact_mut(LANES);
         let mut first = 0;
         for out in &mut chunks {
-            line.store::<O, LANES>(first, out);
+            let values = line.finished::<LANES>(first);
             first += LANES;
+            match <&mut [O; LANES]>::try_from(out) {
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: the caller's promise
+                Ok(out) if NATIVE => unsafe { O::store_native(&values, out) },
+                Ok(out) => *out = values.map(O::of),
+                Err(_) => {}
+            }
         }
         for out in chunks.into_remainder() {
-            line.store::<O, 1>(first, std::slice::from_mut(out));
+            let [value] = line.finished::<1>(first);
+            *out = O::of(value);
             first += 1;
         }
     }
@@ -184,7 +223,7 @@ struct Line<'a> {
 impl Line<'_> {
     /// Finishes `N` results; with `N` a vector's length they stay in one register.
     #[inline(always)]
-    fn store<O: Stored, const N: usize>(&self, first: usize, out: &mut [O]) {
+    fn finished<const N: usize>(&self, first: usize) -> [f32; N] {
         let mut x = self.biased::<N>(first);
         if let Some(behind) = self.gates {
             let gate = self.biased::<N>(first + behind);
@@ -209,9 +248,7 @@ impl Line<'_> {
                 each(&mut x, |i, x| *x += simd::Number::f32(more[i]));
             }
         }
-        for (out, x) in out[..N].iter_mut().zip(x) {
-            *out = O::of(x);
-        }
+        x
     }
 
     #[inline(always)]

@@ -38,6 +38,8 @@ pub(super) struct Fuser<'a> {
     rates: Vec<Rate>,
     /// Smallest batch that holds all that differs.
     batches: Vec<usize>,
+    /// Pixels of the largest picture.
+    most: usize,
     program: Program,
 }
 
@@ -84,6 +86,10 @@ impl<'a> Fuser<'a> {
             batches.push(batch);
         }
         let states = vec![State::Absorbed; nodes.len()];
+        let pixels = nodes.iter().map(|node| match *node.shape {
+            [_, _, h, w] => h * w,
+            _ => 0,
+        });
         Self {
             nodes,
             options,
@@ -91,6 +97,7 @@ impl<'a> Fuser<'a> {
             uses,
             rates,
             batches,
+            most: pixels.max().unwrap_or(0),
             program: Program::default(),
         }
     }
@@ -315,7 +322,7 @@ impl<'a> Fuser<'a> {
                 if (*kh, *kw, *stride, *padding) == (3, 3, 1, crate::Padding::same(1)) =>
             {
                 part.sources = self.views(small)?;
-                match self.options.form(&part, *columns, (*oh, *ow)) {
+                match self.options.form(&part, *columns, ((*oh, *ow), self.most)) {
                     // fewer products than those of four 2×2 convolutions
                     Form::Winograd(winograd::Form::F4) => Form::Winograd(winograd::Form::F4),
                     _ => Form::Upsample,
@@ -323,7 +330,7 @@ impl<'a> Fuser<'a> {
             }
             _ => {
                 part.sources = self.views(x)?;
-                self.options.form(&part, *columns, (*oh, *ow))
+                self.options.form(&part, *columns, ((*oh, *ow), self.most))
             }
         };
         Ok(State::Pending(Box::new(Product {

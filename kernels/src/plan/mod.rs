@@ -91,12 +91,16 @@ impl Options {
 
     /// The form in which a convolution of `columns` results a pixel, `size` pixels high and wide, is computed.
     ///
+    /// `most` is how many pixels the largest picture of the network has.
+    ///
     /// Winograd's forms take 2.25 and 4 times fewer products, and 1.8 and 4 times the memory for weights. F(4×4) in bf16 rounds too much.
-    fn form(&self, part: &Part, columns: usize, size: (usize, usize)) -> Form {
+    fn form(&self, part: &Part, columns: usize, (size, most): ((usize, usize), usize)) -> Form {
         let channels = part.weight.shape().get(1).copied().unwrap_or(0);
         let is_3x3 = part.kernel == (3, 3) && part.stride == 1 && part.padding == Padding::same(1);
-        // few channels or pixels: transforms cost more than they save
-        if !is_3x3 || channels.min(columns) < 32 || size.0 * size.1 < 16 * 16 {
+        // few channels or pixels: transforms cost more than they save. The lowest level has most weights and least work
+        let pixels = size.0 * size.1;
+        let worth = pixels >= 16 * 16 || (pixels >= 8 * 8 && 16 * pixels >= most);
+        if !is_3x3 || channels.min(columns) < 32 || !worth {
             return Form::Direct;
         }
         if self.precision.is_bf16() {
