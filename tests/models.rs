@@ -57,6 +57,10 @@ impl Source for Memory {
 struct Held<'a>(&'a [f32]);
 
 impl Reader for Held<'_> {
+    fn dtype(&self) -> DType {
+        DType::F32
+    }
+
     fn read(&self, first: usize, out: &mut [f32]) {
         out.copy_from_slice(&self.0[first..][..out.len()]);
     }

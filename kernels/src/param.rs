@@ -23,6 +23,9 @@ pub trait Source: Send + Sync {
 
 /// The numbers of one tensor, converted as they are read: a piece at a time, by several threads.
 pub trait Reader: Send + Sync {
+    /// A type that holds every number exactly: the one that they are stored as, or a wider one.
+    fn dtype(&self) -> DType;
+
     /// The numbers from `first` on, row-major, in f32: as many as `out` has.
     ///
     /// # Panics

@@ -1,5 +1,6 @@
 //! Weights made up on the spot, for benchmarks of full-size networks without a file.
 
+use candle_core::DType;
 use sd_kernels::{Reader, Result, Source};
 
 /// Any tensor that is asked for, with values that keep activations near one: uniform, of variance 1/inputs.
@@ -28,6 +29,10 @@ impl Source for RandomSource {
 struct Constant(f32);
 
 impl Reader for Constant {
+    fn dtype(&self) -> DType {
+        DType::F32
+    }
+
     fn read(&self, _first: usize, out: &mut [f32]) {
         out.fill(self.0);
     }
@@ -40,6 +45,10 @@ struct Uniform {
 }
 
 impl Reader for Uniform {
+    fn dtype(&self) -> DType {
+        DType::F32
+    }
+
     fn read(&self, first: usize, out: &mut [f32]) {
         for (i, out) in (first as u64..).zip(out) {
             let mut bits = self

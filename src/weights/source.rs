@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use candle_core::DType;
 use half::slice::HalfFloatSliceExt;
 use safetensors::Dtype;
 use sd_kernels::{Reader, Result, Source};
@@ -113,6 +114,15 @@ struct StoredTensor<'a> {
 }
 
 impl Reader for StoredTensor<'_> {
+    fn dtype(&self) -> DType {
+        match self.dtype {
+            // f16 holds all numbers of the 8-bit type
+            Dtype::F16 | Dtype::F8_E4M3 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            _ => DType::F32,
+        }
+    }
+
     fn read(&self, first: usize, out: &mut [f32]) {
         let bytes = &self.bytes[self.range.clone()];
         let bytes = &bytes[first * self.width..][..out.len() * self.width];

@@ -7,9 +7,10 @@
 //! The largest tile is 6 rows by 64 columns: 24 accumulators of 512 bits, four registers of weights, one broadcast. Measured on a
 //! Zen 4 core: 95 % of the instruction peak in bf16 and in f32.
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::Level;
+use super::aligned::Plain;
 
 /// Columns of a full panel.
 pub const NR: usize = 64;
@@ -36,11 +37,11 @@ pub trait Operand: Copy + Send + Sync + 'static {
 /// For the `rows` and `width` that the kernel was asked for: `a` points to `segments × rows` pointers, each to `k_len` readable numbers
 /// (`k_len` a multiple of [`Operand::K_STEP`]); `panel` to `segments × k_len × width` numbers; `c` to `rows` rows of at least `width`
 /// writable numbers, `ldc` apart. The processor has the level that the kernel was asked for.
-pub type Kernel<T> = unsafe fn(tile: &Tile<T>);
+pub type Kernel<T, W = T> = unsafe fn(tile: &Tile<T, W>);
 
 /// The operands of one tile.
 #[derive(Clone, Copy)]
-pub struct Tile<T> {
+pub struct Tile<T, W = T> {
     /// `[segments][rows]` pointers to numbers.
     pub a: *const *const T,
     /// How many segments a row has.
@@ -48,7 +49,7 @@ pub struct Tile<T> {
     /// Numbers of a segment.
     pub k_len: usize,
     /// The packed weights.
-    pub panel: *const T,
+    pub panel: *const W,
     /// The sums.
     pub c: *mut f32,
     /// Numbers from one row of sums to the next.
@@ -59,20 +60,116 @@ pub struct Tile<T> {
 
 /// `[rows − 1][width / 16 − 1]` of the kernels made by a generic function.
 macro_rules! table {
-    ($f:ident, $t:ty) => {{
-        const TABLE: [[Kernel<$t>; 4]; MR] = [
-            [$f::<1, 1>, $f::<1, 2>, $f::<1, 3>, $f::<1, 4>],
-            [$f::<2, 1>, $f::<2, 2>, $f::<2, 3>, $f::<2, 4>],
-            [$f::<3, 1>, $f::<3, 2>, $f::<3, 3>, $f::<3, 4>],
-            [$f::<4, 1>, $f::<4, 2>, $f::<4, 3>, $f::<4, 4>],
-            [$f::<5, 1>, $f::<5, 2>, $f::<5, 3>, $f::<5, 4>],
-            [$f::<6, 1>, $f::<6, 2>, $f::<6, 3>, $f::<6, 4>],
-        ];
-        &TABLE
-    }};
+    ($f:ident $(, $w:ty)?) => {
+        &[
+            [$f::<$($w,)? 1, 1>, $f::<$($w,)? 1, 2>, $f::<$($w,)? 1, 3>, $f::<$($w,)? 1, 4>],
+            [$f::<$($w,)? 2, 1>, $f::<$($w,)? 2, 2>, $f::<$($w,)? 2, 3>, $f::<$($w,)? 2, 4>],
+            [$f::<$($w,)? 3, 1>, $f::<$($w,)? 3, 2>, $f::<$($w,)? 3, 3>, $f::<$($w,)? 3, 4>],
+            [$f::<$($w,)? 4, 1>, $f::<$($w,)? 4, 2>, $f::<$($w,)? 4, 3>, $f::<$($w,)? 4, 4>],
+            [$f::<$($w,)? 5, 1>, $f::<$($w,)? 5, 2>, $f::<$($w,)? 5, 3>, $f::<$($w,)? 5, 4>],
+            [$f::<$($w,)? 6, 1>, $f::<$($w,)? 6, 2>, $f::<$($w,)? 6, 3>, $f::<$($w,)? 6, 4>],
+        ]
+    };
 }
 
-fn pick<T>(table: &[[Kernel<T>; 4]; MR], rows: usize, width: usize) -> Option<Kernel<T>> {
+/// What weights are kept as: the type of the rows, or half as wide.
+pub trait Weight: Plain {
+    /// What they are multiplied with.
+    type Row: Operand + Plain;
+    /// As [`Operand::kernel`].
+    fn kernel(level: Level, rows: usize, width: usize) -> Option<Kernel<Self::Row, Self>>;
+    /// From f32, rounded to nearest even.
+    fn from_f32(value: f32) -> Self;
+}
+
+impl Weight for f32 {
+    type Row = Self;
+
+    fn kernel(level: Level, rows: usize, width: usize) -> Option<Kernel<Self>> {
+        wide(level, rows, width)
+    }
+
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+}
+
+impl Weight for bf16 {
+    type Row = Self;
+
+    fn kernel(level: Level, rows: usize, width: usize) -> Option<Kernel<Self>> {
+        <Self as Operand>::kernel(level, rows, width)
+    }
+
+    fn from_f32(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+}
+
+/// A weight kept as f16 and multiplied as f32, which it becomes exactly.
+#[derive(Debug, Clone, Copy)]
+#[repr(transparent)]
+pub struct Half(pub f16);
+
+/// A weight kept as bf16 and multiplied as f32, which it becomes exactly.
+#[derive(Debug, Clone, Copy)]
+#[repr(transparent)]
+pub struct Brain(pub bf16);
+
+// SAFETY: a number of 16 bits, all of which are valid
+unsafe impl Plain for Half {}
+// SAFETY: as above
+unsafe impl Plain for Brain {}
+
+impl Weight for Half {
+    type Row = f32;
+
+    fn kernel(level: Level, rows: usize, width: usize) -> Option<Kernel<f32, Self>> {
+        wide(level, rows, width)
+    }
+
+    fn from_f32(value: f32) -> Self {
+        Self(f16::from_f32(value))
+    }
+}
+
+impl Weight for Brain {
+    type Row = f32;
+
+    fn kernel(level: Level, rows: usize, width: usize) -> Option<Kernel<f32, Self>> {
+        wide(level, rows, width)
+    }
+
+    fn from_f32(value: f32) -> Self {
+        Self(bf16::from_f32(value))
+    }
+}
+
+/// Weights that become f32 as they are read.
+trait Widens: Copy {
+    /// # Safety
+    /// For functions compiled with AVX-512; `from` points to 16 readable weights.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn sixteen(from: *const Self) -> std::arch::x86_64::__m512;
+    /// # Safety
+    /// For functions compiled with AVX2 and F16C; `from` points to 8 readable weights.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn eight(from: *const Self) -> std::arch::x86_64::__m256;
+    fn one(self) -> f32;
+}
+
+/// The kernels of f32 rows.
+fn wide<W: Widens>(level: Level, rows: usize, width: usize) -> Option<Kernel<f32, W>> {
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 | Level::Avx512Bf16 => pick(table!(avx512_f32, W), rows, width),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => pick(table!(avx2_f32, W), rows, width),
+        _ => pick(table!(portable_f32, W), rows, width),
+    }
+}
+
+fn pick<T, W>(table: &[[Kernel<T, W>; 4]; MR], rows: usize, width: usize) -> Option<Kernel<T, W>> {
     let columns = width.checked_div(LANES)?.checked_sub(1)?;
     table.get(rows.checked_sub(1)?)?.get(columns).copied()
 }
@@ -81,13 +178,7 @@ impl Operand for f32 {
     const K_STEP: usize = 1;
 
     fn kernel(level: Level, rows: usize, width: usize) -> Option<Kernel<Self>> {
-        match level {
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx512 | Level::Avx512Bf16 => pick(table!(avx512_f32, f32), rows, width),
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => pick(table!(avx2_f32, f32), rows, width),
-            _ => pick(table!(portable_f32, f32), rows, width),
-        }
+        wide(level, rows, width)
     }
 
     fn to_f32(self) -> f32 {
@@ -105,7 +196,7 @@ impl Operand for bf16 {
     fn kernel(level: Level, rows: usize, width: usize) -> Option<Kernel<Self>> {
         match level {
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512Bf16 => pick(table!(avx512_bf16, bf16), rows, width),
+            Level::Avx512Bf16 => pick(table!(avx512_bf16), rows, width),
             _ => None,
         }
     }
@@ -123,7 +214,7 @@ impl Operand for bf16 {
 ///
 /// # Safety
 /// As [`Kernel`].
-unsafe fn portable_f32<const ROWS: usize, const VECTORS: usize>(tile: &Tile<f32>) {
+unsafe fn portable_f32<W: Widens, const ROWS: usize, const VECTORS: usize>(tile: &Tile<f32, W>) {
     let width = VECTORS * LANES;
     let mut panel = tile.panel;
     let mut sums = [[[0f32; LANES]; VECTORS]; ROWS];
@@ -136,7 +227,7 @@ unsafe fn portable_f32<const ROWS: usize, const VECTORS: usize>(tile: &Tile<f32>
                 let x = unsafe { *(*tile.a.add(s * ROWS + r)).add(k) };
                 for (sums, weights) in sums.iter_mut().zip(weights.chunks_exact(LANES)) {
                     for (sum, weight) in sums.iter_mut().zip(weights) {
-                        *sum += x * weight;
+                        *sum += x * weight.one();
                     }
                 }
             }
@@ -153,6 +244,79 @@ unsafe fn portable_f32<const ROWS: usize, const VECTORS: usize>(tile: &Tile<f32>
     }
 }
 
+impl Widens for f32 {
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn sixteen(from: *const Self) -> std::arch::x86_64::__m512 {
+        // SAFETY: the caller's promise
+        unsafe { std::arch::x86_64::_mm512_loadu_ps(from) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn eight(from: *const Self) -> std::arch::x86_64::__m256 {
+        // SAFETY: the caller's promise
+        unsafe { std::arch::x86_64::_mm256_loadu_ps(from) }
+    }
+
+    #[inline(always)]
+    fn one(self) -> f32 {
+        self
+    }
+}
+
+impl Widens for Half {
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn sixteen(from: *const Self) -> std::arch::x86_64::__m512 {
+        use std::arch::x86_64::{_mm256_loadu_si256, _mm512_cvtph_ps};
+        // SAFETY: the caller's promise; 16 weights are 256 bits
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn eight(from: *const Self) -> std::arch::x86_64::__m256 {
+        use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps};
+        // SAFETY: the caller's promise; 8 weights are 128 bits
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
+    }
+
+    #[inline(always)]
+    fn one(self) -> f32 {
+        self.0.to_f32()
+    }
+}
+
+impl Widens for Brain {
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn sixteen(from: *const Self) -> std::arch::x86_64::__m512 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise; 16 weights are 256 bits, each the upper half of an f32
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn eight(from: *const Self) -> std::arch::x86_64::__m256 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise; 8 weights are 128 bits, each the upper half of an f32
+        unsafe {
+            let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+        }
+    }
+
+    #[inline(always)]
+    fn one(self) -> f32 {
+        self.0.to_f32()
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 use x86::{avx2_f32, avx512_bf16, avx512_f32};
 
@@ -162,7 +326,7 @@ mod x86 {
 
     use half::bf16;
 
-    use super::{LANES, Tile};
+    use super::{LANES, Tile, Widens};
 
     /// # Safety
     /// As [`super::Kernel`].
@@ -207,7 +371,9 @@ mod x86 {
     /// # Safety
     /// As [`super::Kernel`].
     #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-    pub(super) unsafe fn avx512_f32<const ROWS: usize, const VECTORS: usize>(tile: &Tile<f32>) {
+    pub(super) unsafe fn avx512_f32<W: Widens, const ROWS: usize, const VECTORS: usize>(
+        tile: &Tile<f32, W>,
+    ) {
         let mut acc = [[_mm512_setzero_ps(); VECTORS]; ROWS];
         let mut panel = tile.panel;
         for s in 0..tile.segments {
@@ -220,7 +386,7 @@ mod x86 {
                 let mut weights = [_mm512_setzero_ps(); VECTORS];
                 for (j, w) in weights.iter_mut().enumerate() {
                     // SAFETY: the panel has `width` numbers for each of `segments × k_len`
-                    *w = unsafe { _mm512_loadu_ps(panel.add(j * LANES)) };
+                    *w = unsafe { W::sixteen(panel.add(j * LANES)) };
                 }
                 // SAFETY: at most one past the end
                 panel = unsafe { panel.add(VECTORS * LANES) };
@@ -267,8 +433,10 @@ mod x86 {
     ///
     /// # Safety
     /// As [`super::Kernel`].
-    #[target_feature(enable = "avx2,fma")]
-    pub(super) unsafe fn avx2_f32<const ROWS: usize, const VECTORS: usize>(tile: &Tile<f32>) {
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) unsafe fn avx2_f32<W: Widens, const ROWS: usize, const VECTORS: usize>(
+        tile: &Tile<f32, W>,
+    ) {
         let width = VECTORS * LANES;
         for j in 0..VECTORS {
             let mut acc = [[_mm256_setzero_ps(); 2]; ROWS];
@@ -282,8 +450,7 @@ mod x86 {
                 }
                 for k in 0..tile.k_len {
                     // SAFETY: 16 columns of row `s·k_len + k` of the panel
-                    let (low, high) =
-                        unsafe { (_mm256_loadu_ps(panel), _mm256_loadu_ps(panel.add(8))) };
+                    let (low, high) = unsafe { (W::eight(panel), W::eight(panel.add(8))) };
                     panel = panel.wrapping_add(width);
                     for r in 0..ROWS {
                         // SAFETY: a segment has `k_len` numbers
@@ -328,10 +495,10 @@ mod tests {
             .collect()
     }
 
-    fn check<T: Operand>(level: Level) {
+    fn check<T: Operand, W: Weight<Row = T>>(level: Level, value: fn(W) -> f32) {
         for rows in 1..=MR {
             for width in [16, 32, 48, 64] {
-                let Some(kernel) = T::kernel(level, rows, width) else {
+                let Some(kernel) = W::kernel(level, rows, width) else {
                     panic!("no kernel for {rows} × {width} at {}", level.name());
                 };
                 for (segments, k_len) in [(1, T::K_STEP), (3, 6), (9, 34)] {
@@ -339,9 +506,9 @@ mod tests {
                         .into_iter()
                         .map(T::from_f32)
                         .collect();
-                    let w: Vec<T> = numbers(segments * k_len * width, 2)
+                    let w: Vec<W> = numbers(segments * k_len * width, 2)
                         .into_iter()
-                        .map(T::from_f32)
+                        .map(W::from_f32)
                         .collect();
                     let pointers: Vec<*const T> = (0..segments * rows)
                         .map(|i| x[i * k_len..].as_ptr())
@@ -370,7 +537,7 @@ mod tests {
                                         + j * T::K_STEP
                                         + k % T::K_STEP;
                                     f64::from(x[(s * rows + r) * k_len + i].to_f32())
-                                        * f64::from(w[at].to_f32())
+                                        * f64::from(value(w[at]))
                                 })
                                 .sum();
                             // the second call added the same again
@@ -394,9 +561,11 @@ mod tests {
     #[test]
     fn tiles_equal_the_definition_at_every_level() {
         for level in Level::supported() {
-            check::<f32>(level);
+            check::<f32, f32>(level, |w| w);
+            check::<f32, Half>(level, |w| w.0.to_f32());
+            check::<f32, Brain>(level, |w| w.0.to_f32());
             if level.has_bf16() {
-                check::<bf16>(level);
+                check::<bf16, bf16>(level, bf16::to_f32);
             }
         }
     }

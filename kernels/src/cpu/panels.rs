@@ -2,15 +2,15 @@
 
 use rayon::prelude::*;
 
-use super::aligned::{Aligned, Plain};
-use super::micro::{LANES, NR, Operand};
+use super::aligned::Aligned;
+use super::micro::{LANES, NR, Operand, Weight};
 
 /// The weights of one product, column block by column block: for each *panel* of up to 64 columns all of `k`, padded with zeros to whole
 /// vectors and pairs.
 ///
 /// `k` runs over groups of taps: group by group, in a group tap by tap, in a tap channel by channel.
-pub struct Panels<T> {
-    data: Aligned<T>,
+pub struct Panels<W> {
+    data: Aligned<W>,
     groups: Vec<Group>,
     columns: usize,
 }
@@ -31,7 +31,7 @@ impl Group {
     }
 }
 
-impl<T: Operand + Plain> Panels<T> {
+impl<W: Weight> Panels<W> {
     /// Packs `columns` columns. `weight(column, group, out)` gives a column's weights of one group in the order `[channel][tap]`, which is
     /// how files keep them.
     ///
@@ -42,7 +42,7 @@ impl<T: Operand + Plain> Panels<T> {
         groups: &[Group],
         weight: impl Fn(usize, usize, &mut [f32]) + Sync,
     ) -> std::io::Result<Self> {
-        let k: usize = groups.iter().map(|g| g.taps * g.k_len::<T>()).sum();
+        let k: usize = groups.iter().map(|g| g.taps * g.k_len::<W::Row>()).sum();
         let mut data = Aligned::zeros(columns.next_multiple_of(LANES) * k)?;
         let packed = Self {
             data: Aligned::zeros(0)?,
@@ -67,7 +67,7 @@ impl<T: Operand + Plain> Panels<T> {
                             let values = &mut column_weights[..group.taps * group.channels];
                             weight(p * NR + j, g, values);
                             let (own, rest) =
-                                panel.split_at_mut(group.taps * group.k_len::<T>() * width);
+                                panel.split_at_mut(group.taps * group.k_len::<W::Row>() * width);
                             scatter(values, *group, (width, j), own);
                             panel = rest;
                         }
@@ -99,29 +99,32 @@ impl<T: Operand + Plain> Panels<T> {
 
     /// `k` of all groups, padding included.
     pub fn k(&self) -> usize {
-        self.groups.iter().map(|g| g.taps * g.k_len::<T>()).sum()
+        self.groups
+            .iter()
+            .map(|g| g.taps * g.k_len::<W::Row>())
+            .sum()
     }
 
     /// One panel's numbers.
-    pub fn panel(&self, panel: usize) -> &[T] {
+    pub fn panel(&self, panel: usize) -> &[W] {
         let k = self.k();
         &self.data.as_slice()[panel * NR * k..][..self.width(panel) * k]
     }
 
     /// Bytes of the packed numbers.
     pub fn bytes(&self) -> usize {
-        self.data.len() * size_of::<T>()
+        self.data.len() * size_of::<W>()
     }
 }
 
 /// Puts one column's `[channel][tap]` values into column `j` of `[tap][channel / step][width][step]`.
-fn scatter<T: Operand>(values: &[f32], group: Group, (width, j): (usize, usize), panel: &mut [T]) {
-    let step = T::K_STEP;
-    let tap_len = group.k_len::<T>() * width;
+fn scatter<W: Weight>(values: &[f32], group: Group, (width, j): (usize, usize), panel: &mut [W]) {
+    let step = W::Row::K_STEP;
+    let tap_len = group.k_len::<W::Row>() * width;
     for (channel, taps) in values.chunks_exact(group.taps.max(1)).enumerate() {
         let at = (channel / step * width + j) * step + channel % step;
         for (tap, &value) in taps.iter().enumerate() {
-            panel[tap * tap_len + at] = T::from_f32(value);
+            panel[tap * tap_len + at] = W::from_f32(value);
         }
     }
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::Level;
 use super::aligned::Plain;
 use super::epilogue::{self, Epilogue, Finish, PerImage, ROWS, Stored, Target};
-use super::micro::{Kernel, MR, NR, Operand, Tile};
+use super::micro::{Kernel, MR, NR, Tile, Weight};
 use super::panels::{Group, Panels};
 use super::view::Numbers;
 
@@ -91,10 +91,10 @@ const ZEROS: usize = 1 << 15;
 ///
 /// # Panics
 /// When sizes do not fit: a planner's mistake, never a user's.
-pub fn product<T: Operand + Plain, O: Stored>(
+pub fn product<W: Weight, O: Stored>(
     level: Level,
-    weights: &Panels<T>,
-    (grid, sources): (Grid, &[Source<'_, T>]),
+    weights: &Panels<W>,
+    (grid, sources): (Grid, &[Source<'_, W::Row>]),
     epilogue: &Epilogue<'_>,
     out: &mut [O],
 ) {
@@ -133,10 +133,10 @@ pub fn product<T: Operand + Plain, O: Stored>(
     }
 }
 
-fn check<T: Operand + Plain>(
-    weights: &Panels<T>,
+fn check<W: Weight>(
+    weights: &Panels<W>,
     grid: Grid,
-    sources: &[Source<'_, T>],
+    sources: &[Source<'_, W::Row>],
     epilogue: &Epilogue<'_>,
     out: usize,
 ) {
@@ -174,7 +174,7 @@ fn check<T: Operand + Plain>(
             *group
         );
         let pixels = source.pictures * source.h * source.w;
-        let k_len = group.k_len::<T>();
+        let k_len = group.k_len::<W::Row>();
         assert!(pixels > 0 && source.pixel_stride >= source.channels && k_len <= ZEROS);
         assert!(
             source.data.len() >= (pixels - 1) * source.pixel_stride + k_len,
@@ -194,11 +194,11 @@ struct Cut {
 impl Cut {
     /// A block of rows stays in a core's second-level cache while all panels pass by; with few rows and many weights the panels are shared out
     /// instead, so that each is fetched once.
-    fn new<T: Operand + Plain>(rows: usize, weights: &Panels<T>, threads: usize) -> Self {
+    fn new<W: Weight>(rows: usize, weights: &Panels<W>, threads: usize) -> Self {
         const CACHE: usize = 384 << 10;
         let panels = weights.count();
         let taps: usize = weights.groups().iter().map(|g| g.taps).max().unwrap_or(1);
-        let row_bytes = weights.k() * size_of::<T>() / taps.clamp(1, 6);
+        let row_bytes = weights.k() * size_of::<W::Row>() / taps.clamp(1, 6);
         let want = 8 * threads;
         let block = (CACHE / row_bytes.max(1))
             .clamp(48, 384)
@@ -237,21 +237,21 @@ impl Cut {
     }
 }
 
-struct Job<'a, T, O> {
+struct Job<'a, W: Weight, O> {
     level: Level,
-    weights: &'a Panels<T>,
+    weights: &'a Panels<W>,
     grid: Grid,
-    sources: &'a [Source<'a, T>],
+    sources: &'a [Source<'a, W::Row>],
     epilogue: &'a Epilogue<'a>,
     target: Target<O>,
 }
 
-impl<T: Operand + Plain, O: Stored> Job<'_, T, O> {
+impl<W: Weight, O: Stored> Job<'_, W, O> {
     fn run(
         &self,
         rows: std::ops::Range<usize>,
         panels: std::ops::Range<usize>,
-        pointers: &mut Vec<*const T>,
+        pointers: &mut Vec<*const W::Row>,
     ) {
         self.gather(rows.clone(), pointers);
         let taps: usize = self.weights.groups().iter().map(|g| g.taps).sum();
@@ -262,7 +262,7 @@ impl<T: Operand + Plain, O: Stored> Job<'_, T, O> {
             let used = (self.weights.columns() - p * NR).min(NR);
             for (tile, first) in rows.clone().step_by(MR).enumerate() {
                 let count = (rows.end - first).min(MR);
-                let Some(kernel) = T::kernel(self.level, count, width) else {
+                let Some(kernel) = W::kernel(self.level, count, width) else {
                     return;
                 };
                 // SAFETY: `gather` listed `count` pointers a tap for this tile
@@ -291,8 +291,8 @@ impl<T: Operand + Plain, O: Stored> Job<'_, T, O> {
     /// `pointers` holds `count` pointers for each tap, each to `k_len` numbers.
     unsafe fn tile(
         &self,
-        kernel: Kernel<T>,
-        pointers: &[*const T],
+        kernel: Kernel<W::Row, W>,
+        pointers: &[*const W::Row],
         (p, count): (usize, usize),
         sums: &mut [f32; MR * NR],
     ) {
@@ -300,7 +300,7 @@ impl<T: Operand + Plain, O: Stored> Job<'_, T, O> {
         let mut panel = self.weights.panel(p);
         let mut pointers = pointers;
         for (g, group) in self.weights.groups().iter().enumerate() {
-            let k_len = group.k_len::<T>();
+            let k_len = group.k_len::<W::Row>();
             let (own, rest) = panel.split_at(group.taps * k_len * width);
             let tile = Tile {
                 a: pointers.as_ptr(),
@@ -319,8 +319,8 @@ impl<T: Operand + Plain, O: Stored> Job<'_, T, O> {
     }
 
     /// Lists for each tile of rows what each tap reads: `[tile][tap][rows of the tile]`, tiles `taps × MR` apart.
-    fn gather(&self, rows: std::ops::Range<usize>, pointers: &mut Vec<*const T>) {
-        let zeros = zeros::<T>();
+    fn gather(&self, rows: std::ops::Range<usize>, pointers: &mut Vec<*const W::Row>) {
+        let zeros = zeros::<W::Row>();
         let taps: usize = self.sources.iter().map(|s| s.taps.len()).sum();
         pointers.clear();
         pointers.resize(rows.len().div_ceil(MR) * MR * taps, zeros);
@@ -369,6 +369,7 @@ mod tests {
     use half::bf16;
 
     use super::*;
+    use crate::cpu::micro::Operand;
 
     fn numbers(n: usize, seed: u32) -> Vec<f32> {
         let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
@@ -391,7 +392,7 @@ mod tests {
         stride: usize,
     }
 
-    fn run<T: Operand + Plain>(level: Level, case: &Case) -> f64 {
+    fn run<T: Operand + Weight<Row = T>>(level: Level, case: &Case) -> f64 {
         let Case {
             batch,
             pictures,
@@ -421,7 +422,7 @@ mod tests {
             .map(|(i, &c)| {
                 numbers(pictures * h * w * c + 1, i as u32)
                     .into_iter()
-                    .map(T::from_f32)
+                    .map(<T as Operand>::from_f32)
                     .collect()
             })
             .collect();

@@ -3,16 +3,18 @@
 use super::ir::{Form, Part, Product, Step, ValueId, View, Work};
 use super::memory::Memory;
 use super::run::Prepared;
-use super::store::{Layout, Packed};
+use super::store::Packed;
 use crate::Result;
 use crate::cpu::Level;
 use crate::cpu::aligned::Plain;
 use crate::cpu::attention::{self, Shape, attention};
 use crate::cpu::epilogue::{Epilogue, PerImage, Stored};
+use crate::cpu::micro::Weight;
 use crate::cpu::norm::{GroupNorm, Side, layer_norm};
+use crate::cpu::panels::Panels;
 use crate::cpu::product::{Grid, Source, product};
 use crate::cpu::view::NumbersMut;
-use crate::cpu::winograd::{self, Kept};
+use crate::cpu::winograd::{self, Kept, WinogradWeights, convolve};
 
 /// Pixels that each tap reads, for result (0, 0).
 pub(super) type Taps = Vec<(isize, isize)>;
@@ -89,16 +91,18 @@ impl Memory<'_> {
                 let weights = match weights {
                     Some(weights) => weights,
                     None => {
-                        let (channels, bf16) = self.program().sources(product);
-                        packed = Packed::now(product, &channels, bf16)?;
+                        let (channels, kind) = self.program().sources(product);
+                        packed = Packed::now(product, &channels, (kind, level))?;
                         &packed
                     }
                 };
-                match (weights, out) {
-                    (Packed::F32(w), NumbersMut::F32(out)) => run.product(w, out, workspace),
-                    (Packed::F32(w), NumbersMut::Bf16(out)) => run.product(w, out, workspace),
-                    (Packed::Bf16(w), NumbersMut::F32(out)) => run.product(w, out, workspace),
-                    (Packed::Bf16(w), NumbersMut::Bf16(out)) => run.product(w, out, workspace),
+                match weights {
+                    Packed::F32(w) => run.direct(w, out),
+                    Packed::Bf16(w) => run.direct(w, out),
+                    Packed::Half(w) => run.direct(w, out),
+                    Packed::Brain(w) => run.direct(w, out),
+                    Packed::WinogradF32(w) => run.winograd(w, out, workspace),
+                    Packed::WinogradBf16(w) => run.winograd(w, out, workspace),
                 }
                 Ok(())
             }
@@ -217,23 +221,34 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn product<T: Kept, O: Stored>(
+    fn winograd<T: Kept>(
         &self,
-        weights: &Layout<T>,
-        out: &mut [O],
+        weights: &WinogradWeights<T>,
+        out: NumbersMut<'_>,
         workspace: &mut [u8],
     ) {
         let (h, w) = self.product.size;
-        let phases = match weights {
-            Layout::Panels(phases) => phases,
-            Layout::Winograd(weights) => {
-                let views = self.product.parts.iter().flat_map(|part| &part.sources);
-                let sources: Vec<_> = views.map(|view| self.picture::<T>(view, h)).collect();
-                let pictures = (self.batch, h, w);
-                let job = ((self.level, weights), (pictures, sources.as_slice()));
-                return winograd::convolve(job.0, job.1, self.epilogue, out, workspace);
-            }
-        };
+        let views = self.product.parts.iter().flat_map(|part| &part.sources);
+        let sources: Vec<_> = views.map(|view| self.picture::<T>(view, h)).collect();
+        let (how, what) = (
+            (self.level, weights),
+            ((self.batch, h, w), sources.as_slice()),
+        );
+        match out {
+            NumbersMut::F32(out) => convolve(how, what, self.epilogue, out, workspace),
+            NumbersMut::Bf16(out) => convolve(how, what, self.epilogue, out, workspace),
+        }
+    }
+
+    fn direct<W: Weight>(&self, phases: &[Panels<W>], out: NumbersMut<'_>) {
+        match out {
+            NumbersMut::F32(out) => self.phases(phases, out),
+            NumbersMut::Bf16(out) => self.phases(phases, out),
+        }
+    }
+
+    fn phases<W: Weight, O: Stored>(&self, phases: &[Panels<W>], out: &mut [O]) {
+        let (h, w) = self.product.size;
         for (phase, (panels, taps)) in phases.iter().zip(self.taps).enumerate() {
             let grid = if self.product.form == Form::Upsample {
                 Grid {
@@ -250,7 +265,7 @@ impl Run<'_> {
                 .parts
                 .iter()
                 .flat_map(|part| part.sources.iter().map(|view| (*view, part.stride)));
-            let sources: Vec<Source<'_, T>> = views
+            let sources: Vec<Source<'_, W::Row>> = views
                 .zip(taps)
                 .map(|((view, stride), taps)| self.source(view, stride, taps))
                 .collect();

@@ -18,7 +18,7 @@ pub(super) enum Rate {
 }
 
 /// The type that a value is stored as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Type {
     F32,
     Bf16,
@@ -228,16 +228,14 @@ pub(super) struct Program {
 }
 
 impl Program {
-    /// The channels of every source of a product, by part, and whether they are bf16.
-    pub(super) fn sources(&self, product: &Product) -> (Vec<Vec<usize>>, bool) {
+    /// The channels of every source of a product, by part, and the type that they are stored as.
+    pub(super) fn sources(&self, product: &Product) -> (Vec<Vec<usize>>, Type) {
         let of = |part: &Part| -> Vec<usize> {
             let views = part.sources.iter();
             views.map(|view| self.values[view.value].channels).collect()
         };
-        let views = product.parts.iter().flat_map(|part| &part.sources);
-        let bf16 = views
-            .map(|view| self.values[view.value].kind)
-            .any(|kind| kind == Type::Bf16);
-        (product.parts.iter().map(of).collect(), bf16)
+        let first = product.parts.iter().flat_map(|part| &part.sources).next();
+        let kind = first.map_or(Type::F32, |view| self.values[view.value].kind);
+        (product.parts.iter().map(of).collect(), kind)
     }
 }

@@ -77,7 +77,7 @@ impl Machine {
             // what is computed once a run or less reads its weights as seldom
             let rate = program.values[step.out].rate;
             let later = options.transient || rate != Rate::Call;
-            prepare(program, step, (store, later))
+            prepare(program, step, (store, options.level, later))
         });
         let prepared = prepared.collect::<Result<Vec<_>>>()?;
         Ok(Self {
@@ -286,13 +286,17 @@ fn no_memory(bytes: usize, error: &std::io::Error) -> Error {
 }
 
 /// Packs the weights that a step reads, unless those of products are to be packed when they are needed.
-fn prepare(program: &Program, step: &Step, (store, later): (&Store, bool)) -> Result<Prepared> {
+fn prepare(
+    program: &Program,
+    step: &Step,
+    (store, level, later): (&Store, Level, bool),
+) -> Result<Prepared> {
     Ok(match &step.work {
         Work::Product(product) => {
-            let (channels, bf16) = program.sources(product);
+            let (channels, kind) = program.sources(product);
             Prepared::Product {
                 weights: match later {
-                    false => Some(store.weights(product, &channels, bf16)?),
+                    false => Some(store.weights(product, &channels, (kind, level))?),
                     true => None,
                 },
                 bias: store.bias(product)?,

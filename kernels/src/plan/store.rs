@@ -5,10 +5,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use half::bf16;
 
-use super::ir::{Form, Part, Product};
+use super::ir::{Form, Product, Type};
+use crate::cpu::Level;
+use crate::cpu::micro::{Brain, Half, Weight};
 use crate::cpu::panels::{Group, Panels, geglu_column};
-use crate::cpu::winograd::{Kept, WinogradWeights};
+use crate::cpu::winograd::{self, Kept, WinogradWeights};
 use crate::{Error, Param, Reader, Result};
+use candle_core::DType;
 
 /// The packed weights of one network.
 #[derive(Default)]
@@ -23,40 +26,64 @@ struct Key {
     names: Vec<String>,
     sources: Vec<usize>,
     form: Form,
-    bf16: bool,
+    kind: Type,
 }
 
 /// Weights of a product in the layout of its form.
 #[derive(Clone)]
 pub(super) enum Packed {
-    F32(Arc<Layout<f32>>),
-    Bf16(Arc<Layout<bf16>>),
+    /// For implicit products, those of each phase.
+    F32(Phases<f32>),
+    Bf16(Phases<bf16>),
+    /// Kept as the file has them, and multiplied as f32.
+    Half(Phases<Half>),
+    Brain(Phases<Brain>),
+    /// Transformed.
+    WinogradF32(Arc<WinogradWeights<f32>>),
+    WinogradBf16(Arc<WinogradWeights<bf16>>),
 }
+
+type Phases<W> = Arc<Vec<Panels<W>>>;
 
 impl Packed {
-    /// Packs a product's weights for sources of these channels.
-    pub(super) fn now(product: &Product, channels: &[Vec<usize>], bf16: bool) -> Result<Self> {
-        Ok(if bf16 {
-            Self::Bf16(Arc::new(pack(product, channels)?))
-        } else {
-            Self::F32(Arc::new(pack(product, channels)?))
+    /// Packs a product's weights for sources of these channels, for products of `kind`.
+    pub(super) fn now(
+        product: &Product,
+        channels: &[Vec<usize>],
+        (kind, level): (Type, Level),
+    ) -> Result<Self> {
+        let stored = Stored::open(product, channels)?;
+        Ok(match (kind, product.form) {
+            (Type::F32, Form::Winograd(form)) => {
+                Self::WinogradF32(Arc::new(stored.winograd(form)?))
+            }
+            (Type::Bf16, Form::Winograd(form)) => {
+                Self::WinogradBf16(Arc::new(stored.winograd(form)?))
+            }
+            (Type::Bf16, _) => Self::Bf16(Arc::new(stored.panels()?)),
+            // f32 arithmetic on the numbers that the file has, which take half the room
+            (Type::F32, Form::Direct | Form::Gated) if level > Level::Portable => {
+                match stored.dtype() {
+                    Some(DType::F16) => Self::Half(Arc::new(stored.panels()?)),
+                    Some(DType::BF16) => Self::Brain(Arc::new(stored.panels()?)),
+                    _ => Self::F32(Arc::new(stored.panels()?)),
+                }
+            }
+            (Type::F32, _) => Self::F32(Arc::new(stored.panels()?)),
         })
     }
-}
 
-/// The layouts that kernels read.
-pub(super) enum Layout<T> {
-    /// For implicit products: those of each phase.
-    Panels(Vec<Panels<T>>),
-    /// Transformed.
-    Winograd(WinogradWeights<T>),
-}
-
-impl<T: Kept> Layout<T> {
     fn bytes(&self) -> usize {
+        fn of<W: Weight>(phases: &[Panels<W>]) -> usize {
+            phases.iter().map(Panels::bytes).sum()
+        }
         match self {
-            Self::Panels(phases) => phases.iter().map(Panels::bytes).sum(),
-            Self::Winograd(weights) => weights.bytes(),
+            Self::F32(phases) => of(phases),
+            Self::Bf16(phases) => of(phases),
+            Self::Half(phases) => of(phases),
+            Self::Brain(phases) => of(phases),
+            Self::WinogradF32(weights) => weights.bytes(),
+            Self::WinogradBf16(weights) => weights.bytes(),
         }
     }
 }
@@ -66,11 +93,7 @@ impl Store {
     pub fn bytes(&self) -> usize {
         let packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
         let vectors = self.vectors.lock().unwrap_or_else(PoisonError::into_inner);
-        let of = |p: &Packed| match p {
-            Packed::F32(layout) => layout.bytes(),
-            Packed::Bf16(layout) => layout.bytes(),
-        };
-        packed.values().map(of).sum::<usize>()
+        packed.values().map(Packed::bytes).sum::<usize>()
             + vectors.values().map(|v| v.len() * 4).sum::<usize>()
     }
 
@@ -128,7 +151,7 @@ impl Store {
         &self,
         product: &Product,
         channels: &[Vec<usize>],
-        bf16: bool,
+        (kind, level): (Type, Level),
     ) -> Result<Packed> {
         let key = Key {
             names: product
@@ -138,7 +161,7 @@ impl Store {
                 .collect(),
             sources: channels.concat(),
             form: product.form,
-            bf16,
+            kind,
         };
         if let Some(found) = self
             .packed
@@ -148,7 +171,7 @@ impl Store {
         {
             return Ok(found.clone());
         }
-        let packed = Packed::now(product, channels, bf16)?;
+        let packed = Packed::now(product, channels, (kind, level))?;
         self.packed
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -157,84 +180,91 @@ impl Store {
     }
 }
 
-/// One weight of a product, as the file keeps it: `[column][input][tap]`.
+/// The weights of a product as the file keeps them: each `[column][input][tap]`.
 struct Stored<'a> {
-    numbers: Box<dyn Reader + 'a>,
-    inputs: usize,
-    taps: usize,
+    product: &'a Product,
+    parts: Vec<Box<dyn Reader + 'a>>,
+    /// For each source: its part, its first input, and its channels.
+    places: Vec<(usize, usize, usize)>,
 }
 
-fn open(part: &Part) -> Result<Stored<'_>> {
-    Ok(Stored {
-        numbers: part.weight.open()?,
-        inputs: part.weight.shape().get(1).copied().unwrap_or(1),
-        taps: part.kernel.0 * part.kernel.1,
-    })
-}
-
-fn pack<T: Kept>(product: &Product, channels: &[Vec<usize>]) -> Result<Layout<T>> {
-    let parts = product.parts.iter().map(open).collect::<Result<Vec<_>>>()?;
-    // for each group: its part and its first channel
-    let mut places = Vec::new();
-    for (p, channels) in channels.iter().enumerate() {
-        let mut first = 0;
-        for &c in channels {
-            places.push((p, first, c));
-            first += c;
+impl<'a> Stored<'a> {
+    fn open(product: &'a Product, channels: &[Vec<usize>]) -> Result<Self> {
+        let parts = product.parts.iter().map(|part| part.weight.open());
+        let mut places = Vec::new();
+        for (p, channels) in channels.iter().enumerate() {
+            let mut first = 0;
+            for &c in channels {
+                places.push((p, first, c));
+                first += c;
+            }
         }
+        Ok(Self {
+            product,
+            parts: parts.collect::<Result<_>>()?,
+            places,
+        })
     }
-    let groups = |taps: Option<usize>| -> Vec<Group> {
-        places
-            .iter()
-            .map(|&(p, _, channels)| Group {
-                taps: taps.unwrap_or(parts[p].taps),
-                channels,
-            })
-            .collect()
-    };
-    let row = |column: usize, group: usize, out: &mut [f32]| {
-        let (p, first, _) = places[group];
-        let part = &parts[p];
-        part.numbers
-            .read((column * part.inputs + first) * part.taps, out);
-    };
-    let no_memory =
-        |e: std::io::Error| Error::Weights(format!("no memory for packed weights: {e}"));
-    match product.form {
-        Form::Winograd(form) => {
-            let channels = channels.concat();
-            WinogradWeights::pack(form, product.columns, &channels, |column, source, out| {
-                row(column, source, out);
-            })
-            .map(Layout::Winograd)
-            .map_err(no_memory)
-        }
-        Form::Upsample => (0..4)
-            .map(|phase| {
-                Panels::pack(product.columns, &groups(Some(4)), |column, group, out| {
-                    let mut taps = vec![0.0; out.len() / 4 * 9];
-                    row(column, group, &mut taps);
-                    for (taps, out) in taps.chunks_exact(9).zip(out.chunks_exact_mut(4)) {
-                        sub_pixel(taps, (phase / 2, phase % 2), out);
-                    }
+
+    /// The type that all are stored as.
+    fn dtype(&self) -> Option<DType> {
+        let mut types = self.parts.iter().map(|part| part.dtype());
+        let first = types.next()?;
+        types.all(|dtype| dtype == first).then_some(first)
+    }
+
+    /// A column's weights for one source, `[input][tap]`.
+    fn row(&self, column: usize, source: usize, out: &mut [f32]) {
+        let (p, first, _) = self.places[source];
+        let part = &self.product.parts[p];
+        let inputs = part.weight.shape().get(1).copied().unwrap_or(1);
+        let taps = part.kernel.0 * part.kernel.1;
+        self.parts[p].read((column * inputs + first) * taps, out);
+    }
+
+    fn winograd<T: Kept>(&self, form: winograd::Form) -> Result<WinogradWeights<T>> {
+        let channels: Vec<usize> = self.places.iter().map(|place| place.2).collect();
+        let row = |column, source, out: &mut [f32]| self.row(column, source, out);
+        WinogradWeights::pack(form, self.product.columns, &channels, row).map_err(no_memory)
+    }
+
+    fn panels<W: Weight>(&self) -> Result<Vec<Panels<W>>> {
+        let columns = self.product.columns;
+        let groups = |taps: Option<usize>| -> Vec<Group> {
+            let group = |&(p, _, channels): &(usize, usize, usize)| {
+                let (kh, kw) = self.product.parts[p].kernel;
+                let taps = taps.unwrap_or(kh * kw);
+                Group { taps, channels }
+            };
+            self.places.iter().map(group).collect()
+        };
+        let packed = match self.product.form {
+            Form::Upsample => (0..4)
+                .map(|phase| {
+                    Panels::pack(columns, &groups(Some(4)), |column, group, out| {
+                        let mut taps = vec![0.0; out.len() / 4 * 9];
+                        self.row(column, group, &mut taps);
+                        for (taps, out) in taps.chunks_exact(9).zip(out.chunks_exact_mut(4)) {
+                            sub_pixel(taps, (phase / 2, phase % 2), out);
+                        }
+                    })
                 })
-                .map_err(no_memory)
+                .collect(),
+            Form::Gated => Panels::pack(columns, &groups(None), |column, group, out| {
+                self.row(geglu_column(column, columns / 2), group, out);
             })
-            .collect::<Result<_>>()
-            .map(Layout::Panels),
-        form => {
-            let half = product.columns / 2;
-            let panels = Panels::pack(product.columns, &groups(None), |column, group, out| {
-                let column = if form == Form::Gated {
-                    geglu_column(column, half)
-                } else {
-                    column
-                };
-                row(column, group, out);
-            });
-            Ok(Layout::Panels(vec![panels.map_err(no_memory)?]))
-        }
+            .map(|panels| vec![panels]),
+            _ => Panels::pack(columns, &groups(None), |column, group, out| {
+                self.row(column, group, out);
+            })
+            .map(|panels| vec![panels]),
+        };
+        packed.map_err(no_memory)
     }
+}
+
+fn no_memory(error: std::io::Error) -> Error {
+    Error::Memory(format!("no memory for packed weights: {error}"))
 }
 
 /// The 2×2 taps that a 3×3 kernel amounts to for one of four pixels that an enlarged pixel becomes: rows (or columns) that read the same small

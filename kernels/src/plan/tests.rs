@@ -9,8 +9,8 @@ use super::{Feed, Options, Plan, Precision, Store};
 use crate::cpu::Level;
 use crate::{Activation, Graph, Op, Padding, Reader, Result, Source, Tensor, Weights, ops};
 
-/// Weights made up from their names.
-struct Made;
+/// Weights made up from their names, rounded to a type that they are stored as.
+struct Made(DType);
 
 fn numbers(n: usize, seed: &str) -> Vec<f32> {
     let mut state = seed
@@ -39,27 +39,37 @@ impl Source for Made {
         } else {
             0.5
         };
-        let values = numbers(n, name).into_iter().map(|v| v * scale);
-        Ok(Box::new(Held(values.collect())))
+        let values = numbers(n, name).into_iter().map(|v| match self.0 {
+            DType::F16 => half::f16::from_f32(v * scale).to_f32(),
+            DType::BF16 => half::bf16::from_f32(v * scale).to_f32(),
+            _ => v * scale,
+        });
+        Ok(Box::new(Held(self.0, values.collect())))
     }
 }
 
-struct Held(Vec<f32>);
+struct Held(DType, Vec<f32>);
 
 impl Reader for Held {
+    fn dtype(&self) -> DType {
+        self.0
+    }
+
     fn read(&self, first: usize, out: &mut [f32]) {
-        out.copy_from_slice(&self.0[first..][..out.len()]);
+        out.copy_from_slice(&self.1[first..][..out.len()]);
     }
 }
 
 /// Inputs by name, and a network over them.
 struct Net {
+    /// What the weights are stored as.
+    stored: DType,
     inputs: Vec<(&'static str, Vec<usize>)>,
     run: fn(&Weights, &[Tensor]) -> Result<Tensor>,
 }
 
-fn weights() -> Weights {
-    Weights::new(Arc::new(Made), DType::F32, &Device::Cpu)
+fn weights(stored: DType) -> Weights {
+    Weights::new(Arc::new(Made(stored)), DType::F32, &Device::Cpu)
 }
 
 /// Relative L2 distance of a plan's result from the eager one's.
@@ -93,14 +103,17 @@ fn distance(net: &Net, options: &Options) -> f64 {
                 .into()
         })
         .collect();
-    let want = (net.run)(&weights(), &eager).unwrap().into_data().unwrap();
+    let want = (net.run)(&weights(net.stored), &eager)
+        .unwrap()
+        .into_data()
+        .unwrap();
     let graph = Graph::new();
     let nodes: Vec<Tensor> = net
         .inputs
         .iter()
         .map(|(name, shape)| graph.input(name, shape))
         .collect();
-    let output = (net.run)(&weights(), &nodes).unwrap();
+    let output = (net.run)(&weights(net.stored), &nodes).unwrap();
     let store = Store::default();
     let mut plan = Plan::compile(&graph, &output, options, &store).unwrap();
     assert_eq!(plan.output_shape(), want.dims());
@@ -191,12 +204,77 @@ fn products(w: &Weights, inputs: &[Tensor]) -> Result<Tensor> {
 #[test]
 fn products_with_all_that_fuses_into_them() {
     let net = Net {
+        stored: DType::F32,
         inputs: vec![("x", vec![2, 5, 13, 9]), ("temb", vec![2, 6])],
         run: products,
     };
     for level in Level::supported() {
         let error = distance(&net, &Options::new(level, Precision::F32));
         assert!(error < 1e-6, "{}: {error}", level.name());
+        if level.has_bf16() {
+            let error = distance(&net, &Options::new(level, Precision::Bf16));
+            assert!(error < 2e-2 && error > 1e-4, "bf16: {error}");
+        }
+    }
+}
+
+#[test]
+fn weights_of_16_bits_stay_so_and_lose_nothing() {
+    for stored in [DType::F16, DType::BF16] {
+        let net = Net {
+            stored,
+            inputs: vec![("x", vec![2, 5, 13, 9]), ("temb", vec![2, 6])],
+            run: products,
+        };
+        for level in Level::supported() {
+            let error = distance(&net, &Options::new(level, Precision::F32));
+            assert!(error < 1e-6, "{stored:?} {}: {error}", level.name());
+        }
+    }
+    let bytes = |stored| {
+        let graph = Graph::new();
+        let w = weights(stored);
+        let output = linear(&w, "l", &graph.input("x", &[3, 64]), 48).unwrap();
+        let store = Store::default();
+        let options = Options::new(Level::current(), Precision::F32);
+        Plan::compile(&graph, &output, &options, &store).unwrap();
+        store.bytes()
+    };
+    let saved = if Level::current() > Level::Portable {
+        64 * 48 * 2
+    } else {
+        0
+    };
+    assert_eq!(bytes(DType::F32) - bytes(DType::F16), saved);
+}
+
+/// Convolutions wide enough for Winograd's forms, enlarged ones among them.
+fn wide(w: &Weights, inputs: &[Tensor]) -> Result<Tensor> {
+    let x = conv(w, "in", &inputs[0], (40, 3, 1))?;
+    let y = ops::add(&conv(w, "a", &x, (40, 3, 1))?, &x)?;
+    let (h, wd) = (x.shape()[2], x.shape()[3]);
+    let z = conv(w, "b", &ops::upsample(&y, 2 * h, 2 * wd)?, (33, 3, 1))?;
+    let short = conv(w, "s", &z, (40, 1, 1))?;
+    let z = ops::add(&conv(w, "c", &z, (40, 3, 1))?, &short)?;
+    conv(w, "out", &z, (3, 3, 1))
+}
+
+#[test]
+fn convolutions_in_winograds_forms() {
+    let net = Net {
+        stored: DType::F16,
+        inputs: vec![("x", vec![2, 4, 34, 30])],
+        run: wide,
+    };
+    for level in Level::supported() {
+        for transient in [false, true] {
+            let options = Options {
+                transient,
+                ..Options::new(level, Precision::F32)
+            };
+            let error = distance(&net, &options);
+            assert!(error < 2e-6, "{}: {error}", level.name());
+        }
         if level.has_bf16() {
             let error = distance(&net, &Options::new(level, Precision::Bf16));
             assert!(error < 2e-2 && error > 1e-4, "bf16: {error}");
