@@ -3,6 +3,7 @@
 //! A row of the result is a pixel (or token). What it reads is listed as pointers, one a tap, into the source where it lies: nothing is copied,
 //! pixels outside the picture point to zeros. The work is cut into blocks of rows by ranges of panels, handed out to the threads as they come free.
 
+use std::cell::RefCell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Level;
@@ -80,12 +81,13 @@ impl Grid {
     }
 }
 
-/// Numbers to store results into.
-pub trait Result: Stored {}
-impl<O: Stored> Result for O {}
-
 /// Zeros for taps outside the picture; as many as the most channels of a source.
 const ZEROS: usize = 1 << 15;
+
+thread_local! {
+    /// Where the taps of a task's rows read; kept so that no call has to find room for them anew.
+    static POINTERS: RefCell<Vec<*const u8>> = const { RefCell::new(Vec::new()) };
+}
 
 /// `out = epilogue(rows × weights)`.
 ///
@@ -117,14 +119,15 @@ pub fn product<W: Weight, O: Stored>(
     let cut = Cut::new(grid.rows(), weights, rayon::current_num_threads());
     let next = AtomicUsize::new(0);
     let work = || {
-        let mut pointers = Vec::new();
-        loop {
-            let task = next.fetch_add(1, Ordering::Relaxed);
-            let Some((rows, panels)) = cut.task(task) else {
-                return;
-            };
-            job.run(rows, panels, &mut pointers);
-        }
+        POINTERS.with_borrow_mut(|pointers| {
+            loop {
+                let task = next.fetch_add(1, Ordering::Relaxed);
+                let Some((rows, panels)) = cut.task(task) else {
+                    return;
+                };
+                job.run(rows, panels, pointers);
+            }
+        });
     };
     if cut.tasks() == 1 {
         work();
@@ -251,7 +254,7 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
         &self,
         rows: std::ops::Range<usize>,
         panels: std::ops::Range<usize>,
-        pointers: &mut Vec<*const W::Row>,
+        pointers: &mut Vec<*const u8>,
     ) {
         self.gather(rows.clone(), pointers);
         let taps: usize = self.weights.groups().iter().map(|g| g.taps).sum();
@@ -292,7 +295,7 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
     unsafe fn tile(
         &self,
         kernel: Kernel<W::Row, W>,
-        pointers: &[*const W::Row],
+        pointers: &[*const u8],
         (p, count): (usize, usize),
         sums: &mut [f32; MR * NR],
     ) {
@@ -303,7 +306,7 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
             let k_len = group.k_len::<W::Row>();
             let (own, rest) = panel.split_at(group.taps * k_len * width);
             let tile = Tile {
-                a: pointers.as_ptr(),
+                a: pointers.as_ptr().cast(),
                 segments: group.taps,
                 k_len,
                 panel: own.as_ptr(),
@@ -319,8 +322,8 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
     }
 
     /// Lists for each tile of rows what each tap reads: `[tile][tap][rows of the tile]`, tiles `taps × MR` apart.
-    fn gather(&self, rows: std::ops::Range<usize>, pointers: &mut Vec<*const W::Row>) {
-        let zeros = zeros::<W::Row>();
+    fn gather(&self, rows: std::ops::Range<usize>, pointers: &mut Vec<*const u8>) {
+        let zeros = zeros::<u8>();
         let taps: usize = self.sources.iter().map(|s| s.taps.len()).sum();
         pointers.clear();
         pointers.resize(rows.len().div_ceil(MR) * MR * taps, zeros);
@@ -338,7 +341,7 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
                         let (y, x) = (y.wrapping_add_signed(dy), x.wrapping_add_signed(dx));
                         if y < source.h && x < source.w {
                             let pixel = (from + y) * source.w + x;
-                            *place = source.data[pixel * source.pixel_stride..].as_ptr();
+                            *place = source.data[pixel * source.pixel_stride..].as_ptr().cast();
                         }
                     }
                 }

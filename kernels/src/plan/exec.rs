@@ -1,5 +1,7 @@
 //! One step: the right kernel for its work and types.
 
+use smallvec::SmallVec;
+
 use super::ir::{Form, Part, Product, Step, ValueId, View, Work};
 use super::memory::Memory;
 use super::run::Prepared;
@@ -15,6 +17,9 @@ use crate::cpu::panels::Panels;
 use crate::cpu::product::{Grid, Source, product};
 use crate::cpu::view::NumbersMut;
 use crate::cpu::winograd::{self, Kept, WinogradWeights, convolve};
+
+/// As many as a step usually reads, without a place of their own in memory.
+type Few<T> = SmallVec<[T; 4]>;
 
 /// Pixels that each tap reads, for result (0, 0).
 pub(super) type Taps = Vec<(isize, isize)>;
@@ -158,7 +163,7 @@ impl Memory<'_> {
                     bias,
                     activation: *activation,
                 };
-                let sides: Vec<Side<'_>> = sources
+                let sides: Few<Side<'_>> = sources
                     .iter()
                     .map(|&s| Side {
                         data: self.read(s),
@@ -229,7 +234,7 @@ impl Run<'_> {
     ) {
         let (h, w) = self.product.size;
         let views = self.product.parts.iter().flat_map(|part| &part.sources);
-        let sources: Vec<_> = views.map(|view| self.picture::<T>(view, h)).collect();
+        let sources: Few<_> = views.map(|view| self.picture::<T>(view, h)).collect();
         let (how, what) = (
             (self.level, weights),
             ((self.batch, h, w), sources.as_slice()),
@@ -265,7 +270,7 @@ impl Run<'_> {
                 .parts
                 .iter()
                 .flat_map(|part| part.sources.iter().map(|view| (*view, part.stride)));
-            let sources: Vec<Source<'_, W::Row>> = views
+            let sources: Few<Source<'_, W::Row>> = views
                 .zip(taps)
                 .map(|((view, stride), taps)| self.source(view, stride, taps))
                 .collect();
