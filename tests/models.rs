@@ -49,6 +49,10 @@ impl Source for Memory {
         self.0.get(name).map(|(shape, _)| shape.clone())
     }
 
+    fn dtype(&self, _: &str) -> DType {
+        DType::F32
+    }
+
     fn open(&self, name: &str, _shape: &[usize]) -> sd_kernels::Result<Box<dyn Reader + '_>> {
         Ok(Box::new(Held(&self.0[name].1)))
     }
@@ -57,10 +61,6 @@ impl Source for Memory {
 struct Held<'a>(&'a [f32]);
 
 impl Reader for Held<'_> {
-    fn dtype(&self) -> DType {
-        DType::F32
-    }
-
     fn read(&self, first: usize, out: &mut [f32]) {
         out.copy_from_slice(&self.0[first..][..out.len()]);
     }

@@ -14,6 +14,9 @@ pub trait Source: Send + Sync {
     /// The shape of a tensor, or `None` when there is none of that name. A source that makes weights up gives the `wanted` shape.
     fn shape(&self, name: &str, wanted: &[usize]) -> Option<Vec<usize>>;
 
+    /// A type that holds every number of a tensor as it is read: the one that it is stored as, or a wider one. F32 where nothing is known.
+    fn dtype(&self, name: &str) -> DType;
+
     /// Opens a tensor to be read as `shape`, which holds as many numbers.
     ///
     /// # Errors
@@ -23,9 +26,6 @@ pub trait Source: Send + Sync {
 
 /// The numbers of one tensor, converted as they are read: a piece at a time, by several threads.
 pub trait Reader: Send + Sync {
-    /// A type that holds every number exactly: the one that they are stored as, or a wider one.
-    fn dtype(&self) -> DType;
-
     /// The numbers from `first` on, row-major, in f32: as many as `out` has.
     ///
     /// # Panics
@@ -55,6 +55,11 @@ impl Param {
     /// The shape that the network asked for.
     pub fn shape(&self) -> &[usize] {
         &self.0.shape
+    }
+
+    /// A type that holds every number as it is read.
+    pub fn dtype(&self) -> DType {
+        self.0.source.dtype(&self.0.name)
     }
 
     /// Opens the weight to be read anew: for executors that pack weights into a layout of their own.

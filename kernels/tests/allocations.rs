@@ -40,16 +40,16 @@ impl Source for Same {
         Some(wanted.to_vec())
     }
 
+    fn dtype(&self, _: &str) -> DType {
+        DType::F32
+    }
+
     fn open(&self, _: &str, _: &[usize]) -> Result<Box<dyn Reader + '_>> {
         Ok(Box::new(Self))
     }
 }
 
 impl Reader for Same {
-    fn dtype(&self) -> DType {
-        DType::F32
-    }
-
     fn read(&self, _: usize, out: &mut [f32]) {
         out.fill(0.01);
     }

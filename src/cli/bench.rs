@@ -116,8 +116,9 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
         add_times(&mut decode_times, classes);
     }
 
-    let unet = networks.record_unet((latent, latent), 2)?.flop_by_class();
-    let vae = networks.record_vae((latent, latent), 1)?.flop_by_class();
+    let (unet, _) = networks.record_unet((latent, latent), (2, networks.positions()))?;
+    let (vae, _) = networks.record_vae((latent, latent), 1)?;
+    let (unet, vae) = (unet.flop_by_class(), vae.flop_by_class());
     let bf16 = dtype == DType::BF16;
     let report = Report {
         family,

@@ -4,8 +4,8 @@ use super::Networks;
 use crate::error::{Error, Result};
 use crate::memory::{Memory, resident};
 
-/// What eager execution holds beside the tensors of the graph: pieces of score matrices, column tiles, code and vocabulary.
-const WORKSPACE: u64 = 250 << 20;
+/// What is there beside weights and the values between layers: code, vocabulary, what a picture becomes on its way to the file.
+const REST: u64 = 250 << 20;
 
 /// Bytes resident at the peak of a run for latents of `size` (width, height).
 ///
@@ -17,12 +17,7 @@ pub(super) fn estimate(
     batch: usize,
     guided: bool,
 ) -> Result<u64> {
-    let bytes = networks.dtype().size_in_bytes() as u64;
-    let unet = networks
-        .record_unet(size, if guided { 2 * batch } else { batch })?
-        .peak_elements();
-    let vae = networks.record_vae(size, 1)?.peak_elements();
-    Ok(networks.weight_bytes() + unet.max(vae) * bytes + WORKSPACE)
+    Ok(networks.memory(size, batch, guided)? + REST)
 }
 
 /// Refuses when `needed` bytes are not to be had.

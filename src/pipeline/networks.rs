@@ -165,7 +165,7 @@ impl Networks {
     /// When a weight cannot be read or memory is short.
     pub fn denoiser(
         &self,
-        [n, c, h, w]: [usize; 4],
+        [n, _, h, w]: [usize; 4],
         context: &Tensor,
         timesteps: &[f64],
     ) -> Result<Denoiser<'_>> {
@@ -178,21 +178,8 @@ impl Networks {
                 how: How::Eager(context),
             });
         };
-        let graph = Graph::new();
-        let sample = graph.input("sample", &[batch, c, h, w]);
-        let timestep = graph.input("timestep", &[batch]);
-        let node = graph.input("context", context.dims());
-        let output = self.unet.forward(&sample, &timestep, &node)?;
-        let options = Options {
-            timestep: Some("timestep"),
-            constant: vec!["context"],
-            halved: if batch == 2 * n {
-                vec!["sample"]
-            } else {
-                Vec::new()
-            },
-            ..Options::new(Level::current(), precision(self.dtype))
-        };
+        let (graph, output) = self.record_unet((w, h), (batch, context.dim(1)?))?;
+        let options = self.unet_options(batch == 2 * n);
         let mut plan = Plan::compile(&graph, &output, &options, &planned.unet)?;
         let mut distinct: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
         distinct.sort_by(f32::total_cmp);
@@ -216,14 +203,9 @@ impl Networks {
     /// When the shapes do not fit or the executor fails.
     pub fn decode(&self, latents: &Tensor, dtype: DType) -> Result<Tensor> {
         if let Some(planned) = &self.planned {
-            let (b, c, h, w) = latents.dims4()?;
-            let graph = Graph::new();
-            let output = self.vae.forward(&graph.input("latents", &[b, c, h, w]))?;
-            // one picture after another reads every weight once each: to pack them again costs less than the memory to keep them
-            let options = Options {
-                transient: true,
-                ..Options::new(Level::current(), precision(dtype))
-            };
+            let (b, _, h, w) = latents.dims4()?;
+            let (graph, output) = self.record_vae((w, h), b)?;
+            let options = vae_options(dtype);
             let mut plan = Plan::compile(&graph, &output, &options, &planned.vae)?;
             let values = latents
                 .to_dtype(DType::F32)?
@@ -256,31 +238,76 @@ impl Networks {
             .into_data()?)
     }
 
-    /// One call of the UNet, recorded, for latents of `w × h`: what it costs and what it holds.
+    /// One call of the UNet, recorded, for `batch` latents of `w × h` under contexts of `tokens`: what it costs and what it holds.
     ///
     /// # Errors
     /// When the network cannot take the size.
-    pub fn record_unet(&self, (w, h): (usize, usize), batch: usize) -> Result<Graph> {
+    pub fn record_unet(
+        &self,
+        (w, h): (usize, usize),
+        (batch, tokens): (usize, usize),
+    ) -> Result<(Graph, sd_kernels::Tensor)> {
         let graph = Graph::new();
         let config = self.unet.config();
         let sample = graph.input("sample", &[batch, config.in_channels, h, w]);
         let timestep = graph.input("timestep", &[batch]);
-        let tokens = self.text.config().positions;
         let context = graph.input("context", &[batch, tokens, config.context_width()]);
-        self.unet.forward(&sample, &timestep, &context)?;
-        Ok(graph)
+        let output = self.unet.forward(&sample, &timestep, &context)?;
+        Ok((graph, output))
     }
 
     /// Decoding `batch` pictures, recorded, for latents of `w × h`.
     ///
     /// # Errors
     /// When the network cannot take the size.
-    pub fn record_vae(&self, (w, h): (usize, usize), batch: usize) -> Result<Graph> {
+    pub fn record_vae(
+        &self,
+        (w, h): (usize, usize),
+        batch: usize,
+    ) -> Result<(Graph, sd_kernels::Tensor)> {
         let graph = Graph::new();
         let channels = self.vae.config().latent_channels;
-        self.vae
+        let output = self
+            .vae
             .forward(&graph.input("latents", &[batch, channels, h, w]))?;
-        Ok(graph)
+        Ok((graph, output))
+    }
+
+    /// Bytes of weights and of everything between layers at the peak of a run for `batch` latents of `size` (width, height).
+    ///
+    /// # Errors
+    /// When the networks cannot take the size.
+    pub fn memory(&self, size: (usize, usize), batch: usize, guided: bool) -> Result<u64> {
+        let batch = if guided { 2 * batch } else { batch };
+        let (unet, noise) = self.record_unet(size, (batch, self.positions()))?;
+        let (vae, picture) = self.record_vae(size, 1)?;
+        if self.planned.is_none() {
+            let elements = unet.peak_elements().max(vae.peak_elements());
+            return Ok(self.weight_bytes + elements * self.dtype.size_in_bytes() as u64);
+        }
+        let unet = Plan::sizes(&unet, &noise, &self.unet_options(guided))?;
+        let vae = Plan::sizes(&vae, &picture, &vae_options(self.dtype))?;
+        let decoding = vae.buffers + vae.transient;
+        Ok((unet.weights + decoding.max(unet.buffers + unet.transient)) as u64)
+    }
+
+    /// How plans of the UNet are made.
+    fn unet_options(&self, guided: bool) -> Options {
+        Options {
+            timestep: Some("timestep"),
+            constant: vec!["context"],
+            halved: if guided { vec!["sample"] } else { Vec::new() },
+            ..Options::new(Level::current(), precision(self.dtype))
+        }
+    }
+}
+
+/// How plans of the decoder are made: one picture after another reads every weight once each, and to pack them again costs less than the memory
+/// to keep them.
+fn vae_options(dtype: DType) -> Options {
+    Options {
+        transient: true,
+        ..Options::new(Level::current(), precision(dtype))
     }
 }
 

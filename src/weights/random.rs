@@ -11,6 +11,10 @@ impl Source for RandomSource {
         Some(wanted.to_vec())
     }
 
+    fn dtype(&self, _name: &str) -> DType {
+        DType::F32
+    }
+
     fn open(&self, name: &str, shape: &[usize]) -> Result<Box<dyn Reader + '_>> {
         // vectors are norms and biases: scale one, shift zero
         if shape.len() < 2 {
@@ -29,10 +33,6 @@ impl Source for RandomSource {
 struct Constant(f32);
 
 impl Reader for Constant {
-    fn dtype(&self) -> DType {
-        DType::F32
-    }
-
     fn read(&self, _first: usize, out: &mut [f32]) {
         out.fill(self.0);
     }
@@ -45,10 +45,6 @@ struct Uniform {
 }
 
 impl Reader for Uniform {
-    fn dtype(&self) -> DType {
-        DType::F32
-    }
-
     fn read(&self, first: usize, out: &mut [f32]) {
         for (i, out) in (first as u64..).zip(out) {
             let mut bits = self

@@ -63,6 +63,17 @@ impl Source for CheckpointSource {
         Some(shape)
     }
 
+    fn dtype(&self, name: &str) -> DType {
+        let stored = self.locate(name).map(|(part, _)| part.stored);
+        let info = stored.and_then(|stored| self.tensors.info(&stored));
+        match info.map(|info| info.dtype) {
+            // f16 holds all numbers of the 8-bit type
+            Some(Dtype::F16 | Dtype::F8_E4M3) => DType::F16,
+            Some(Dtype::BF16) => DType::BF16,
+            _ => DType::F32,
+        }
+    }
+
     fn open(&self, name: &str, shape: &[usize]) -> Result<Box<dyn Reader + '_>> {
         let (part, _) = self
             .locate(name)
@@ -114,15 +125,6 @@ struct StoredTensor<'a> {
 }
 
 impl Reader for StoredTensor<'_> {
-    fn dtype(&self) -> DType {
-        match self.dtype {
-            // f16 holds all numbers of the 8-bit type
-            Dtype::F16 | Dtype::F8_E4M3 => DType::F16,
-            Dtype::BF16 => DType::BF16,
-            _ => DType::F32,
-        }
-    }
-
     fn read(&self, first: usize, out: &mut [f32]) {
         let bytes = &self.bytes[self.range.clone()];
         let bytes = &bytes[first * self.width..][..out.len() * self.width];

@@ -8,7 +8,7 @@ use memmap2::MmapMut;
 ///
 /// # Safety
 /// As said.
-pub unsafe trait Plain: Copy + Send + Sync + 'static {}
+pub(crate) unsafe trait Plain: Copy + Send + Sync + 'static {}
 // SAFETY: numbers have neither padding nor invalid values
 unsafe impl Plain for f32 {}
 // SAFETY: as above
@@ -19,7 +19,7 @@ unsafe impl Plain for half::f16 {}
 unsafe impl Plain for u8 {}
 
 /// A fixed number of values at an aligned place: whole pages of their own, large ones where the system has them.
-pub struct Aligned<T> {
+pub(crate) struct Aligned<T> {
     pages: Option<MmapMut>,
     len: usize,
     of: PhantomData<T>,
@@ -30,7 +30,7 @@ impl<T: Plain> Aligned<T> {
     ///
     /// # Errors
     /// When the system has no room for them.
-    pub fn zeros(len: usize) -> std::io::Result<Self> {
+    pub(crate) fn zeros(len: usize) -> std::io::Result<Self> {
         let bytes = len
             .checked_mul(size_of::<T>())
             .ok_or(std::io::ErrorKind::OutOfMemory)?;
@@ -48,7 +48,7 @@ impl<T: Plain> Aligned<T> {
     }
 
     /// The values.
-    pub fn as_slice(&self) -> &[T] {
+    pub(crate) fn as_slice(&self) -> &[T] {
         match &self.pages {
             None => &[],
             // SAFETY: the pages hold `len` values of T, page-aligned, initialised (zero bytes are a T), borrowed as `self` is
@@ -57,7 +57,7 @@ impl<T: Plain> Aligned<T> {
     }
 
     /// The values, to write.
-    pub fn as_mut_slice(&mut self) -> &mut [T] {
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [T] {
         match &mut self.pages {
             None => &mut [],
             // SAFETY: as above, and borrowed mutably
@@ -68,13 +68,8 @@ impl<T: Plain> Aligned<T> {
     }
 
     /// How many values there are.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.len
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
     }
 }
 

@@ -27,36 +27,36 @@ use pack::Rows;
 
 /// The sizes of an attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
+pub(crate) struct Shape {
     /// Sequences.
-    pub batch: usize,
+    pub(crate) batch: usize,
     /// Queries of a sequence.
-    pub queries: usize,
+    pub(crate) queries: usize,
     /// Keys of a sequence.
-    pub keys: usize,
+    pub(crate) keys: usize,
     /// Heads.
-    pub heads: usize,
+    pub(crate) heads: usize,
     /// Numbers of a head's query, key or value.
-    pub width: usize,
+    pub(crate) width: usize,
     /// Whether query `i` sees keys `0 ..= i` only.
-    pub causal: bool,
+    pub(crate) causal: bool,
     /// Sequences of keys and values: sequence `i` reads those of `i % kv_batch`.
-    pub kv_batch: usize,
+    pub(crate) kv_batch: usize,
     /// Sequences of queries, likewise.
-    pub q_batch: usize,
+    pub(crate) q_batch: usize,
 }
 
 /// Vectors that may lie inside a wider buffer, such as the queries in a fused `[batch, length, 3 · channels]`.
 #[derive(Debug, Clone, Copy)]
-pub struct View<'a, T> {
+pub(crate) struct View<'a, T> {
     /// From the first number of the first vector.
-    pub data: &'a [T],
+    pub(crate) data: &'a [T],
     /// Numbers from one vector (all heads of a token) to the next.
-    pub stride: usize,
+    pub(crate) stride: usize,
 }
 
 /// What attention works on: f32 at every level, bf16 where its products are native.
-pub trait Element: Operand + Stored + Plain {
+pub(crate) trait Element: Operand + Stored + Plain {
     /// Weights of a block of scores; see [`exponentials`].
     #[doc(hidden)]
     fn exponentials(level: Level, step: &mut Step<'_>, weights: &mut [Self]) -> bool;
@@ -107,7 +107,7 @@ const SCORES: usize = 8 * MR;
 
 impl Shape {
     /// Bytes of workspace that `attention` needs with that many threads.
-    pub fn workspace_bytes<T: Element>(&self, threads: usize) -> usize {
+    pub(crate) fn workspace_bytes<T: Element>(&self, threads: usize) -> usize {
         let plan = Plan::new::<T>(self);
         plan.packed_bytes::<T>() + threads * plan.scratch_bytes::<T>()
     }
@@ -121,7 +121,7 @@ impl Shape {
 ///
 /// # Panics
 /// When sizes do not fit, or a level has no products of `T`: a planner's mistake, never a user's.
-pub fn attention<T: Element>(
+pub(crate) fn attention<T: Element>(
     level: Level,
     shape: &Shape,
     (q, k, v): (View<'_, T>, View<'_, T>, View<'_, T>),

@@ -10,30 +10,30 @@ use crate::Activation;
 
 /// `out = activation(sum + bias + image) + residual`, or a gated pair of columns.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Epilogue<'a> {
+pub(crate) struct Epilogue<'a> {
     /// One value a column.
-    pub bias: Option<&'a [f32]>,
+    pub(crate) bias: Option<&'a [f32]>,
     /// One value a column and picture.
-    pub image: Option<PerImage<'a>>,
+    pub(crate) image: Option<PerImage<'a>>,
     /// Applied to the sum so far.
-    pub activation: Option<Activation>,
+    pub(crate) activation: Option<Activation>,
     /// Added at the end: rows as those of the result, read modulo its own length.
-    pub residual: Option<Numbers<'a>>,
+    pub(crate) residual: Option<Numbers<'a>>,
     /// The panel holds values and then as many gates: half as many results, value × gelu(gate). Packed by [`super::panels::geglu_column`].
-    pub gated: bool,
+    pub(crate) gated: bool,
 }
 
 /// Values for each picture of a batch, such as the projected time embedding.
 #[derive(Debug, Clone, Copy)]
-pub struct PerImage<'a> {
+pub(crate) struct PerImage<'a> {
     /// `[pictures, columns]`; picture `i` reads entry `i` modulo their number.
-    pub values: &'a [f32],
+    pub(crate) values: &'a [f32],
     /// Rows of the result that belong to one picture.
-    pub rows: usize,
+    pub(crate) rows: usize,
 }
 
 /// A type that results are stored as.
-pub trait Stored: Copy + Send + Sync {
+pub(crate) trait Stored: Copy + Send + Sync {
     /// Rounded to nearest even.
     fn of(value: f32) -> Self;
 
@@ -84,9 +84,9 @@ impl Stored for bf16 {
 #[derive(Clone, Copy)]
 pub(super) struct Target<O> {
     /// The first number.
-    pub out: *mut O,
+    pub(crate) out: *mut O,
     /// Numbers of a row.
-    pub columns: usize,
+    pub(crate) columns: usize,
 }
 // SAFETY: whoever writes through it promises that no two tasks write the same part
 unsafe impl<O: Send> Send for Target<O> {}
@@ -96,19 +96,19 @@ unsafe impl<O: Sync> Sync for Target<O> {}
 /// A tile of sums and where it belongs.
 pub(super) struct Finish<'a, O> {
     /// `[rows][ldc]`.
-    pub sums: &'a [f32],
+    pub(crate) sums: &'a [f32],
     /// Numbers from one row of sums to the next.
-    pub ldc: usize,
+    pub(crate) ldc: usize,
     /// The row of the result that each row of sums is.
-    pub rows: &'a [usize],
+    pub(crate) rows: &'a [usize],
     /// Columns of sums, without padding.
-    pub width: usize,
+    pub(crate) width: usize,
     /// The first column of the layer that the tile holds.
-    pub column: usize,
+    pub(crate) column: usize,
     /// All of the layer's columns.
-    pub columns: usize,
+    pub(crate) columns: usize,
     /// Where to.
-    pub target: Target<O>,
+    pub(crate) target: Target<O>,
 }
 
 /// Finishes a tile.

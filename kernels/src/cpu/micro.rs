@@ -13,19 +13,20 @@ use super::Level;
 use super::aligned::Plain;
 
 /// Columns of a full panel.
-pub const NR: usize = 64;
+pub(crate) const NR: usize = 64;
 /// Panels' widths are multiples of this.
-pub const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 /// The most rows of a tile, at any level.
-pub const MR: usize = 6;
+pub(crate) const MR: usize = 6;
 
 /// What a product reads: rows of f32 or bf16 numbers.
-pub trait Operand: Copy + Send + Sync + 'static {
+pub(crate) trait Operand: Copy + Send + Sync + 'static {
     /// Consecutive `k` that a panel keeps together.
     const K_STEP: usize;
     /// The tile kernel for `rows ≤ MR` and `width ≤ NR` at a level; `None` where there is none for this type.
     fn kernel(level: Level, rows: usize, width: usize) -> Option<Kernel<Self>>;
     /// As f32.
+    #[cfg(test)]
     fn to_f32(self) -> f32;
     /// From f32, rounded to nearest even.
     fn from_f32(value: f32) -> Self;
@@ -37,25 +38,25 @@ pub trait Operand: Copy + Send + Sync + 'static {
 /// For the `rows` and `width` that the kernel was asked for: `a` points to `segments × rows` pointers, each to `k_len` readable numbers
 /// (`k_len` a multiple of [`Operand::K_STEP`]); `panel` to `segments × k_len × width` numbers; `c` to `rows` rows of at least `width`
 /// writable numbers, `ldc` apart. The processor has the level that the kernel was asked for.
-pub type Kernel<T, W = T> = unsafe fn(tile: &Tile<T, W>);
+pub(crate) type Kernel<T, W = T> = unsafe fn(tile: &Tile<T, W>);
 
 /// The operands of one tile.
 #[derive(Clone, Copy)]
-pub struct Tile<T, W = T> {
+pub(crate) struct Tile<T, W = T> {
     /// `[segments][rows]` pointers to numbers.
-    pub a: *const *const T,
+    pub(crate) a: *const *const T,
     /// How many segments a row has.
-    pub segments: usize,
+    pub(crate) segments: usize,
     /// Numbers of a segment.
-    pub k_len: usize,
+    pub(crate) k_len: usize,
     /// The packed weights.
-    pub panel: *const W,
+    pub(crate) panel: *const W,
     /// The sums.
-    pub c: *mut f32,
+    pub(crate) c: *mut f32,
     /// Numbers from one row of sums to the next.
-    pub ldc: usize,
+    pub(crate) ldc: usize,
     /// Whether the sums are added to what is there.
-    pub add: bool,
+    pub(crate) add: bool,
 }
 
 /// `[rows − 1][width / 16 − 1]` of the kernels made by a generic function.
@@ -73,7 +74,7 @@ macro_rules! table {
 }
 
 /// What weights are kept as: the type of the rows, or half as wide.
-pub trait Weight: Plain {
+pub(crate) trait Weight: Plain {
     /// What they are multiplied with.
     type Row: Operand + Plain;
     /// As [`Operand::kernel`].
@@ -109,12 +110,12 @@ impl Weight for bf16 {
 /// A weight kept as f16 and multiplied as f32, which it becomes exactly.
 #[derive(Debug, Clone, Copy)]
 #[repr(transparent)]
-pub struct Half(pub f16);
+pub(crate) struct Half(pub f16);
 
 /// A weight kept as bf16 and multiplied as f32, which it becomes exactly.
 #[derive(Debug, Clone, Copy)]
 #[repr(transparent)]
-pub struct Brain(pub bf16);
+pub(crate) struct Brain(pub bf16);
 
 // SAFETY: a number of 16 bits, all of which are valid
 unsafe impl Plain for Half {}
@@ -181,6 +182,7 @@ impl Operand for f32 {
         wide(level, rows, width)
     }
 
+    #[cfg(test)]
     fn to_f32(self) -> f32 {
         self
     }
@@ -201,6 +203,7 @@ impl Operand for bf16 {
         }
     }
 
+    #[cfg(test)]
     fn to_f32(self) -> f32 {
         Self::to_f32(self)
     }

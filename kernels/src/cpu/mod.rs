@@ -1,27 +1,27 @@
 //! Kernels for the CPU: products of rows with packed weights, and what stands between them.
 
 #[allow(unsafe_code)]
-pub mod aligned;
+pub(crate) mod aligned;
 #[allow(unsafe_code)]
-pub mod attention;
+pub(crate) mod attention;
 #[allow(unsafe_code)]
-pub mod epilogue;
+pub(crate) mod epilogue;
 #[allow(unsafe_code)]
 mod level;
 #[allow(unsafe_code)]
-pub mod micro;
+pub(crate) mod micro;
 #[allow(unsafe_code)]
-pub mod norm;
-pub mod panels;
+pub(crate) mod norm;
+pub(crate) mod panels;
 #[allow(unsafe_code)]
 mod peak;
 #[allow(unsafe_code)]
-pub mod product;
+pub(crate) mod product;
 #[allow(unsafe_code)]
 pub(crate) mod simd;
-pub mod view;
+pub(crate) mod view;
 #[allow(unsafe_code)]
-pub mod winograd;
+pub(crate) mod winograd;
 
 pub use level::Level;
 pub use peak::peak_gflops;

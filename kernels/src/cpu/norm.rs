@@ -10,32 +10,32 @@ use crate::Activation;
 /// One of the values that stand side by side along the channels: `[pictures, pixels, channels]`; picture `i` of the result reads entry
 /// `i % pictures`.
 #[derive(Debug, Clone, Copy)]
-pub struct Side<'a> {
+pub(crate) struct Side<'a> {
     /// The numbers.
-    pub data: Numbers<'a>,
+    pub(crate) data: Numbers<'a>,
     /// Numbers of a pixel.
-    pub channels: usize,
+    pub(crate) channels: usize,
     /// Pictures.
-    pub pictures: usize,
+    pub(crate) pictures: usize,
 }
 
 /// A group norm: Wu & He, "Group Normalization", arXiv 1803.08494.
 #[derive(Debug, Clone, Copy)]
-pub struct GroupNorm<'a> {
+pub(crate) struct GroupNorm<'a> {
     /// Pictures of the result.
-    pub batch: usize,
+    pub(crate) batch: usize,
     /// Pixels of a picture.
-    pub pixels: usize,
+    pub(crate) pixels: usize,
     /// Groups over all channels.
-    pub groups: usize,
+    pub(crate) groups: usize,
     /// Added to the variance.
-    pub eps: f64,
+    pub(crate) eps: f64,
     /// Of each channel.
-    pub weight: &'a [f32],
+    pub(crate) weight: &'a [f32],
     /// Of each channel.
-    pub bias: &'a [f32],
+    pub(crate) bias: &'a [f32],
     /// Applied at the end.
-    pub activation: Option<Activation>,
+    pub(crate) activation: Option<Activation>,
 }
 
 /// Pixels whose sums are taken in f32 before they go to f64.
@@ -55,7 +55,7 @@ impl GroupNorm<'_> {
     }
 
     /// Numbers of workspace that the norm needs: sums of every part, then scale and shift of every channel.
-    pub fn workspace_len(&self) -> usize {
+    pub(crate) fn workspace_len(&self) -> usize {
         let c = self.channels();
         self.batch * (self.parts().1 * 2 + 1) * c
     }
@@ -64,7 +64,7 @@ impl GroupNorm<'_> {
     ///
     /// # Panics
     /// When sizes do not fit: a planner's mistake, never a user's.
-    pub fn run(
+    pub(crate) fn run(
         &self,
         level: Level,
         sides: &[Side<'_>],
@@ -329,7 +329,7 @@ fn affine<I: Number, O: Number>(
 }
 
 /// Normalises each row of `x [rows, channels]` (Ba et al., "Layer Normalization", arXiv 1607.06450).
-pub fn layer_norm(
+pub(crate) fn layer_norm(
     level: Level,
     x: Numbers<'_>,
     (weight, bias, eps): (&[f32], &[f32], f64),

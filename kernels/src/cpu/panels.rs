@@ -9,7 +9,7 @@ use super::micro::{LANES, NR, Operand, Weight};
 /// vectors and pairs.
 ///
 /// `k` runs over groups of taps: group by group, in a group tap by tap, in a tap channel by channel.
-pub struct Panels<W> {
+pub(crate) struct Panels<W> {
     data: Aligned<W>,
     groups: Vec<Group>,
     columns: usize,
@@ -17,16 +17,16 @@ pub struct Panels<W> {
 
 /// Taps that read equally many channels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Group {
+pub(crate) struct Group {
     /// Taps: 1 for a linear layer, 9 for a 3×3 convolution.
-    pub taps: usize,
+    pub(crate) taps: usize,
     /// Channels that each reads.
-    pub channels: usize,
+    pub(crate) channels: usize,
 }
 
 impl Group {
     /// Numbers that a tap reads: the channels, padded to what the kernels take at once.
-    pub fn k_len<T: Operand>(self) -> usize {
+    pub(crate) fn k_len<T: Operand>(self) -> usize {
         self.channels.next_multiple_of(T::K_STEP)
     }
 }
@@ -37,7 +37,7 @@ impl<W: Weight> Panels<W> {
     ///
     /// # Errors
     /// When there is no memory.
-    pub fn pack(
+    pub(crate) fn pack(
         columns: usize,
         groups: &[Group],
         weight: impl Fn(usize, usize, &mut [f32]) + Sync,
@@ -78,27 +78,27 @@ impl<W: Weight> Panels<W> {
     }
 
     /// Columns, without padding.
-    pub fn columns(&self) -> usize {
+    pub(crate) fn columns(&self) -> usize {
         self.columns
     }
 
     /// The groups of taps.
-    pub fn groups(&self) -> &[Group] {
+    pub(crate) fn groups(&self) -> &[Group] {
         &self.groups
     }
 
     /// How many panels there are.
-    pub fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         self.columns.div_ceil(NR)
     }
 
     /// Columns of a panel, padding included: 16, 32, 48 or 64.
-    pub fn width(&self, panel: usize) -> usize {
+    pub(crate) fn width(&self, panel: usize) -> usize {
         (self.columns - panel * NR).min(NR).next_multiple_of(LANES)
     }
 
     /// `k` of all groups, padding included.
-    pub fn k(&self) -> usize {
+    pub(crate) fn k(&self) -> usize {
         self.groups
             .iter()
             .map(|g| g.taps * g.k_len::<W::Row>())
@@ -106,13 +106,13 @@ impl<W: Weight> Panels<W> {
     }
 
     /// One panel's numbers.
-    pub fn panel(&self, panel: usize) -> &[W] {
+    pub(crate) fn panel(&self, panel: usize) -> &[W] {
         let k = self.k();
         &self.data.as_slice()[panel * NR * k..][..self.width(panel) * k]
     }
 
     /// Bytes of the packed numbers.
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.data.len() * size_of::<W>()
     }
 }
@@ -131,7 +131,7 @@ fn scatter<W: Weight>(values: &[f32], group: Group, (width, j): (usize, usize), 
 
 /// Columns of value and gate in turns, so that a panel holds 32 of each: column `j` of the packed weights is this column of the layer's own
 /// `2 · half` columns (values first, then gates).
-pub fn geglu_column(j: usize, half: usize) -> usize {
+pub(crate) fn geglu_column(j: usize, half: usize) -> usize {
     let (block, at) = (j / NR, j % NR);
     let first = block * NR / 2;
     // the last block may be narrower: values and gates share it evenly

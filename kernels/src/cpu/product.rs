@@ -15,43 +15,43 @@ use super::view::Numbers;
 
 /// Where the taps of one group read: a channels-last picture (or sequence, as a picture one pixel high).
 #[derive(Debug, Clone)]
-pub struct Source<'a, T> {
-    /// `[pictures, h, w, channels]`, and at least one number more where `channels` is not a multiple of [`Operand::K_STEP`]. Picture `i` of the
+pub(crate) struct Source<'a, T> {
+    /// `[pictures, h, w, channels]`, and at least one number more where `channels` is not a multiple of [`super::micro::Operand::K_STEP`]. Picture `i` of the
     /// result reads picture `i` modulo their number.
-    pub data: &'a [T],
+    pub(crate) data: &'a [T],
     /// How many pictures there are.
-    pub pictures: usize,
+    pub(crate) pictures: usize,
     /// Pixels of a column.
-    pub h: usize,
+    pub(crate) h: usize,
     /// Pixels of a row.
-    pub w: usize,
+    pub(crate) w: usize,
     /// Numbers of a pixel.
-    pub channels: usize,
+    pub(crate) channels: usize,
     /// Numbers from one pixel to the next; `channels` or more.
-    pub pixel_stride: usize,
+    pub(crate) pixel_stride: usize,
     /// Pixels from one result to the next.
-    pub stride: usize,
+    pub(crate) stride: usize,
     /// For each tap the pixel that result (0, 0) reads, as (y, x); result (y, x) reads `stride · (y, x)` further on. Outside are zeros.
-    pub taps: &'a [(isize, isize)],
+    pub(crate) taps: &'a [(isize, isize)],
 }
 
 /// The grid of results of a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Grid {
+pub(crate) struct Grid {
     /// Pictures.
-    pub batch: usize,
+    pub(crate) batch: usize,
     /// Results of a column.
-    pub h: usize,
+    pub(crate) h: usize,
     /// Results of a row.
-    pub w: usize,
+    pub(crate) w: usize,
     /// Where result (y, x) is stored: pixel (y · step + dy, x · step + dx) of pictures `step` times as high and wide. (1, 0, 0) is in place; the
     /// sub-pixel form of an upsampling convolution stores four interleaved grids.
-    pub place: (usize, usize, usize),
+    pub(crate) place: (usize, usize, usize),
 }
 
 impl Grid {
     /// Results in place.
-    pub fn plain(batch: usize, h: usize, w: usize) -> Self {
+    pub(crate) fn plain(batch: usize, h: usize, w: usize) -> Self {
         Self {
             batch,
             h,
@@ -93,7 +93,7 @@ thread_local! {
 ///
 /// # Panics
 /// When sizes do not fit: a planner's mistake, never a user's.
-pub fn product<W: Weight, O: Stored>(
+pub(crate) fn product<W: Weight, O: Stored>(
     level: Level,
     weights: &Panels<W>,
     (grid, sources): (Grid, &[Source<'_, W::Row>]),

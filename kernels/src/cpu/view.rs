@@ -4,7 +4,7 @@ use half::bf16;
 
 /// Numbers to read.
 #[derive(Debug, Clone, Copy)]
-pub enum Numbers<'a> {
+pub(crate) enum Numbers<'a> {
     /// 32-bit.
     F32(&'a [f32]),
     /// 16-bit, the upper half of an f32.
@@ -13,7 +13,7 @@ pub enum Numbers<'a> {
 
 /// Numbers to write.
 #[derive(Debug)]
-pub enum NumbersMut<'a> {
+pub(crate) enum NumbersMut<'a> {
     /// 32-bit.
     F32(&'a mut [f32]),
     /// 16-bit, the upper half of an f32.

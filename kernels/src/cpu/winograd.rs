@@ -25,14 +25,14 @@ use super::Level;
 use super::epilogue::{Epilogue, PerImage, Stored, Target};
 use super::micro::{LANES, MR, NR, Tile};
 use super::view::Numbers;
-pub use lanes::Kept;
+pub(crate) use lanes::Kept;
 use scheme::{F2, F4, Scheme};
 use transform::{CHANNELS, Input, Output};
-pub use weights::WinogradWeights;
+pub(crate) use weights::WinogradWeights;
 
 /// How many results a tile has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Form {
+pub(crate) enum Form {
     /// F(2×2, 3×3): 16 products for 4 results.
     F2,
     /// F(4×4, 3×3): 36 products for 16 results; f32 only.
@@ -41,7 +41,7 @@ pub enum Form {
 
 impl Form {
     /// Results of a tile's side.
-    pub fn side(self) -> usize {
+    pub(crate) fn side(self) -> usize {
         match self {
             Self::F2 => 2,
             Self::F4 => 4,
@@ -49,43 +49,43 @@ impl Form {
     }
 
     /// Products of a tile, for each channel and column.
-    pub fn positions(self) -> usize {
+    pub(crate) fn positions(self) -> usize {
         (self.side() + 2) * (self.side() + 2)
     }
 }
 
 /// A channels-last picture, or one of several that lie side by side as if their channels were one picture's.
 #[derive(Debug, Clone, Copy)]
-pub struct Source<'a, I> {
+pub(crate) struct Source<'a, I> {
     /// `[pictures, h / enlarged, w / enlarged, channels]`. Picture `i` of the result reads picture `i` modulo their number.
-    pub data: &'a [I],
+    pub(crate) data: &'a [I],
     /// How many pictures there are.
-    pub pictures: usize,
+    pub(crate) pictures: usize,
     /// Numbers of a pixel.
-    pub channels: usize,
+    pub(crate) channels: usize,
     /// Numbers from one pixel to the next; `channels` or more.
-    pub pixel_stride: usize,
+    pub(crate) pixel_stride: usize,
     /// How many pixels of the convolved picture each becomes, along either side: 1, or more where the picture is enlarged first. The
     /// enlarged picture is nowhere.
-    pub enlarged: usize,
+    pub(crate) enlarged: usize,
 }
 
 /// The sizes of a convolution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape<'a> {
+pub(crate) struct Shape<'a> {
     /// How many results a tile has.
-    pub form: Form,
+    pub(crate) form: Form,
     /// Pictures, and the height and width of sources and results.
-    pub pictures: (usize, usize, usize),
+    pub(crate) pictures: (usize, usize, usize),
     /// Channels of each source.
-    pub channels: &'a [usize],
+    pub(crate) channels: &'a [usize],
     /// Channels of the result.
-    pub columns: usize,
+    pub(crate) columns: usize,
 }
 
 impl Shape<'_> {
     /// Bytes of workspace that [`convolve`] needs with that many threads and products of `T`.
-    pub fn workspace_bytes<T: Kept>(&self, threads: usize) -> usize {
+    pub(crate) fn workspace_bytes<T: Kept>(&self, threads: usize) -> usize {
         let plan = Plan::new::<T>(self, threads);
         plan.operand_bytes::<T>() * plan.shares(threads) + plan.product_bytes() * threads
     }
@@ -99,7 +99,7 @@ impl Shape<'_> {
 ///
 /// # Panics
 /// When sizes do not fit, a level has no products of `T`, or F(4×4) is asked for in bf16: a planner's mistake, never a user's.
-pub fn convolve<T: Kept, I: Kept, O: Stored>(
+pub(crate) fn convolve<T: Kept, I: Kept, O: Stored>(
     (level, weights): (Level, &WinogradWeights<T>),
     (pictures, sources): ((usize, usize, usize), &[Source<'_, I>]),
     epilogue: &Epilogue<'_>,

@@ -127,6 +127,17 @@ pub struct Plan {
     machine: run::Machine,
 }
 
+/// Bytes that a plan takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    /// Values between steps, and what steps need while they run.
+    pub buffers: usize,
+    /// Packed weights that are kept.
+    pub weights: usize,
+    /// The most that are packed for one step and let go of.
+    pub transient: usize,
+}
+
 /// One input of a call.
 #[derive(Debug, Clone, Copy)]
 pub struct Feed<'a> {
@@ -152,6 +163,17 @@ impl Plan {
         let program = fuse::fuse(&nodes, output, options)?;
         let machine = run::Machine::new(&program, options, store)?;
         Ok(Self { program, machine })
+    }
+
+    /// What [`Plan::compile`] would take, without taking it.
+    ///
+    /// # Errors
+    /// When the graph cannot be planned.
+    pub fn sizes(graph: &Graph, output: &Tensor, options: &Options) -> Result<Sizes> {
+        let nodes = graph.nodes();
+        let output = output.node(graph).ok_or(Error::Mixed { op: "plan" })?;
+        let program = fuse::fuse(&nodes, output, options)?;
+        Ok(run::sizes(&program, options))
     }
 
     /// The names of the inputs.

@@ -10,8 +10,8 @@ use super::exec::{Taps, taps};
 use super::ir::{Form, Input, Program, Rate, Step, Type, Work};
 use super::memory::{BEHIND, Memory};
 use super::place::{Places, check_places, place};
-use super::store::{Packed, Store};
-use super::{Feed, Options};
+use super::store::{Packed, Store, packed_bytes};
+use super::{Feed, Options, Sizes};
 use crate::cpu::Level;
 use crate::cpu::aligned::Aligned;
 use crate::cpu::attention::Shape;
@@ -66,13 +66,7 @@ impl Machine {
     pub(super) fn new(program: &Program, options: &Options, store: &Store) -> Result<Self> {
         let places = place(program);
         check_places(program, &places)?;
-        let workspace = program
-            .steps
-            .iter()
-            .map(|step| workspace(program, step))
-            .max()
-            .unwrap_or(0);
-        let bytes = places.bytes + workspace;
+        let bytes = places.bytes + most_workspace(program);
         let prepared = program.steps.par_iter().map(|step| {
             // what is computed once a run or less reads its weights as seldom
             let rate = program.values[step.out].rate;
@@ -314,6 +308,41 @@ fn prepare(
         }
         _ => Prepared::Nothing,
     })
+}
+
+/// Whether a step's weights are packed when they are needed: what is computed once a run or less reads them as seldom.
+fn is_transient(program: &Program, step: &Step, options: &Options) -> bool {
+    options.transient || program.values[step.out].rate != Rate::Call
+}
+
+/// What a machine for `program` would take.
+pub(super) fn sizes(program: &Program, options: &Options) -> Sizes {
+    let mut sizes = Sizes {
+        buffers: place(program).bytes + most_workspace(program),
+        weights: 0,
+        transient: 0,
+    };
+    for step in &program.steps {
+        if let Work::Product(product) = &step.work {
+            let (_, kind) = program.sources(product);
+            let bytes = packed_bytes(product, (kind, options.level));
+            if is_transient(program, step, options) {
+                sizes.transient = sizes.transient.max(bytes);
+            } else {
+                sizes.weights += bytes;
+            }
+        }
+    }
+    sizes
+}
+
+/// The most that any step needs beside its values.
+fn most_workspace(program: &Program) -> usize {
+    let steps = program.steps.iter();
+    steps
+        .map(|step| workspace(program, step))
+        .max()
+        .unwrap_or(0)
 }
 
 /// Bytes that a step needs beside its values.

@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use half::bf16;
 
-use super::ir::{Form, Product, Type};
+use super::ir::{Form, Part, Product, Type};
 use crate::cpu::Level;
-use crate::cpu::micro::{Brain, Half, Weight};
+use crate::cpu::micro::{Brain, Half, LANES, Weight};
 use crate::cpu::panels::{Group, Panels, geglu_column};
 use crate::cpu::winograd::{self, Kept, WinogradWeights};
 use crate::{Error, Param, Reader, Result};
@@ -45,6 +45,59 @@ pub(super) enum Packed {
 
 type Phases<W> = Arc<Vec<Panels<W>>>;
 
+/// How [`Packed`] keeps weights.
+#[derive(Debug, Clone, Copy)]
+enum Layout {
+    F32,
+    Bf16,
+    Half,
+    Brain,
+    WinogradF32(winograd::Form),
+    WinogradBf16(winograd::Form),
+}
+
+impl Layout {
+    fn of(product: &Product, (kind, level): (Type, Level)) -> Self {
+        match (kind, product.form) {
+            (Type::F32, Form::Winograd(form)) => Self::WinogradF32(form),
+            (Type::Bf16, Form::Winograd(form)) => Self::WinogradBf16(form),
+            (Type::Bf16, _) => Self::Bf16,
+            // f32 arithmetic on the numbers that the file has, which take half the room
+            (Type::F32, Form::Direct | Form::Gated) if level > Level::Portable => {
+                let mut types = product.parts.iter().map(|part| part.weight.dtype());
+                let first = types.next();
+                match first.filter(|first| types.all(|dtype| dtype == *first)) {
+                    Some(DType::F16) => Self::Half,
+                    Some(DType::BF16) => Self::Brain,
+                    _ => Self::F32,
+                }
+            }
+            (Type::F32, _) => Self::F32,
+        }
+    }
+
+    /// For one input, one tap and one column.
+    fn bytes(self) -> usize {
+        match self {
+            Self::F32 | Self::WinogradF32(_) => 4,
+            _ => 2,
+        }
+    }
+}
+
+/// Bytes that a product's weights take when they are packed; a little less than the truth where channels are odd.
+pub(super) fn packed_bytes(product: &Product, how: (Type, Level)) -> usize {
+    let layout = Layout::of(product, how);
+    let inputs = |part: &Part| part.weight.shape().get(1).copied().unwrap_or(1);
+    let taps = |part: &Part| match product.form {
+        Form::Winograd(form) => form.positions(),
+        Form::Upsample => 16,
+        _ => part.kernel.0 * part.kernel.1,
+    };
+    let k: usize = product.parts.iter().map(|p| inputs(p) * taps(p)).sum();
+    product.columns.next_multiple_of(LANES) * k * layout.bytes()
+}
+
 impl Packed {
     /// Packs a product's weights for sources of these channels, for products of `kind`.
     pub(super) fn now(
@@ -53,23 +106,13 @@ impl Packed {
         (kind, level): (Type, Level),
     ) -> Result<Self> {
         let stored = Stored::open(product, channels)?;
-        Ok(match (kind, product.form) {
-            (Type::F32, Form::Winograd(form)) => {
-                Self::WinogradF32(Arc::new(stored.winograd(form)?))
-            }
-            (Type::Bf16, Form::Winograd(form)) => {
-                Self::WinogradBf16(Arc::new(stored.winograd(form)?))
-            }
-            (Type::Bf16, _) => Self::Bf16(Arc::new(stored.panels()?)),
-            // f32 arithmetic on the numbers that the file has, which take half the room
-            (Type::F32, Form::Direct | Form::Gated) if level > Level::Portable => {
-                match stored.dtype() {
-                    Some(DType::F16) => Self::Half(Arc::new(stored.panels()?)),
-                    Some(DType::BF16) => Self::Brain(Arc::new(stored.panels()?)),
-                    _ => Self::F32(Arc::new(stored.panels()?)),
-                }
-            }
-            (Type::F32, _) => Self::F32(Arc::new(stored.panels()?)),
+        Ok(match Layout::of(product, (kind, level)) {
+            Layout::F32 => Self::F32(Arc::new(stored.panels()?)),
+            Layout::Bf16 => Self::Bf16(Arc::new(stored.panels()?)),
+            Layout::Half => Self::Half(Arc::new(stored.panels()?)),
+            Layout::Brain => Self::Brain(Arc::new(stored.panels()?)),
+            Layout::WinogradF32(form) => Self::WinogradF32(Arc::new(stored.winograd(form)?)),
+            Layout::WinogradBf16(form) => Self::WinogradBf16(Arc::new(stored.winograd(form)?)),
         })
     }
 
@@ -206,13 +249,6 @@ impl<'a> Stored<'a> {
         })
     }
 
-    /// The type that all are stored as.
-    fn dtype(&self) -> Option<DType> {
-        let mut types = self.parts.iter().map(|part| part.dtype());
-        let first = types.next()?;
-        types.all(|dtype| dtype == first).then_some(first)
-    }
-
     /// A column's weights for one source, `[input][tap]`.
     fn row(&self, column: usize, source: usize, out: &mut [f32]) {
         let (p, first, _) = self.places[source];
@@ -225,7 +261,7 @@ impl<'a> Stored<'a> {
     fn winograd<T: Kept>(&self, form: winograd::Form) -> Result<WinogradWeights<T>> {
         let channels: Vec<usize> = self.places.iter().map(|place| place.2).collect();
         let row = |column, source, out: &mut [f32]| self.row(column, source, out);
-        WinogradWeights::pack(form, self.product.columns, &channels, row).map_err(no_memory)
+        WinogradWeights::pack(form, self.product.columns, &channels, row).map_err(|e| no_memory(&e))
     }
 
     fn panels<W: Weight>(&self) -> Result<Vec<Panels<W>>> {
@@ -259,11 +295,11 @@ impl<'a> Stored<'a> {
             })
             .map(|panels| vec![panels]),
         };
-        packed.map_err(no_memory)
+        packed.map_err(|e| no_memory(&e))
     }
 }
 
-fn no_memory(error: std::io::Error) -> Error {
+fn no_memory(error: &std::io::Error) -> Error {
     Error::Memory(format!("no memory for packed weights: {error}"))
 }
 

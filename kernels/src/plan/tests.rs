@@ -31,6 +31,10 @@ impl Source for Made {
         Some(wanted.to_vec())
     }
 
+    fn dtype(&self, _: &str) -> DType {
+        self.0
+    }
+
     fn open(&self, name: &str, shape: &[usize]) -> Result<Box<dyn Reader + '_>> {
         let n: usize = shape.iter().product();
         let fan: usize = shape.iter().skip(1).product::<usize>().max(1);
@@ -44,19 +48,15 @@ impl Source for Made {
             DType::BF16 => half::bf16::from_f32(v * scale).to_f32(),
             _ => v * scale,
         });
-        Ok(Box::new(Held(self.0, values.collect())))
+        Ok(Box::new(Held(values.collect())))
     }
 }
 
-struct Held(DType, Vec<f32>);
+struct Held(Vec<f32>);
 
 impl Reader for Held {
-    fn dtype(&self) -> DType {
-        self.0
-    }
-
     fn read(&self, first: usize, out: &mut [f32]) {
-        out.copy_from_slice(&self.1[first..][..out.len()]);
+        out.copy_from_slice(&self.0[first..][..out.len()]);
     }
 }
 

@@ -14,7 +14,7 @@ use super::super::micro::{LANES, NR};
 const LIMIT: f32 = (1u64 << 40) as f32;
 
 /// One block of keys on its way through the softmax.
-pub struct Step<'a> {
+pub(crate) struct Step<'a> {
     /// `[keys][lanes]`.
     pub(super) scores: &'a [f32],
     /// Queries side by side; a multiple of 16, at most 64.

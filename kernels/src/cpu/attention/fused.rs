@@ -10,7 +10,7 @@ use half::bf16;
 use super::super::micro::NR;
 
 /// Keys on their way to weights.
-pub struct Keys<'a, T> {
+pub(crate) struct Keys<'a, T> {
     /// Keys one after the other, `len` numbers each; one more than counted where that is odd, no matter which.
     pub(super) keys: &'a [T],
     /// Numbers of a key; a multiple of [`super::Operand::K_STEP`].

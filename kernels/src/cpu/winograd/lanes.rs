@@ -10,7 +10,7 @@ use crate::cpu::micro::{LANES, Operand};
 /// A few f32 that are computed with at once.
 ///
 /// The methods are inlined into functions that are compiled for a level; elsewhere they must not be called.
-pub trait Lanes: Copy {
+pub(crate) trait Lanes: Copy {
     /// How many they are.
     const N: usize;
     /// # Safety
@@ -40,7 +40,7 @@ pub trait Lanes: Copy {
 }
 
 /// Numbers that sources, transformed sources and weights are kept as: f32 or bf16.
-pub trait Kept: Operand + Plain + Stored {
+pub(crate) trait Kept: Operand + Plain + Stored {
     /// # Safety
     /// As [`Lanes::load_f32`].
     unsafe fn load<L: Lanes>(from: *const Self) -> L;

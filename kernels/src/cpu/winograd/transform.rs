@@ -20,19 +20,19 @@ static ZEROS: Zeros = Zeros([0.0; CHANNELS]);
 /// Transformed tiles of a source: `[position][tile][k]`.
 pub(super) struct Input<'a, T, I, S> {
     /// Where the pixels are.
-    pub source: &'a Source<'a, I>,
+    pub(crate) source: &'a Source<'a, I>,
     /// The tiles of the picture.
-    pub tiles: Tiles,
+    pub(crate) tiles: Tiles,
     /// Which of them.
-    pub range: std::ops::Range<usize>,
+    pub(crate) range: std::ops::Range<usize>,
     /// The first tile's first number of this source.
-    pub to: *mut T,
+    pub(crate) to: *mut T,
     /// Numbers from one tile to the next.
-    pub row: usize,
+    pub(crate) row: usize,
     /// Numbers from one position to the next.
-    pub position: usize,
+    pub(crate) position: usize,
     /// The form.
-    pub form: PhantomData<S>,
+    pub(crate) form: PhantomData<S>,
 }
 
 impl<T: Kept, I: Kept, S: Scheme> Input<'_, T, I, S> {
@@ -135,25 +135,25 @@ unsafe fn input<T: Kept, I: Kept, S: Scheme, L: Lanes>(
 /// Results of transformed products `[position][tile][64]`, finished and stored.
 pub(super) struct Output<'a, O, S> {
     /// For the epilogue.
-    pub level: Level,
+    pub(crate) level: Level,
     /// The tiles of the picture.
-    pub tiles: Tiles,
+    pub(crate) tiles: Tiles,
     /// Which of them.
-    pub range: std::ops::Range<usize>,
+    pub(crate) range: std::ops::Range<usize>,
     /// The first tile's first product.
-    pub from: *const f32,
+    pub(crate) from: *const f32,
     /// Numbers from one position to the next.
-    pub position: usize,
+    pub(crate) position: usize,
     /// Columns of products, padding included.
-    pub width: usize,
+    pub(crate) width: usize,
     /// The first column, the columns to store, and those of the layer.
-    pub columns: (usize, usize, usize),
+    pub(crate) columns: (usize, usize, usize),
     /// What is done to the results.
-    pub epilogue: &'a Epilogue<'a>,
+    pub(crate) epilogue: &'a Epilogue<'a>,
     /// Where to.
-    pub target: Target<O>,
+    pub(crate) target: Target<O>,
     /// The form.
-    pub form: PhantomData<S>,
+    pub(crate) form: PhantomData<S>,
 }
 
 impl<O: Stored, S: Scheme> Output<'_, O, S> {

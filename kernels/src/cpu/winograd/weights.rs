@@ -12,7 +12,7 @@ use crate::cpu::micro::{LANES, NR};
 /// The weights of one convolution: for each panel of up to 64 columns `[position][k / step][column][step]`, where a position is one of the
 /// 16 or 36 products of a tile, `k` runs over the channels of all sources (each padded with zeros to whole steps), and a step is
 /// [`crate::cpu::micro::Operand::K_STEP`].
-pub struct WinogradWeights<T> {
+pub(crate) struct WinogradWeights<T> {
     data: Aligned<T>,
     form: Form,
     columns: usize,
@@ -26,7 +26,7 @@ impl<T: Kept> WinogradWeights<T> {
     ///
     /// # Errors
     /// When there is no memory.
-    pub fn pack(
+    pub(crate) fn pack(
         form: Form,
         columns: usize,
         channels: &[usize],
@@ -81,22 +81,22 @@ impl<T: Kept> WinogradWeights<T> {
     }
 
     /// The form that they were transformed for.
-    pub fn form(&self) -> Form {
+    pub(crate) fn form(&self) -> Form {
         self.form
     }
 
     /// Columns, without padding.
-    pub fn columns(&self) -> usize {
+    pub(crate) fn columns(&self) -> usize {
         self.columns
     }
 
     /// Channels of each source.
-    pub fn channels(&self) -> &[usize] {
+    pub(crate) fn channels(&self) -> &[usize] {
         &self.channels
     }
 
     /// Bytes of the packed numbers.
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.data.len() * size_of::<T>()
     }
 
