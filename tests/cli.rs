@@ -117,6 +117,42 @@ fn what_is_not_there_or_not_built_exits_with_1() {
     assert!(dir.names().is_empty());
 }
 
+/// What the eye sees is the same in both.
+#[test]
+fn a_picture_in_bf16_is_the_picture_in_f32() {
+    use sd_rs::device::{DtypeChoice, dtype};
+    if dtype(DtypeChoice::Bf16, &candle_core::Device::Cpu).is_err() {
+        return; // this processor does not multiply bf16
+    }
+    let dir = Dir::new();
+    let picture = |dtype: &str, prompt: &str| {
+        let name = format!("{dtype}.png");
+        dir.ok(&[
+            "generate",
+            "-p",
+            prompt,
+            "-s",
+            "5",
+            "--dtype",
+            dtype,
+            "-o",
+            &name,
+            "--overwrite",
+        ]);
+        image::open(dir.path(&name)).unwrap().to_rgb8().into_raw()
+    };
+    for prompt in ["a yellow star", "the sea at sunset with a red sun"] {
+        let (one, other) = (picture("f32", prompt), picture("bf16", prompt));
+        let squares = one
+            .iter()
+            .zip(&other)
+            .map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2));
+        let mean = squares.sum::<f64>() / one.len() as f64;
+        let psnr = 10.0 * (255.0f64.powi(2) / mean).log10();
+        assert!(psnr > 40.0, "{prompt}: {psnr} dB");
+    }
+}
+
 /// `auto` takes bf16 only where the processor has it; asked for by name it is refused elsewhere.
 #[test]
 fn bf16_needs_a_processor_that_has_it() {

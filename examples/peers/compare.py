@@ -90,7 +90,7 @@ def our_times(part, size, dtype, calls, binary):
     command = [binary, "bench", "--random-weights", "sd15", "--size", str(size), "--dtype", dtype, "--json", "--quiet"]
     command += ["--steps", str(calls if part == "unet" else 1), "--decodes", str(calls if part == "vae" else 1)]
     timings = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["timings"]
-    return timings["step_s"] if part == "unet" else timings["decode_s"]
+    return timings["step_s"] if part == "unet" else timings["decodes_s"]
 
 
 PEERS = dict(torch=torch_times, openvino=openvino_times)

@@ -107,45 +107,31 @@ pub(crate) fn mish(x: f32) -> f32 {
     x * (m / (m + 2.0))
 }
 
-/// `x/2 · (1 + erf(x/√2))`, absolute error below 2e-7 · max(1, |x|).
+/// `x/2 · (1 + erf(x/√2))`, absolute error below 1e-7 · max(1, |x|).
+///
+/// 1 − erf(t/√2) = e^(−t·q(t)), where q is a polynomial fitted to 0 < t ≤ 5.8 by least squares, weighted so that the error of the result is
+/// even; at 5.8 the left side is 7e-9, and what lies beyond is taken for it.
 #[inline(always)]
 pub(crate) fn gelu(x: f32) -> f32 {
-    0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))
-}
-
-/// The error function: its Taylor-like odd polynomial near zero, 1 − e^(−x²)·p(1/(1 + x/2)) elsewhere (Numerical Recipes, 2nd ed., §6.2,
-/// `erfcc`: fractional error of the complement below 1.2e-7).
-#[inline(always)]
-pub(crate) fn erf(x: f32) -> f32 {
-    const C: [f32; 10] = [
-        -1.265_512_2,
-        1.000_023_7,
-        0.374_091_96,
-        0.096_784_18,
-        -0.186_288_06,
-        0.278_868_07,
-        -1.135_204,
-        1.488_515_8,
-        -0.822_152_23,
-        0.170_872_77,
+    const Q: [f32; 8] = [
+        0.797_887_5,
+        0.318_281_92,
+        0.036_435_854,
+        -0.004_962_658_8,
+        1.442_931_4e-4,
+        1.091_052e-4,
+        -2.317_422_7e-5,
+        1.625_924_9e-6,
     ];
-    let z = x.abs();
-    let t = 1.0 / (1.0 + 0.5 * z);
-    let mut p = C[9];
-    let mut i = 9;
+    let t = x.abs().min(5.8);
+    let mut q = Q[7];
+    let mut i = 7;
     while i > 0 {
         i -= 1;
-        p = p * t + C[i];
+        q = fma(q, t, Q[i]);
     }
-    let far = 1.0 - t * exp(p - z * z);
-    // odd Taylor polynomial: 2/√π · x · (1 − x²/3 + x⁴/10 − x⁶/42 + x⁸/216 − x¹⁰/1320)
-    let s = x * x;
-    let near = x
-        * (std::f32::consts::FRAC_2_SQRT_PI
-            + s * (-0.376_126_4
-                + s * (0.112_837_92
-                    + s * (-0.026_866_17 + s * (0.005_223_977 - s * 0.000_854_833)))));
-    if z < 0.5 { near } else { far.copysign(x) }
+    let half = 0.5 * exp(-t * q);
+    x * if x < 0.0 { half } else { 1.0 - half }
 }
 
 #[cfg(test)]
@@ -194,5 +180,6 @@ mod tests {
             }
         }
         assert!(silu(f32::NAN).is_nan() && gelu(f32::NAN).is_nan());
+        assert_eq!(gelu(f32::INFINITY), f32::INFINITY);
     }
 }
