@@ -117,7 +117,7 @@ pub(crate) fn gelu(x: f32) -> f32 {
         0.797_887_5,
         0.318_281_92,
         0.036_435_854,
-        -0.004_962_658_8,
+        -0.004_962_659,
         1.442_931_4e-4,
         1.091_052e-4,
         -2.317_422_7e-5,
@@ -180,6 +180,6 @@ mod tests {
             }
         }
         assert!(silu(f32::NAN).is_nan() && gelu(f32::NAN).is_nan());
-        assert_eq!(gelu(f32::INFINITY), f32::INFINITY);
+        assert!(gelu(f32::INFINITY) > f32::MAX);
     }
 }
