@@ -7,6 +7,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use sd_kernels::cpu::Level;
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
@@ -127,7 +128,10 @@ impl Machine {
     }
 
     fn devices(&self) -> Vec<(&'static str, bool, String)> {
-        let mut devices = vec![("cpu", true, "f32".to_owned())];
+        let level = Level::current();
+        let types = if level.has_bf16() { "bf16, f32" } else { "f32" };
+        let note = format!("{types}; kernels for {}", level.name());
+        let mut devices = vec![("cpu", true, note)];
         if let Some(driver) = &self.cuda_driver {
             let note =
                 format!("driver {driver} is installed, but CUDA is not built in this version");
