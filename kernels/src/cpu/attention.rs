@@ -8,6 +8,7 @@
 mod exponentials;
 mod fused;
 mod pack;
+mod softmax;
 #[cfg(test)]
 mod tests;
 
@@ -24,6 +25,7 @@ use super::micro::{LANES, MR, NR, Operand, Tile};
 use exponentials::Step;
 use fused::Keys;
 use pack::Rows;
+use softmax::Softmax;
 
 /// The sizes of an attention.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -325,16 +327,6 @@ struct Job<'a, T> {
     target: Target<T>,
 }
 
-/// The softmax of one task's queries.
-struct Softmax {
-    lanes: usize,
-    scale: f32,
-    reference: [f32; NR],
-    sums: [f32; NR],
-    /// Whether results hold anything yet.
-    begun: bool,
-}
-
 impl<T: Element> Job<'_, T> {
     fn run(&self, task: usize, scratch: &mut Scratch<'_, T>) {
         let Plan {
@@ -351,13 +343,7 @@ impl<T: Element> Job<'_, T> {
             shape.width,
         );
         pack::queries(self.level, q, queries.clone(), (scratch.queries, lanes));
-        let mut softmax = Softmax {
-            lanes,
-            scale: (std::f64::consts::LOG2_E / (shape.width as f64).sqrt()) as f32,
-            reference: [f32::NEG_INFINITY; NR],
-            sums: [0.0; NR],
-            begun: false,
-        };
+        let mut softmax = Softmax::new(lanes, shape.width);
         let end = if shape.causal {
             queries.end.min(shape.keys)
         } else {
@@ -481,93 +467,6 @@ impl<T: Element> Job<'_, T> {
                 }
             },
         );
-    }
-}
-
-impl Softmax {
-    /// Weights straight from keys; `false`, and nothing summed, where there is no such thing or a reference must be raised first.
-    fn weigh_at_once<T: Element>(
-        &mut self,
-        level: Level,
-        (keys, len, count): (&[T], usize, usize),
-        queries: &[T],
-        weights: &mut [T],
-    ) -> bool {
-        let mut sums = [0.0; NR];
-        self.lanes == NR
-            && T::weigh(
-                level,
-                &Keys {
-                    keys,
-                    len,
-                    count,
-                    queries,
-                    scale: self.scale,
-                },
-                &self.reference,
-                weights,
-                &mut sums,
-            )
-            && exponentials::commit(&mut self.sums, &sums)
-    }
-
-    /// Scores to weights; `false` where a reference must be raised first.
-    fn weigh<T: Element>(&mut self, level: Level, scores: &[f32], weights: &mut [T]) -> bool {
-        let Self {
-            lanes,
-            scale,
-            ref reference,
-            ref mut sums,
-            ..
-        } = *self;
-        T::exponentials(
-            level,
-            &mut Step {
-                scores,
-                lanes,
-                scale,
-                reference,
-                sums,
-            },
-            weights,
-        )
-    }
-
-    /// Adds the values of `count` keys, times their weights, to the results.
-    fn gather<T: Element>(
-        &mut self,
-        level: Level,
-        values: (&[T], usize),
-        count: usize,
-        (weights, results): (&[T], &mut [f32]),
-    ) {
-        if count > 0 {
-            let width = results.len() / NR;
-            product(
-                level,
-                values,
-                (width, count.next_multiple_of(T::K_STEP)),
-                weights,
-                (results, self.lanes, self.begun),
-            );
-            self.begun = true;
-        }
-    }
-
-    /// Raises references to the largest scores seen, and brings results and sums along.
-    fn raise(&mut self, level: Level, scores: &[f32], results: &mut [f32]) {
-        let factors =
-            exponentials::raise(level, scores, (self.lanes, self.scale), &mut self.reference);
-        for (sum, factor) in self.sums.iter_mut().zip(&factors) {
-            *sum *= factor;
-        }
-        if self.begun {
-            for line in results.chunks_exact_mut(self.lanes) {
-                for (result, factor) in line.iter_mut().zip(&factors) {
-                    *result *= factor;
-                }
-            }
-        }
     }
 }
 
