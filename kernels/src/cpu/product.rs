@@ -3,6 +3,9 @@
 //! A row of the result is a pixel (or token). What it reads is listed as pointers, one a tap, into the source where it lies: nothing is copied,
 //! pixels outside the picture point to zeros. The work is cut into blocks of rows by ranges of panels, handed out to the threads as they come free.
 
+#[cfg(test)]
+mod tests;
+
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -81,8 +84,8 @@ impl Grid {
     }
 }
 
-/// Zeros for taps outside the picture; as many as the most channels of a source.
-const ZEROS: usize = 1 << 15;
+/// The most channels of a source: as many as there are zeros for taps outside the picture.
+pub(crate) const MOST_CHANNELS: usize = 1 << 15;
 
 thread_local! {
     /// Where the taps of a task's rows read; kept so that no call has to find room for them anew.
@@ -116,6 +119,9 @@ pub(crate) fn product<W: Weight, O: Stored>(
             },
         },
     };
+    if grid.rows() == 0 {
+        return;
+    }
     let cut = Cut::new(grid.rows(), weights, rayon::current_num_threads());
     let next = AtomicUsize::new(0);
     let work = || {
@@ -178,7 +184,7 @@ fn check<W: Weight>(
         );
         let pixels = source.pictures * source.h * source.w;
         let k_len = group.k_len::<W::Row>();
-        assert!(pixels > 0 && source.pixel_stride >= source.channels && k_len <= ZEROS);
+        assert!(pixels > 0 && source.pixel_stride >= source.channels && k_len <= MOST_CHANNELS);
         assert!(
             source.data.len() >= (pixels - 1) * source.pixel_stride + k_len,
             "a source too short for its padding"
@@ -357,227 +363,10 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
     }
 }
 
-/// `ZEROS` zeros, there for good.
+/// `MOST_CHANNELS` zeros, there for good.
 fn zeros<T: Plain>() -> *const T {
     #[repr(align(64))]
-    struct Zeros([u8; ZEROS * 4]);
-    static ZERO: Zeros = Zeros([0; ZEROS * 4]);
+    struct Zeros([u8; MOST_CHANNELS * 4]);
+    static ZERO: Zeros = Zeros([0; MOST_CHANNELS * 4]);
     ZERO.0.as_ptr().cast()
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, clippy::panic)]
-
-    use half::bf16;
-
-    use super::*;
-    use crate::cpu::micro::Operand;
-
-    fn numbers(n: usize, seed: u32) -> Vec<f32> {
-        let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
-        (0..n)
-            .map(|_| {
-                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                bf16::from_f32((state >> 8) as f32 / (1 << 23) as f32 - 1.0).to_f32()
-            })
-            .collect()
-    }
-
-    struct Case {
-        batch: usize,
-        pictures: usize,
-        h: usize,
-        w: usize,
-        channels: Vec<usize>,
-        columns: usize,
-        kernel: usize,
-        stride: usize,
-    }
-
-    fn run<T: Operand + Weight<Row = T>>(level: Level, case: &Case) -> f64 {
-        let Case {
-            batch,
-            pictures,
-            h,
-            w,
-            ref channels,
-            columns,
-            kernel,
-            stride,
-        } = *case;
-        let pad = kernel / 2;
-        let (oh, ow) = (
-            (h + 2 * pad - kernel) / stride + 1,
-            (w + 2 * pad - kernel) / stride + 1,
-        );
-        let taps: Vec<(isize, isize)> = (0..kernel * kernel)
-            .map(|t| {
-                (
-                    (t / kernel) as isize - pad as isize,
-                    (t % kernel) as isize - pad as isize,
-                )
-            })
-            .collect();
-        let data: Vec<Vec<T>> = channels
-            .iter()
-            .enumerate()
-            .map(|(i, &c)| {
-                numbers(pictures * h * w * c + 1, i as u32)
-                    .into_iter()
-                    .map(<T as Operand>::from_f32)
-                    .collect()
-            })
-            .collect();
-        let weights: Vec<Vec<f32>> = channels
-            .iter()
-            .enumerate()
-            .map(|(i, &c)| numbers(columns * c * kernel * kernel, 77 + i as u32))
-            .collect();
-        let groups: Vec<Group> = channels
-            .iter()
-            .map(|&c| Group {
-                taps: taps.len(),
-                channels: c,
-            })
-            .collect();
-        let panels = Panels::<T>::pack(columns, &groups, |column, g, out| {
-            let n = out.len();
-            out.copy_from_slice(&weights[g][column * n..][..n]);
-        })
-        .unwrap();
-        let sources: Vec<Source<'_, T>> = channels
-            .iter()
-            .zip(&data)
-            .map(|(&c, data)| Source {
-                data,
-                pictures,
-                h,
-                w,
-                channels: c,
-                pixel_stride: c,
-                stride,
-                taps: &taps,
-            })
-            .collect();
-        let (bias, image, more) = (
-            numbers(columns, 5),
-            numbers(2 * columns, 6),
-            numbers(oh * ow * columns, 7),
-        );
-        let epilogue = Epilogue {
-            bias: Some(&bias),
-            image: Some(PerImage {
-                values: &image,
-                rows: oh * ow,
-            }),
-            residual: Some(Numbers::F32(&more)),
-            ..Epilogue::default()
-        };
-        let mut out = vec![f32::NAN; batch * oh * ow * columns];
-        product(
-            level,
-            &panels,
-            (Grid::plain(batch, oh, ow), &sources),
-            &epilogue,
-            &mut out,
-        );
-        let mut worst = 0f64;
-        for (i, got) in out.iter().enumerate() {
-            let (row, o) = (i / columns, i % columns);
-            let (b, y, x) = (row / (oh * ow), row % (oh * ow) / ow, row % ow);
-            let mut sum = f64::from(bias[o])
-                + f64::from(image[b % 2 * columns + o])
-                + f64::from(more[row % (oh * ow) * columns + o]);
-            for (g, &c) in channels.iter().enumerate() {
-                for (t, &(dy, dx)) in taps.iter().enumerate() {
-                    let (yy, xx) = ((y * stride) as isize + dy, (x * stride) as isize + dx);
-                    if yy < 0 || xx < 0 || yy >= h as isize || xx >= w as isize {
-                        continue;
-                    }
-                    let at = ((b % pictures * h + yy as usize) * w + xx as usize) * c;
-                    for k in 0..c {
-                        sum += f64::from(data[g][at + k].to_f32())
-                            * f64::from(weights[g][(o * c + k) * taps.len() + t]);
-                    }
-                }
-            }
-            worst = worst.max((f64::from(*got) - sum).abs());
-        }
-        worst
-    }
-
-    #[test]
-    fn equals_the_definition_at_odd_shapes() {
-        let cases = [
-            Case {
-                batch: 1,
-                pictures: 1,
-                h: 1,
-                w: 1,
-                channels: vec![1],
-                columns: 1,
-                kernel: 1,
-                stride: 1,
-            },
-            Case {
-                batch: 2,
-                pictures: 1,
-                h: 5,
-                w: 7,
-                channels: vec![6],
-                columns: 70,
-                kernel: 3,
-                stride: 1,
-            },
-            Case {
-                batch: 2,
-                pictures: 2,
-                h: 9,
-                w: 4,
-                channels: vec![5],
-                columns: 33,
-                kernel: 3,
-                stride: 2,
-            },
-            Case {
-                batch: 3,
-                pictures: 1,
-                h: 1,
-                w: 77,
-                channels: vec![24, 7],
-                columns: 130,
-                kernel: 1,
-                stride: 1,
-            },
-            Case {
-                batch: 2,
-                pictures: 2,
-                h: 33,
-                w: 40,
-                channels: vec![8, 4],
-                columns: 5,
-                kernel: 3,
-                stride: 1,
-            },
-            Case {
-                batch: 1,
-                pictures: 1,
-                h: 3,
-                w: 3,
-                channels: vec![64],
-                columns: 1000,
-                kernel: 3,
-                stride: 1,
-            },
-        ];
-        for case in &cases {
-            for level in Level::supported() {
-                assert!(run::<f32>(level, case) < 1e-4, "f32 {}", level.name());
-                if level.has_bf16() {
-                    assert!(run::<bf16>(level, case) < 1e-4, "bf16");
-                }
-            }
-        }
-    }
 }

@@ -24,10 +24,11 @@ use rayon::prelude::*;
 use super::Level;
 use super::epilogue::{Epilogue, PerImage, Stored, Target};
 use super::micro::{LANES, MR, NR, Tile};
+use super::product::MOST_CHANNELS;
 use super::view::Numbers;
 pub(crate) use lanes::Kept;
 use scheme::{F2, F4, Scheme};
-use transform::{CHANNELS, Input, Output};
+use transform::{Input, Output};
 pub(crate) use weights::WinogradWeights;
 
 /// How many results a tile has.
@@ -171,7 +172,7 @@ fn check<T: Kept, I: Kept>(
     for (source, &channels) in sources.iter().zip(weights.channels()) {
         assert!(
             source.channels == channels
-                && channels <= CHANNELS
+                && channels <= MOST_CHANNELS
                 && source.pixel_stride >= channels
                 && source.pictures > 0
                 && source.enlarged > 0

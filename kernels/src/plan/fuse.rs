@@ -7,6 +7,7 @@ use super::Options;
 use super::ir::{
     Form, Input, Part, Product, Program, Rate, Step, Type, Value, ValueId, View, Work,
 };
+use crate::cpu::product::MOST_CHANNELS;
 use crate::cpu::winograd;
 use crate::graph::{Node, NodeId, NodeKind};
 use crate::op::LayerClass;
@@ -125,6 +126,16 @@ impl<'a> Fuser<'a> {
 
     fn compute(&mut self, id: NodeId, op: &Op, inputs: &[NodeId]) -> Result<State> {
         let x = inputs[0];
+        if let Op::Conv2d { weight, .. } | Op::Linear { weight, .. } = op
+            && let Some(&channels) = weight.shape().get(1)
+            && channels > MOST_CHANNELS
+        {
+            return Err(Error::Shape {
+                op: op.name(),
+                expected: format!("at most {MOST_CHANNELS} channels in"),
+                got: format!("{channels}"),
+            });
+        }
         Ok(match op {
             Op::Flatten | Op::Unflatten { .. } => State::Alias(x),
             Op::Conv2d { .. } => self.convolution(id, op, x)?,

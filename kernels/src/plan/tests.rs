@@ -281,3 +281,18 @@ fn convolutions_in_winograds_forms() {
         }
     }
 }
+
+#[test]
+fn wider_layers_than_kernels_take_are_refused() {
+    let weights = weights(DType::F32);
+    let graph = Graph::new();
+    let x = graph.input("x", &[1, 2, 40_000]);
+    let y = linear(&weights, "wide", &x, 3).unwrap();
+    let refused = Plan::compile(
+        &graph,
+        &y,
+        &Options::new(Level::current(), Precision::F32),
+        &Store::default(),
+    );
+    assert!(refused.is_err_and(|e| e.to_string().contains("at most 32768 channels")));
+}

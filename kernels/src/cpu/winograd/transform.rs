@@ -8,14 +8,12 @@ use super::{Source, Tiles};
 use crate::cpu::Level;
 use crate::cpu::epilogue::{self, Epilogue, Finish, Stored, Target};
 use crate::cpu::micro::NR;
-
-/// The most channels of a source.
-pub(super) const CHANNELS: usize = 1 << 15;
+use crate::cpu::product::MOST_CHANNELS;
 
 /// What pixels outside the picture hold, f32 or bf16.
 #[repr(align(64))]
-struct Zeros([f32; CHANNELS]);
-static ZEROS: Zeros = Zeros([0.0; CHANNELS]);
+struct Zeros([f32; MOST_CHANNELS]);
+static ZEROS: Zeros = Zeros([0.0; MOST_CHANNELS]);
 
 /// Transformed tiles of a source: `[position][tile][k]`.
 pub(super) struct Input<'a, T, I, S> {
