@@ -1,5 +1,5 @@
-//! One call of a model's UNet, for comparisons: reads `sample [n, c, h, w]`, `timestep [1]` and `context [n, t, width]` from a safetensors file
-//! and writes `prediction [n, c, h, w]` to another.
+//! One call of a model's UNet, for comparisons: reads `sample [n, c, h, w]`, `timestep [1]`, `context [n, t, width]` and, for those that take
+//! one, the vector beside the time (`added [n, width]`) from a safetensors file and writes `prediction [n, c, h, w]` to another.
 //!
 //! ```console
 //! $ cargo run --release --example unet -- MODEL f32 inputs.safetensors prediction.safetensors
@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use candle_core::{Device, safetensors};
 use sd_rs::checkpoint::{Checkpoint, detect};
 use sd_rs::device::{self, DtypeChoice};
-use sd_rs::pipeline::Networks;
+use sd_rs::pipeline::{Conditions, Networks};
 use sd_rs::spec::ModelSpec;
 use sd_rs::{Error, Result};
 
@@ -38,7 +38,12 @@ fn main() -> Result<()> {
     let (sample, context) = (input("sample")?, input("context")?);
     let timestep = f64::from(input("timestep")?.flatten_all()?.to_vec1::<f32>()?[0]);
     let size = <[usize; 4]>::from(sample.dims4()?);
-    let mut denoiser = networks.denoiser(size, context, &[timestep])?;
+    let conditions = Conditions {
+        context: context.clone(),
+        added: inputs.get("added").cloned(),
+        guidance: inputs.get("guidance").cloned(),
+    };
+    let mut denoiser = networks.denoiser(size, &conditions, &[timestep])?;
     let out = denoiser.predict(sample, timestep)?;
     safetensors::save(&HashMap::from([("prediction", out)]), prediction)?;
     Ok(())

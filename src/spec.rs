@@ -9,7 +9,7 @@ use crate::checkpoint::{self, Checkpoint, Detection, Family, TensorSet};
 use crate::error::{Error, Result};
 use crate::sampling::{Prediction, SchedulerConfig};
 use crate::weights::Layout;
-use crate::weights::text_tower::{POSITIONS, PROJECTION};
+use crate::weights::text_tower::{self, OpenClip, POSITIONS, PROJECTION};
 use sd_models::config::ConfigResult;
 use sd_models::{clip, unet, vae};
 
@@ -23,12 +23,22 @@ pub struct ModelSpec {
     pub unet: Component<unet::Config>,
     /// The autoencoder.
     pub vae: Component<vae::Config>,
-    /// The text tower.
-    pub text: Component<clip::Config>,
+    /// The text towers, whose states stand side by side; at least one.
+    pub text: Vec<TextTower>,
     /// The folder's own sampler; none for single files.
     pub scheduler: Option<SchedulerConfig>,
+    /// Without a negative prompt the network is given zeros in its place, not the states of an empty text.
+    pub zero_negative: bool,
     /// What is used when the user does not say.
     pub defaults: Defaults,
+}
+
+/// A text tower and how it is read.
+pub struct TextTower {
+    /// Structure and tensors.
+    pub component: Component<clip::Config>,
+    /// What the family does with it.
+    pub role: TowerRole,
 }
 
 /// One network of a model: its structure, and its tensors under the names that the file gives them.
@@ -52,8 +62,6 @@ pub struct Defaults {
     pub cfg_scale: f64,
     /// The sampler, by A1111's name.
     pub sampler: &'static str,
-    /// The token that fills up a prompt to the tower's length.
-    pub pad: Pad,
 }
 
 /// How a prompt is filled up.
@@ -65,28 +73,134 @@ pub enum Pad {
     Zero,
 }
 
-/// The preset table: one row a family.
-pub fn defaults(family: Family, prediction: Prediction) -> Defaults {
-    let size = match (family, prediction) {
-        // the v-predicting Stable Diffusion 2 models were trained at 768 pixels
-        (Family::Sd2, Prediction::V) => 768,
-        _ => 512,
-    };
-    Defaults {
-        size,
+/// A text tower's part in a family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TowerRole {
+    /// Its name in folders.
+    pub component: &'static str,
+    /// The folder of its tokenizer.
+    pub tokenizer: &'static str,
+    /// Where it lies in single files.
+    prefix: &'static str,
+    /// How single files spell it.
+    spelling: Spelling,
+    /// The token that fills up a prompt to the tower's length.
+    pub pad: Pad,
+    /// Layers that are left out even when the user asks for none.
+    pub skip: usize,
+    /// Whether the states pass through the final norm.
+    pub norm: bool,
+}
+
+/// The names of a text tower in single files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Spelling {
+    Transformers,
+    OpenClip(OpenClip),
+}
+
+/// What all models of a family have in common.
+struct Row {
+    defaults: Defaults,
+    /// The size of models that predict v, which were trained at another.
+    v_size: usize,
+    /// The autoencoder's scaling factor where a file does not say.
+    scaling_factor: f64,
+    /// See [`ModelSpec::zero_negative`]; for files that do not say.
+    zero_negative: bool,
+    towers: &'static [TowerRole],
+}
+
+const CLIP_L: TowerRole = TowerRole {
+    component: "text_encoder",
+    tokenizer: "tokenizer",
+    prefix: "cond_stage_model.transformer",
+    spelling: Spelling::Transformers,
+    pad: Pad::End,
+    skip: 0,
+    norm: true,
+};
+const OPEN_CLIP_H: TowerRole = TowerRole {
+    prefix: "cond_stage_model.model",
+    spelling: Spelling::OpenClip(OpenClip::AllButLast),
+    pad: Pad::Zero,
+    ..CLIP_L
+};
+const XL_CLIP_L: TowerRole = TowerRole {
+    prefix: "conditioner.embedders.0.transformer",
+    skip: 1,
+    norm: false,
+    ..CLIP_L
+};
+const XL_OPEN_CLIP_G: TowerRole = TowerRole {
+    component: "text_encoder_2",
+    tokenizer: "tokenizer_2",
+    prefix: "conditioner.embedders.1.model",
+    spelling: Spelling::OpenClip(OpenClip::Whole),
+    pad: Pad::Zero,
+    skip: 1,
+    norm: false,
+};
+const REFINER_OPEN_CLIP_G: TowerRole = TowerRole {
+    prefix: "conditioner.embedders.0.model",
+    ..XL_OPEN_CLIP_G
+};
+
+const SD1: Row = Row {
+    defaults: Defaults {
+        size: 512,
         steps: 20,
         cfg_scale: 7.5,
         sampler: "DPM++ 2M",
-        pad: if family == Family::Sd2 {
-            Pad::Zero
-        } else {
-            Pad::End
-        },
+    },
+    v_size: 512,
+    scaling_factor: 0.18215,
+    zero_negative: false,
+    towers: &[CLIP_L],
+};
+const SD2: Row = Row {
+    v_size: 768,
+    towers: &[OPEN_CLIP_H],
+    ..SD1
+};
+const SDXL: Row = Row {
+    defaults: Defaults {
+        size: 1024,
+        steps: 25,
+        cfg_scale: 5.0,
+        ..SD1.defaults
+    },
+    v_size: 1024,
+    scaling_factor: 0.13025,
+    zero_negative: true,
+    towers: &[XL_CLIP_L, XL_OPEN_CLIP_G],
+};
+const SDXL_REFINER: Row = Row {
+    zero_negative: false,
+    towers: &[REFINER_OPEN_CLIP_G],
+    ..SDXL
+};
+
+/// The preset table: one row a family; none for families that pictures are not made with.
+fn row(family: Family) -> Option<&'static Row> {
+    match family {
+        Family::Sd1 => Some(&SD1),
+        Family::Sd2 => Some(&SD2),
+        Family::Sdxl | Family::Ssd1b | Family::Vega | Family::Koala => Some(&SDXL),
+        Family::SdxlRefiner => Some(&SDXL_REFINER),
+        _ => None,
     }
 }
 
-/// The autoencoder's scaling factor where a file does not say: the same in every Stable Diffusion 1 and 2.
-const SCALING_FACTOR: f64 = 0.18215;
+/// A family's text towers; none for families that pictures are not made with.
+pub fn towers(family: Family) -> &'static [TowerRole] {
+    row(family).map_or(&[], |row| row.towers)
+}
+
+/// Pixels of each side of a family's pictures where nothing else is said.
+pub fn native_size(family: Family, prediction: Prediction) -> usize {
+    row(family).map_or(0, |row| row.defaults(prediction).size)
+}
 
 impl ModelSpec {
     /// Reads structures and names of a checkpoint of a supported family.
@@ -100,14 +214,18 @@ impl ModelSpec {
                 checkpoint.path().display()
             )));
         }
+        let Some(row) = row(detection.family) else {
+            let reason = format!("no pictures are made with {}", detection.title());
+            return Err(Error::bad_model(checkpoint.path(), reason));
+        };
         if checkpoint.is_folder() {
-            Self::from_folder(checkpoint, detection)
+            Self::from_folder(checkpoint, detection, row)
         } else {
-            Self::from_single_file(checkpoint, detection)
+            Self::from_single_file(checkpoint, detection, row)
         }
     }
 
-    fn from_folder(checkpoint: &Checkpoint, detection: &Detection) -> Result<Self> {
+    fn from_folder(checkpoint: &Checkpoint, detection: &Detection, row: &Row) -> Result<Self> {
         let scheduler = match checkpoint.config("scheduler") {
             Some(value) => Some(
                 SchedulerConfig::from_json(value)
@@ -129,26 +247,19 @@ impl ModelSpec {
         ] {
             vae.layout.alias(&format!(".{name}."), &format!(".{old}."));
         }
-        let mut text = folder_component(checkpoint, "text_encoder", clip::Config::from_json)?;
-        if text
-            .tensors
-            .info("text_model.embeddings.token_embedding.weight")
-            .is_some()
-        {
-            text.layout = Layout::identity("text_model");
-        }
-        for (name, what) in [
-            ("text_model.embeddings.position_ids", POSITIONS),
-            ("embeddings.position_ids", POSITIONS),
-            ("text_projection", PROJECTION),
-            ("logit_scale", PROJECTION),
-        ] {
-            text.layout.ignore(name, what);
-        }
+        let text = row
+            .towers
+            .iter()
+            .map(|role| folder_tower(checkpoint, *role))
+            .collect::<Result<Vec<_>>>()?;
         let prediction = scheduler
             .as_ref()
             .map_or(Prediction::Epsilon, |config| config.prediction);
-        let mut defaults = defaults(detection.family, prediction);
+        let mut defaults = row.defaults(prediction);
+        let zero_negative = checkpoint
+            .model_index()
+            .and_then(|index| index.get("force_zeros_for_empty_prompt")?.as_bool())
+            .unwrap_or(row.zero_negative);
         let sample_size = checkpoint
             .config("unet")
             .and_then(|c| c.get("sample_size"))
@@ -160,56 +271,139 @@ impl ModelSpec {
             defaults.size = size * vae.config.scale();
         }
         defaults.amend(checkpoint.defaults());
-        Ok(Self {
+        Self {
             family: detection.family,
             prediction,
             unet,
             vae,
             text,
             scheduler,
+            zero_negative,
             defaults,
-        })
+        }
+        .check_vector(checkpoint)
     }
 
-    fn from_single_file(checkpoint: &Checkpoint, detection: &Detection) -> Result<Self> {
+    fn from_single_file(checkpoint: &Checkpoint, detection: &Detection, row: &Row) -> Result<Self> {
         let tensors = checkpoint
             .single()
             .ok_or_else(|| Error::bad_model(checkpoint.path(), "the file holds no tensors"))?;
         let shapes = |name: &str| tensors.info(name).map(|info| info.shape.clone());
         let broken = |reason: String| Error::bad_model(checkpoint.path(), reason);
         let (unet, layout) =
-            crate::weights::ldm_unet::read("model.diffusion_model", &shapes).map_err(broken)?;
+            crate::weights::ldm_unet::read("model.diffusion_model", &shapes).map_err(&broken)?;
         let unet = Component::new(unet, &tensors, layout);
         let (vae, layout) =
-            crate::weights::ldm_vae::read("first_stage_model", SCALING_FACTOR, &shapes)
-                .map_err(broken)?;
+            crate::weights::ldm_vae::read("first_stage_model", row.scaling_factor, &shapes)
+                .map_err(&broken)?;
         let vae = Component::new(vae, &tensors, layout);
-        let (text, layout) = match detection.family {
-            Family::Sd2 => {
-                crate::weights::text_tower::read_open_clip("cond_stage_model.model", &shapes)
-            }
-            _ => crate::weights::text_tower::read_transformers(
-                "cond_stage_model.transformer",
-                &shapes,
-            ),
-        }
-        .map_err(broken)?;
-        let text = Component::new(text, &tensors, layout);
+        let text = row
+            .towers
+            .iter()
+            .map(|role| {
+                let (config, layout) = match role.spelling {
+                    Spelling::Transformers => text_tower::read_transformers(role.prefix, &shapes),
+                    Spelling::OpenClip(used) => {
+                        text_tower::read_open_clip(role.prefix, used, &shapes)
+                    }
+                }
+                .map_err(&broken)?;
+                Ok(TextTower {
+                    component: Component::new(config, &tensors, layout),
+                    role: *role,
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
         let prediction = match detection.prediction {
             Some(checkpoint::Prediction::V) => Prediction::V,
             Some(checkpoint::Prediction::Sample) => Prediction::Sample,
             Some(checkpoint::Prediction::Epsilon) | None => Prediction::Epsilon,
         };
-        Ok(Self {
+        Self {
             family: detection.family,
             prediction,
             unet,
             vae,
             text,
             scheduler: None,
-            defaults: defaults(detection.family, prediction),
-        })
+            zero_negative: row.zero_negative,
+            defaults: row.defaults(prediction),
+        }
+        .check_vector(checkpoint)
     }
+
+    /// Width of the whole text's vector that the UNet is given: the last tower's.
+    pub fn pooled_width(&self) -> usize {
+        let last = self.text.last().map(|tower| &tower.component.config);
+        last.map_or(0, |config| config.projection.unwrap_or(config.width))
+    }
+
+    /// The numbers that follow the whole text's vector: six (original size, crop, target size) or five (an aesthetic score in the target's
+    /// place); none where the UNet takes no vector.
+    pub fn numbers(&self) -> usize {
+        let Some(added) = self.unet.config.added else {
+            return 0;
+        };
+        added.input.saturating_sub(self.pooled_width()) / added.number.max(1)
+    }
+
+    fn check_vector(mut self, checkpoint: &Checkpoint) -> Result<Self> {
+        let pooled = self.pooled_width();
+        let Some(added) = &mut self.unet.config.added else {
+            return Ok(self);
+        };
+        let rest = added.input.saturating_sub(pooled);
+        let wanted = if self.family == Family::SdxlRefiner {
+            5
+        } else {
+            6
+        };
+        if rest == 0
+            || rest % wanted != 0
+            || (checkpoint.is_folder() && rest / wanted != added.number)
+        {
+            return Err(Error::bad_model(
+                checkpoint.path(),
+                format!(
+                    "the UNet takes a vector of {} numbers beside the time, and a text's {pooled} with {wanted} sizes do not make that; UNet and text encoders are not of one model",
+                    added.input
+                ),
+            ));
+        }
+        added.number = rest / wanted;
+        Ok(self)
+    }
+}
+
+impl Row {
+    fn defaults(&self, prediction: Prediction) -> Defaults {
+        let mut defaults = self.defaults;
+        if prediction == Prediction::V {
+            defaults.size = self.v_size;
+        }
+        defaults
+    }
+}
+
+/// A folder's text tower, in either of transformers' spellings.
+fn folder_tower(checkpoint: &Checkpoint, role: TowerRole) -> Result<TextTower> {
+    let mut component = folder_component(checkpoint, role.component, clip::Config::from_json)?;
+    let layout = &mut component.layout;
+    let nested = "text_model.embeddings.token_embedding.weight";
+    if component.tensors.info(nested).is_some() {
+        *layout = Layout::identity("text_model");
+        layout.rename("text_projection", "text_projection", &[]);
+    }
+    for name in [
+        "text_model.embeddings.position_ids",
+        "embeddings.position_ids",
+    ] {
+        layout.ignore(name, POSITIONS);
+    }
+    for name in ["text_projection", "logit_scale"] {
+        layout.ignore(name, PROJECTION);
+    }
+    Ok(TextTower { component, role })
 }
 
 impl<C> Component<C> {

@@ -135,6 +135,18 @@ impl Family {
         self.words().1
     }
 
+    /// The components without which a picture cannot be made, by their names in a folder; none for families that pictures are not made with.
+    pub fn components(self) -> &'static [&'static str] {
+        match self {
+            Self::Sd1 | Self::Sd2 => &["unet", "text_encoder", "vae"],
+            Self::Sdxl | Self::Ssd1b | Self::Vega | Self::Koala => {
+                &["unet", "text_encoder", "text_encoder_2", "vae"]
+            }
+            Self::SdxlRefiner => &["unet", "text_encoder_2", "vae"],
+            _ => &[],
+        }
+    }
+
     fn words(self) -> (&'static str, &'static str) {
         match self {
             Self::Sd1 => ("sd1", "a Stable Diffusion 1 checkpoint"),
@@ -251,17 +263,14 @@ fn detect_single(tensors: &TensorSet) -> Detection {
     detection.places = places;
     detection.structure = structure;
     detection.note_metadata(tensors);
-    if matches!(detection.family, Family::Sd1 | Family::Sd2) {
-        detection.missing = ["unet", "text_encoder", "vae"]
-            .into_iter()
-            .filter(|name| {
-                !detection
-                    .places
-                    .iter()
-                    .any(|place| place.component == *name)
-            })
-            .collect();
-    }
+    let there = |name: &&str| {
+        detection
+            .places
+            .iter()
+            .any(|place| place.component == *name)
+    };
+    let needed = detection.family.components().iter().copied();
+    detection.missing = needed.filter(|name| !there(name)).collect();
     if tensors.info("scaled_fp8").is_some() {
         detection.evidence.push(key("scaled_fp8"));
         detection.obstacle =
@@ -349,7 +358,7 @@ fn decide_unet(names: Below<'_>, unet: &UnetStructure, structure: &Structure) ->
         unet.out_channels,
         detection.variant.id()
     ));
-    if matches!(detection.family, Family::Sd1 | Family::Sd2) {
+    if !detection.family.components().is_empty() {
         prediction::decide(names, unet, &mut detection);
     }
     detection

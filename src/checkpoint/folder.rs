@@ -51,11 +51,11 @@ pub(super) fn detect(checkpoint: &Checkpoint) -> Detection {
     set_variant(checkpoint, &mut detection);
     if detection.family == Family::Sd1 {
         decide_generation(checkpoint, &mut detection);
-        detection.missing = ["unet", "text_encoder", "vae"]
-            .into_iter()
-            .filter(|name| checkpoint.tensors(name).is_none())
-            .collect();
     }
+    let needed = detection.family.components().iter().copied();
+    detection.missing = needed
+        .filter(|name| checkpoint.tensors(name).is_none())
+        .collect();
     set_prediction(checkpoint, &mut detection);
     detection
 }
@@ -183,7 +183,7 @@ fn set_prediction(checkpoint: &Checkpoint, detection: &mut Detection) {
                 printable(name)
             ));
         }
-        None if matches!(detection.family, Family::Sd1 | Family::Sd2) => {
+        None if !detection.family.components().is_empty() => {
             detection.prediction = Some(Prediction::Epsilon);
             detection.evidence.push(
                 "scheduler_config.json has no `prediction_type`, which means epsilon".to_owned(),

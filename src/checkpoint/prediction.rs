@@ -43,7 +43,8 @@ fn from_family(family: Family, variant: Variant) -> Option<(Option<Prediction>, 
         (Family::Sd2, _) => {
             "Stable Diffusion 2 with more than the latents going in predicts epsilon"
         }
-        _ => "Stable Diffusion 1 predicts epsilon",
+        (Family::Sd1, _) => "Stable Diffusion 1 predicts epsilon",
+        _ => "nothing says otherwise, and SDXL predicts epsilon",
     };
     Some((Some(Prediction::Epsilon), evidence.to_owned()))
 }

@@ -13,7 +13,7 @@ impl Detection {
             });
         }
         match self.family {
-            Family::Sd1 | Family::Sd2 => self.refuse_stable_diffusion(),
+            family if !family.components().is_empty() => self.refuse_stable_diffusion(),
             family => {
                 let seen = self.evidence.first().map_or("", String::as_str);
                 Some(format!(
@@ -27,14 +27,14 @@ impl Detection {
 
     /// What this is, with its article: "an SDXL base checkpoint", "a Stable Diffusion 1 inpainting checkpoint", "a LoRA (LoKr)".
     pub fn title(&self) -> String {
-        let mut title = match (self.family, self.missing.as_slice()) {
-            (Family::Sd1, ["text_encoder", "vae"]) => {
-                "the UNet alone of a Stable Diffusion 1".to_owned()
-            }
-            (Family::Sd2, ["text_encoder", "vae"]) => {
-                "the UNet alone of a Stable Diffusion 2".to_owned()
-            }
-            (family, _) => family.phrase().to_owned(),
+        let needed = self.family.components().len();
+        let only_unet = needed > 0 && self.missing.len() + 1 == needed;
+        let mut title = if only_unet && !self.missing.contains(&"unet") {
+            let phrase = self.family.phrase();
+            let whole = phrase.strip_suffix(" checkpoint").unwrap_or(phrase);
+            format!("the UNet alone of {whole}")
+        } else {
+            self.family.phrase().to_owned()
         };
         let word = match self.variant {
             Variant::Inpainting => Some("for inpainting"),
@@ -77,15 +77,22 @@ impl Detection {
                 ));
             }
         }
-        let (last, others) = self.missing.split_last()?;
-        let list = match others {
-            [] => (*last).to_owned(),
-            _ => format!("{} and {last}", others.join(", ")),
-        };
+        let (_, others) = self.missing.split_last()?;
+        let list = and(&self.missing);
         Some(format!(
-            "this is {title}: its {list} {} missing, and a picture needs all of unet, text_encoder and vae; give a whole checkpoint",
-            if others.is_empty() { "is" } else { "are" }
+            "this is {title}: its {list} {} missing, and a picture needs all of {}; give a whole checkpoint",
+            if others.is_empty() { "is" } else { "are" },
+            and(self.family.components())
         ))
+    }
+}
+
+/// "a, b and c".
+fn and(names: &[&str]) -> String {
+    match names {
+        [] => String::new(),
+        [only] => (*only).to_owned(),
+        [others @ .., last] => format!("{} and {last}", others.join(", ")),
     }
 }
 
@@ -116,7 +123,7 @@ fn advice(family: Family) -> &'static str {
         Family::TextEncoder | Family::T5 => {
             "only a part of a model; give a whole checkpoint with --model"
         }
-        Family::Unknown => "so it cannot be used; give a Stable Diffusion 1 or 2 checkpoint",
+        Family::Unknown => "so it cannot be used; give a Stable Diffusion 1, 2 or XL checkpoint",
         Family::Sd1
         | Family::Sd2
         | Family::Sdxl
@@ -131,6 +138,8 @@ fn advice(family: Family) -> &'static str {
         | Family::Chroma
         | Family::Svd
         | Family::X4Upscaler
-        | Family::UnClip => "which is not supported yet; give a Stable Diffusion 1 or 2 checkpoint",
+        | Family::UnClip => {
+            "which is not supported yet; give a Stable Diffusion 1, 2 or XL checkpoint"
+        }
     }
 }

@@ -18,10 +18,11 @@ pub(super) const UNET_PREFIXES: [&str; 7] = [
 ];
 const VAE_PREFIXES: [&str; 3] = ["first_stage_model.", "vae.", ""];
 /// Under which text towers may lie in a single file, the component that they are there.
-const TEXT_PREFIXES: [(&str, &str); 9] = [
+const TEXT_PREFIXES: [(&str, &str); 10] = [
     ("cond_stage_model.transformer.", "text_encoder"),
     ("cond_stage_model.model.", "text_encoder"),
     ("cond_stage_model.", "text_encoder"),
+    ("conditioner.embedders.0.model.", "text_encoder_2"),
     ("conditioner.embedders.0.", "text_encoder"),
     ("conditioner.embedders.1.", "text_encoder_2"),
     ("text_encoders.clip_l.", "text_encoder"),

@@ -51,14 +51,8 @@ pub struct GenerateArgs {
     #[arg(short, long, allow_hyphen_values = true)]
     pub prompt: String,
     /// What not to show
-    #[arg(
-        short,
-        long,
-        default_value = "",
-        hide_default_value = true,
-        allow_hyphen_values = true
-    )]
-    pub negative_prompt: String,
+    #[arg(short, long, allow_hyphen_values = true)]
+    pub negative_prompt: Option<String>,
     /// A .safetensors file or a diffusers folder [default: the demonstration checkpoint in this binary]
     #[arg(short, long)]
     pub model: Option<PathBuf>,
@@ -95,6 +89,30 @@ pub struct GenerateArgs {
     /// Leave out the text encoder's last layers, in A1111's numbering; 1 leaves none
     #[arg(long)]
     pub clip_skip: Option<usize>,
+    /// What SDXL is told of a picture's size before it was scaled [default: the picture's size]
+    #[arg(long, value_name = "WxH", value_parser = size, help_heading = "SDXL")]
+    pub original_size: Option<(usize, usize)>,
+    /// What SDXL is told of pixels cut off at the left and at the top [default: 0,0]
+    #[arg(long, value_name = "LEFT,TOP", value_parser = corner, help_heading = "SDXL")]
+    pub crop: Option<(usize, usize)>,
+    /// What SDXL is told of the result's size [default: the picture's size]
+    #[arg(long, value_name = "WxH", value_parser = size, help_heading = "SDXL")]
+    pub target_size: Option<(usize, usize)>,
+    /// The same with the negative prompt [default: as with the prompt]
+    #[arg(long, value_name = "WxH", value_parser = size, help_heading = "SDXL")]
+    pub negative_original_size: Option<(usize, usize)>,
+    /// The same with the negative prompt [default: as with the prompt]
+    #[arg(long, value_name = "LEFT,TOP", value_parser = corner, help_heading = "SDXL")]
+    pub negative_crop: Option<(usize, usize)>,
+    /// The same with the negative prompt [default: as with the prompt]
+    #[arg(long, value_name = "WxH", value_parser = size, help_heading = "SDXL")]
+    pub negative_target_size: Option<(usize, usize)>,
+    /// What the SDXL refiner is told of the result's beauty, 0 to 10 [default: 6]
+    #[arg(long, value_name = "SCORE", value_parser = score, help_heading = "SDXL")]
+    pub aesthetic_score: Option<f64>,
+    /// The same with the negative prompt [default: 2.5]
+    #[arg(long, value_name = "SCORE", value_parser = score, help_heading = "SDXL")]
+    pub negative_aesthetic_score: Option<f64>,
     /// The prompts' language
     #[arg(long, value_enum, default_value_t)]
     pub prompt_syntax: Syntax,
@@ -196,4 +214,39 @@ pub enum RandomFamily {
     Sd15,
     /// Stable Diffusion 2.1
     Sd21,
+    /// Stable Diffusion XL
+    Sdxl,
+}
+
+/// The largest number of pixels that is told.
+const MOST_PIXELS: usize = 65_536;
+
+/// `WxH`.
+fn size(text: &str) -> Result<(usize, usize), String> {
+    pair(text, ['x', 'X', '×'].as_slice(), 1).ok_or_else(|| {
+        format!("expected WIDTHxHEIGHT in pixels, 1 to {MOST_PIXELS} each, such as 1024x768")
+    })
+}
+
+/// `LEFT,TOP`.
+fn corner(text: &str) -> Result<(usize, usize), String> {
+    pair(text, [','].as_slice(), 0).ok_or_else(|| {
+        format!("expected LEFT,TOP in pixels, 0 to {MOST_PIXELS} each, such as 0,256")
+    })
+}
+
+fn pair(text: &str, between: &[char], least: usize) -> Option<(usize, usize)> {
+    let (first, second) = text.split_once(between)?;
+    let number = |text: &str| {
+        let number: usize = text.trim().parse().ok()?;
+        (least..=MOST_PIXELS).contains(&number).then_some(number)
+    };
+    Some((number(first)?, number(second)?))
+}
+
+fn score(text: &str) -> Result<f64, String> {
+    let number: Option<f64> = text.parse().ok();
+    number
+        .filter(|score| (0.0..=10.0).contains(score))
+        .ok_or_else(|| "expected a number from 0 to 10".to_owned())
 }

@@ -7,17 +7,17 @@ use candle_core::{DType, Device, Tensor};
 use sd_kernels::cpu::Level;
 use sd_kernels::op::LayerClass;
 use sd_kernels::profile;
-use sd_models::{clip, unet, vae};
 use serde_json::{Value, json};
 
-use super::args::{BenchArgs, RandomFamily};
+use super::args::BenchArgs;
+use super::full_size::{self, Model};
 use super::{interrupt, kernels, open_model, print_line, set_threads};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::memory::peak_resident;
-use crate::pipeline::Networks;
+use crate::pipeline::{Conditions, Networks};
 use crate::spec::ModelSpec;
-use crate::text::Tower;
+use crate::text::{self, ClipTokenizer, Speaker, Syntax, Texts};
 
 /// GFLOP and seconds by layer class.
 type Classes = BTreeMap<LayerClass, (f64, f64)>;
@@ -60,10 +60,11 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
         }
     };
     say("loading");
-    let (family, networks, native) = load(args, &device, dtype)?;
+    let model = load(args, &device, dtype)?;
+    let networks = &model.networks;
     let load = start.elapsed();
     let scale = 1 << 3;
-    let size = args.size.unwrap_or(native);
+    let size = args.size.unwrap_or(model.size);
     if size == 0 || size > 8192 || !size.is_multiple_of(scale) {
         return Err(Error::Usage(format!(
             "--size is {size}, expected a multiple of {scale} up to 8192"
@@ -73,13 +74,38 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
 
     say("encoding text");
     let begin = Instant::now();
-    let context = networks.states(&vec![0; 2 * networks.positions()], 2, 0)?;
+    let tokenizer = ClipTokenizer::embedded()?;
+    let speakers: Vec<Speaker<'_>> = networks
+        .towers()
+        .iter()
+        .zip(&model.roles)
+        .map(|(tower, role)| Speaker {
+            tower,
+            tokenizer: &tokenizer,
+            role: *role,
+        })
+        .collect();
+    let texts = Texts {
+        prompt: "",
+        negative: Some(""),
+        syntax: Syntax::Plain,
+        clip_skip: 1,
+    };
+    let conditioning = text::encode(&speakers, texts)?;
     let text = begin.elapsed();
 
-    let channels = networks.unet().config().in_channels;
+    let config = networks.unet().config();
+    let channels = config.in_channels;
+    let sizes = vec![size as f64; model.numbers];
+    let conditions = Conditions::new(
+        config,
+        &conditioning,
+        (1, true),
+        (&[sizes.clone(), sizes], 7.5),
+    )?;
     let sample = Tensor::randn(0f32, 1.0, (1, channels, latent, latent), &device)?;
     let begin = Instant::now();
-    let mut denoiser = networks.denoiser([1, channels, latent, latent], &context, &[500.0])?;
+    let mut denoiser = networks.denoiser([1, channels, latent, latent], &conditions, &[500.0])?;
     let load = load + begin.elapsed();
     let mut steps = Vec::new();
     let mut times = BTreeMap::new();
@@ -121,7 +147,7 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
     let (unet, vae) = (unet.flop_by_class(), vae.flop_by_class());
     let bf16 = dtype == DType::BF16;
     let report = Report {
-        family,
+        family: model.name,
         size,
         dtype,
         threads,
@@ -150,48 +176,20 @@ fn check_stopped() -> Result<()> {
     }
 }
 
-fn load(args: &BenchArgs, device: &Device, dtype: DType) -> Result<(String, Networks, usize)> {
-    let Some(family) = args.random_weights else {
-        let checkpoint = open_model(args.model.as_deref(), args.no_mmap)?;
-        let spec = ModelSpec::read(&checkpoint, &crate::checkpoint::detect(&checkpoint))?;
-        let (networks, _) = Networks::load(&checkpoint, &spec, device, dtype)?;
-        return Ok((spec.family.id().to_owned(), networks, spec.defaults.size));
-    };
-    let (text, unet, name) = match family {
-        RandomFamily::Sd15 => (
-            json!({ "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12 }),
-            json!({ "cross_attention_dim": 768 }),
-            "sd15",
-        ),
-        RandomFamily::Sd21 => (
-            json!({ "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
-                    "num_attention_heads": 16, "hidden_act": "gelu" }),
-            json!({ "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20] }),
-            "sd21",
-        ),
-    };
-    let vae = json!({
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D", "DownEncoderBlock2D"],
-        "up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"],
-        "layers_per_block": 2,
-    });
-    let broken = |e: sd_models::config::ConfigError| Error::Usage(e.to_string());
-    let configs = (
-        clip::Config::from_json(&text).map_err(broken)?,
-        unet::Config::from_json(&unet).map_err(broken)?,
-        vae::Config::from_json(&vae).map_err(broken)?,
-    );
-    let networks = Networks::random((&configs.0, &configs.1, &configs.2), device, dtype)?;
-    Ok((
-        name.to_owned(),
+fn load(args: &BenchArgs, device: &Device, dtype: DType) -> Result<Model> {
+    if let Some(family) = args.random_weights {
+        return full_size::random(family, device, dtype);
+    }
+    let checkpoint = open_model(args.model.as_deref(), args.no_mmap)?;
+    let spec = ModelSpec::read(&checkpoint, &crate::checkpoint::detect(&checkpoint))?;
+    let (networks, _) = Networks::load(&checkpoint, &spec, device, dtype)?;
+    Ok(Model {
+        name: spec.family.id().to_owned(),
         networks,
-        if family == RandomFamily::Sd21 {
-            768
-        } else {
-            512
-        },
-    ))
+        size: spec.defaults.size,
+        roles: spec.text.iter().map(|tower| tower.role).collect(),
+        numbers: spec.numbers(),
+    })
 }
 
 fn add_times(sums: &mut BTreeMap<LayerClass, Duration>, more: BTreeMap<LayerClass, Duration>) {

@@ -13,7 +13,7 @@ use crate::device;
 use crate::error::{Error, Result};
 use crate::memory::peak_resident;
 use crate::output::{self, NoiseSource, Parameters, Target};
-use crate::pipeline::{Batch, Control, Engine, Event, Plan, Request, Rng};
+use crate::pipeline::{Batch, Control, Engine, Event, Plan, Request, Rng, SizeConditioning};
 
 /// What does not change from picture to picture.
 struct Job<'a> {
@@ -110,6 +110,18 @@ fn request(args: &GenerateArgs) -> Result<Request> {
         count: usize::from(args.count),
         clip_skip: args.clip_skip,
         rng: args.rng,
+        sizes: SizeConditioning {
+            original: args.original_size,
+            crop: args.crop,
+            target: args.target_size,
+            aesthetic_score: args.aesthetic_score,
+        },
+        negative_sizes: SizeConditioning {
+            original: args.negative_original_size,
+            crop: args.negative_crop,
+            target: args.negative_target_size,
+            aesthetic_score: args.negative_aesthetic_score,
+        },
         dtype: args.dtype,
         force: args.force || args.dry_run,
     })
@@ -258,7 +270,7 @@ impl Job<'_> {
     fn parameters(&self, seed: u64) -> Parameters {
         Parameters {
             prompt: self.request.prompt.clone(),
-            negative_prompt: self.request.negative_prompt.clone(),
+            negative_prompt: self.request.negative_prompt.clone().unwrap_or_default(),
             steps: u32::try_from(self.plan.steps).ok(),
             sampler: Some(self.plan.sampler.clone()),
             schedule_type: Some(self.plan.schedule.clone()),

@@ -13,6 +13,7 @@ use sd_kernels::{Graph, Op, Weights, ops, profile};
 use sd_models::unet::{self, UNet};
 use serde_json::{Value, json};
 
+use super::full_size;
 use super::{interrupt, print_line};
 use crate::device;
 use crate::error::{Error, Result};
@@ -185,17 +186,13 @@ fn measure(layer: &Layer, precision: Precision) -> Result<Duration> {
 
 /// One call with guidance for a picture of 512×512.
 fn sd15() -> Result<Graph> {
-    record(&json!({ "cross_attention_dim": 768 }), 64)
+    record(&full_size::sd15_unet(), 64)
 }
 
 /// One call with guidance for a picture of 1024×1024, without the embedding of sizes, which is two small layers.
 fn sdxl() -> Result<Graph> {
-    let config = json!({
-        "cross_attention_dim": 2048, "block_out_channels": [320, 640, 1280], "use_linear_projection": true,
-        "attention_head_dim": [5, 10, 20], "transformer_layers_per_block": [1, 2, 10],
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    });
+    let mut config = full_size::sdxl_unet();
+    config["addition_embed_type"] = Value::Null;
     record(&config, 128)
 }
 
@@ -207,6 +204,12 @@ fn record(config: &Value, latent: usize) -> Result<Graph> {
     let sample = graph.input("sample", &[2, config.in_channels, latent, latent]);
     let timestep = graph.input("timestep", &[2]);
     let context = graph.input("context", &[2, 77, config.context_width()]);
-    unet.forward(&sample, &timestep, &context)?;
+    unet.forward(&unet::Inputs {
+        sample: &sample,
+        timestep: &timestep,
+        context: &context,
+        added: None,
+        guidance: None,
+    })?;
     Ok(graph)
 }

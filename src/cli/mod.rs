@@ -3,6 +3,7 @@
 pub mod args;
 mod bench;
 mod doctor;
+mod full_size;
 mod generate;
 pub mod inspect;
 mod interrupt;

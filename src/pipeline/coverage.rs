@@ -37,7 +37,8 @@ impl Coverage {
     /// Lets every network of `spec` ask for its weights in `checkpoint`, from which `spec` was read.
     pub fn of(checkpoint: &Checkpoint, spec: &ModelSpec) -> Self {
         let mut coverage = Self::default();
-        let text = source(&spec.text);
+        let towers = spec.text.iter().map(|tower| &tower.component);
+        let text: Vec<_> = towers.clone().map(source).collect();
         let unet = source(&spec.unet);
         let vae = source(&spec.vae);
         if coverage.sizes_are_possible(spec) {
@@ -46,22 +47,24 @@ impl Coverage {
                 load(&weights);
                 named(name, weights.check()).err()
             };
-            let problems = [
-                ask(TEXT, &text, &|w| {
-                    drop(TextEncoder::load(w, &spec.text.config))
-                }),
+            let mut problems: Vec<_> = text
+                .iter()
+                .zip(towers.clone())
+                .map(|(source, tower)| {
+                    ask(TEXT, source, &|w| drop(TextEncoder::load(w, &tower.config)))
+                })
+                .collect();
+            problems.extend([
                 ask(UNET, &unet, &|w| drop(UNet::load(w, &spec.unet.config))),
                 ask(VAE, &vae, &|w| drop(Decoder::load(w, &spec.vae.config))),
-            ];
+            ]);
             let problems = problems.into_iter().flatten();
             coverage.problems.extend(problems.map(|e| e.to_string()));
-            for (name, source, tensors) in [
-                (TEXT, &text, &spec.text.tensors),
-                (UNET, &unet, &spec.unet.tensors),
-                (VAE, &vae, &spec.vae.tensors),
-            ] {
-                coverage.check_types(name, &source.found(), tensors);
+            for (source, tower) in text.iter().zip(towers.clone()) {
+                coverage.check_types(TEXT, &source.found(), &tower.tensors);
             }
+            coverage.check_types(UNET, &unet.found(), &spec.unet.tensors);
+            coverage.check_types(VAE, &vae.found(), &spec.vae.tensors);
             let encoder = ask("encoder of the autoencoder", &vae, &|w| {
                 drop(Encoder::load(w, &spec.vae.config));
             });
@@ -71,11 +74,19 @@ impl Coverage {
                 }),
             );
         }
-        let parts = [
-            ("text_encoder", text.found(), &spec.text.layout),
-            ("unet", unet.found(), &spec.unet.layout),
-            ("vae", vae.found(), &spec.vae.layout),
-        ];
+        let mut parts: Vec<Part<'_>> = text
+            .iter()
+            .zip(&spec.text)
+            .map(|(source, tower)| {
+                (
+                    tower.role.component,
+                    source.found(),
+                    &tower.component.layout,
+                )
+            })
+            .collect();
+        parts.push(("unet", unet.found(), &spec.unet.layout));
+        parts.push(("vae", vae.found(), &spec.vae.layout));
         match checkpoint.single() {
             Some(tensors) => coverage.count_single(&tensors, &parts),
             None => coverage.count_folder(checkpoint, &parts),
@@ -124,8 +135,11 @@ impl Coverage {
     /// Configs are made by strangers: a network of a million layers would take all memory before the first missing tensor is seen.
     fn sizes_are_possible(&mut self, spec: &ModelSpec) -> bool {
         let vae = &spec.vae.config;
-        let sizes = [
-            (TEXT, spec.text.config.layers, &spec.text.tensors),
+        let towers = spec.text.iter().map(|tower| {
+            let component = &tower.component;
+            (TEXT, component.config.layers, &component.tensors)
+        });
+        let others = [
             (UNET, unet_blocks(&spec.unet.config), &spec.unet.tensors),
             (
                 VAE,
@@ -133,7 +147,7 @@ impl Coverage {
                 &spec.vae.tensors,
             ),
         ];
-        for (name, blocks, tensors) in sizes {
+        for (name, blocks, tensors) in towers.chain(others) {
             if blocks > tensors.len() {
                 self.problems.push(format!(
                     "{name}: its config describes {blocks} blocks, and the file holds only {} tensors; they are not of one model",

@@ -1,5 +1,6 @@
 //! From a request to pictures: texts are encoded, noise is drawn, denoised step by step, decoded.
 
+mod conditions;
 mod coverage;
 mod decode;
 mod denoise;
@@ -8,12 +9,17 @@ mod memory;
 mod networks;
 mod plan;
 mod request;
+mod sizes;
+mod tower;
 
+pub use conditions::Conditions;
 pub use coverage::Coverage;
 pub use event::{Control, Event, Listener};
-pub use networks::Networks;
+pub use networks::{Configs, Networks};
 pub use plan::Plan;
 pub use request::{Request, Rng};
+pub use sizes::SizeConditioning;
+pub use tower::LoadedTower;
 
 use std::time::{Duration, Instant};
 
@@ -24,13 +30,13 @@ use crate::error::{Error, Result};
 use crate::output::Image;
 use crate::sampling::Generator;
 use crate::spec::ModelSpec;
-use crate::text::{self, ClipTokenizer, Conditioning, Texts};
+use crate::text::{self, ClipTokenizer, Conditioning, Speaker, Texts};
 use denoise::BatchNoise;
 
 /// A loaded model.
 pub struct Engine {
     spec: ModelSpec,
-    tokenizer: ClipTokenizer,
+    tokenizers: Vec<ClipTokenizer>,
     networks: Networks,
     load_time: Duration,
     warnings: Vec<String>,
@@ -80,13 +86,13 @@ impl Engine {
         let start = Instant::now();
         let detection = checkpoint::detect(checkpoint);
         let spec = ModelSpec::read(checkpoint, &detection)?;
-        let tokenizer = text::tokenizer_for(checkpoint, &spec)?;
+        let tokenizers = text::tokenizers_for(checkpoint, &spec)?;
         let (networks, coverage) = Networks::load(checkpoint, &spec, device, dtype)?;
         let mut warnings = checkpoint.warnings().to_vec();
         warnings.extend(coverage.warning(checkpoint));
         Ok(Self {
             spec,
-            tokenizer,
+            tokenizers,
             networks,
             load_time: start.elapsed(),
             warnings,
@@ -130,11 +136,14 @@ impl Engine {
         }
         let start = Instant::now();
         let conditioning = text::encode(
-            &self.networks,
-            &self.tokenizer,
+            &self.speakers(),
             Texts {
                 prompt: &request.prompt,
-                negative: &request.negative_prompt,
+                negative: match &request.negative_prompt {
+                    Some(text) => Some(text),
+                    None if self.spec.zero_negative => None,
+                    None => Some(""),
+                },
                 syntax: request.prompt_syntax,
                 clip_skip: plan.clip_skip,
             },
@@ -150,6 +159,19 @@ impl Engine {
             finish(batch)?;
         }
         Ok(())
+    }
+
+    fn speakers(&self) -> Vec<Speaker<'_>> {
+        let towers = self.networks.towers().iter();
+        towers
+            .zip(&self.tokenizers)
+            .zip(&self.spec.text)
+            .map(|((tower, tokenizer), spec)| Speaker {
+                tower,
+                tokenizer,
+                role: spec.role,
+            })
+            .collect()
     }
 
     fn batch(
@@ -173,7 +195,12 @@ impl Engine {
             Rng::Nv => Generator::philox(seed),
         });
         let mut noise = BatchNoise::new(generators.collect(), shape, self.networks.device());
-        let context = conditioning.for_batch(plan.batch_size, plan.guided())?;
+        let conditions = Conditions::new(
+            &self.spec.unet.config,
+            conditioning,
+            (plan.batch_size, plan.guided),
+            (&plan.numbers, plan.cfg_scale),
+        )?;
         let timesteps: Vec<f64> = plan
             .trajectory
             .calls
@@ -182,7 +209,7 @@ impl Engine {
             .collect();
         let size = [seeds.len(), shape[0], shape[1], shape[2]];
         let start = Instant::now();
-        let mut denoiser = self.networks.denoiser(size, &context, &timesteps)?;
+        let mut denoiser = self.networks.denoiser(size, &conditions, &timesteps)?;
         let load = start.elapsed();
         let mut model =
             |sample: &Tensor, timestep: f64| guided(plan, denoiser.predict(sample, timestep)?);
@@ -225,7 +252,7 @@ impl Engine {
 /// Classifier-free guidance (Ho & Salimans, arXiv 2207.12598): unconditional + scale · (conditional − unconditional), both in
 /// one call of the network.
 fn guided(plan: &Plan, predictions: Tensor) -> Result<Tensor> {
-    if !plan.guided() {
+    if !plan.guided {
         return Ok(predictions);
     }
     let predictions = predictions.chunk(2, 0)?;

@@ -1,4 +1,4 @@
-//! The three networks of a model, loaded and ready.
+//! The networks of a model, loaded and ready.
 
 use std::sync::Arc;
 
@@ -10,19 +10,20 @@ use sd_models::clip::{self, TextEncoder};
 use sd_models::unet::{self, UNet};
 use sd_models::vae::{self, Decoder};
 
+use super::conditions::{ADDED, CONTEXT, Conditions, GUIDANCE};
 use super::coverage::{Coverage, TEXT, UNET, VAE, named, source};
+use super::tower::LoadedTower;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::spec::ModelSpec;
 use crate::text::Tower;
 use crate::weights::RandomSource;
 
-/// Text encoder, UNet and picture decoder on a device.
+/// Text encoders, UNet and picture decoder on a device.
 pub struct Networks {
-    text: TextEncoder,
+    towers: Vec<LoadedTower>,
     unet: UNet,
     vae: Decoder,
-    text_weights: Weights,
     vae_source: Arc<dyn Source>,
     device: Device,
     dtype: DType,
@@ -38,11 +39,22 @@ struct Planned {
     vae: Store,
 }
 
-/// The sources of the three networks' weights.
+/// The sources of the networks' weights.
 struct Sources {
-    text: Arc<dyn Source>,
+    towers: Vec<Arc<dyn Source>>,
     unet: Arc<dyn Source>,
     vae: Arc<dyn Source>,
+}
+
+/// The structures of a model's networks.
+#[derive(Clone, Copy)]
+pub struct Configs<'a> {
+    /// The text towers.
+    pub towers: &'a [&'a clip::Config],
+    /// The denoising network.
+    pub unet: &'a unet::Config,
+    /// The autoencoder.
+    pub vae: &'a vae::Config,
 }
 
 impl Networks {
@@ -58,12 +70,18 @@ impl Networks {
     ) -> Result<(Self, Coverage)> {
         let coverage = Coverage::of(checkpoint, spec);
         coverage.check(checkpoint)?;
+        let towers = spec.text.iter().map(|tower| &tower.component);
         let sources = Sources {
-            text: source(&spec.text),
+            towers: towers.clone().map(|tower| source(tower) as _).collect(),
             unet: source(&spec.unet),
             vae: source(&spec.vae),
         };
-        let configs = (&spec.text.config, &spec.unet.config, &spec.vae.config);
+        let towers: Vec<&clip::Config> = towers.map(|tower| &tower.config).collect();
+        let configs = Configs {
+            towers: &towers,
+            unet: &spec.unet.config,
+            vae: &spec.vae.config,
+        };
         let networks = Self::build(configs, sources, device, dtype).map_err(|e| match e {
             Error::Weights(reason) => Error::bad_model(checkpoint.path(), reason),
             other => other,
@@ -75,14 +93,10 @@ impl Networks {
     ///
     /// # Errors
     /// When the machine has no memory for them.
-    pub fn random(
-        configs: (&clip::Config, &unet::Config, &vae::Config),
-        device: &Device,
-        dtype: DType,
-    ) -> Result<Self> {
+    pub fn random(configs: Configs<'_>, device: &Device, dtype: DType) -> Result<Self> {
         let source = || Arc::new(RandomSource) as Arc<dyn Source>;
         let sources = Sources {
-            text: source(),
+            towers: configs.towers.iter().map(|_| source()).collect(),
             unet: source(),
             vae: source(),
         };
@@ -90,52 +104,64 @@ impl Networks {
     }
 
     fn build(
-        (text, unet, vae): (&clip::Config, &unet::Config, &vae::Config),
+        configs: Configs<'_>,
         sources: Sources,
         device: &Device,
         dtype: DType,
     ) -> Result<Self> {
+        let planned = is_planned(device).then(Planned::default);
         let weights = |source: &Arc<dyn Source>| Weights::new(Arc::clone(source), dtype, device);
-        let (text_weights, unet_weights, vae_weights) = (
-            weights(&sources.text),
-            weights(&sources.unet),
-            weights(&sources.vae),
-        );
-        let networks = Self {
-            text: TextEncoder::load(&text_weights, text),
-            unet: UNet::load(&unet_weights, unet),
-            vae: Decoder::load(&vae_weights, vae),
-            text_weights: text_weights.clone(),
-            vae_source: sources.vae,
-            device: device.clone(),
-            dtype,
-            weight_bytes: text_weights.bytes() + unet_weights.bytes() + vae_weights.bytes(),
-            planned: is_planned(device).then(Planned::default),
-        };
-        for (name, weights) in [
-            (TEXT, text_weights),
-            (UNET, unet_weights),
-            (VAE, vae_weights),
-        ] {
-            // a plan packs weights when it is made; the eager executor reads them now
-            let found = if networks.planned.is_some() {
+        // a plan packs weights when it is made; the eager executor reads them now
+        let find = |name, weights: &Weights| {
+            let found = if planned.is_some() {
                 weights.check()
             } else {
                 weights.finish()
             };
-            named(name, found)?;
+            named(name, found)
+        };
+        let mut weight_bytes = 0;
+        let mut towers = Vec::with_capacity(configs.towers.len());
+        for (config, source) in configs.towers.iter().zip(&sources.towers) {
+            let weights = weights(source);
+            let encoder = TextEncoder::load(&weights, config);
+            find(TEXT, &weights)?;
+            weight_bytes += weights.bytes();
+            let eager = planned.is_none().then_some(dtype);
+            towers.push(LoadedTower::new(encoder, weights, device, eager));
         }
-        Ok(networks)
+        let unet_weights = weights(&sources.unet);
+        let unet = UNet::load(&unet_weights, configs.unet);
+        find(UNET, &unet_weights)?;
+        let vae_weights = weights(&sources.vae);
+        let vae = Decoder::load(&vae_weights, configs.vae);
+        find(VAE, &vae_weights)?;
+        weight_bytes += unet_weights.bytes() + vae_weights.bytes();
+        Ok(Self {
+            towers,
+            unet,
+            vae,
+            vae_source: sources.vae,
+            device: device.clone(),
+            dtype,
+            weight_bytes,
+            planned,
+        })
     }
 
-    /// The text encoder.
-    pub fn text(&self) -> &TextEncoder {
-        &self.text
+    /// The text encoders.
+    pub fn towers(&self) -> &[LoadedTower] {
+        &self.towers
     }
 
     /// The denoising network.
     pub fn unet(&self) -> &UNet {
         &self.unet
+    }
+
+    /// Tokens of a chunk of text.
+    pub fn positions(&self) -> usize {
+        self.towers.first().map_or(0, LoadedTower::positions)
     }
 
     /// Channels of the latents that the decoder takes.
@@ -158,7 +184,7 @@ impl Networks {
         self.weight_bytes
     }
 
-    /// The UNet for latents of one size under one context `[n or 2n, t, width]`, of which the first half is the unconditional one if there are two.
+    /// The UNet for latents of one size under conditions of batch n or 2n, of which the first half is the unconditional one if there are two.
     /// `timesteps` are those that will be asked for.
     ///
     /// # Errors
@@ -166,32 +192,30 @@ impl Networks {
     pub fn denoiser(
         &self,
         [n, _, h, w]: [usize; 4],
-        context: &Tensor,
+        conditions: &Conditions,
         timesteps: &[f64],
     ) -> Result<Denoiser<'_>> {
-        let batch = context.dim(0)?;
+        let (batch, tokens, _) = conditions.context.dims3()?;
         let Some(planned) = &self.planned else {
-            let context = context.to_dtype(self.dtype)?;
             return Ok(Denoiser {
                 networks: self,
                 repeat: batch / n.max(1),
-                how: How::Eager(context),
+                how: How::Eager(conditions.to_dtype(self.dtype)?),
             });
         };
-        let (graph, output) = self.record_unet((w, h), (batch, context.dim(1)?))?;
+        let (graph, output) = self.record_unet((w, h), (batch, tokens))?;
         let options = self.unet_options(batch == 2 * n);
         let mut plan = Plan::compile(&graph, &output, &options, &planned.unet)?;
         let mut distinct: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
         distinct.sort_by(f32::total_cmp);
         distinct.dedup();
         plan.prepare_timesteps(&distinct)?;
-        let context = context.flatten_all()?.to_vec1::<f32>()?;
         Ok(Denoiser {
             networks: self,
             repeat: batch / n.max(1),
             how: How::Planned {
                 plan: Box::new(plan),
-                context: Some(context),
+                constants: conditions.named()?,
                 out: Vec::new(),
             },
         })
@@ -251,8 +275,17 @@ impl Networks {
         let config = self.unet.config();
         let sample = graph.input("sample", &[batch, config.in_channels, h, w]);
         let timestep = graph.input("timestep", &[batch]);
-        let context = graph.input("context", &[batch, tokens, config.context_width()]);
-        let output = self.unet.forward(&sample, &timestep, &context)?;
+        let context = graph.input(CONTEXT, &[batch, tokens, config.context_width()]);
+        let vector = |name, width: Option<usize>| width.map(|w| graph.input(name, &[batch, w]));
+        let added = vector(ADDED, config.added.map(|added| added.input));
+        let guidance = vector(GUIDANCE, config.time.condition);
+        let output = self.unet.forward(&unet::Inputs {
+            sample: &sample,
+            timestep: &timestep,
+            context: &context,
+            added: added.as_ref(),
+            guidance: guidance.as_ref(),
+        })?;
         Ok((graph, output))
     }
 
@@ -295,7 +328,7 @@ impl Networks {
     fn unet_options(&self, guided: bool) -> Options {
         Options {
             timestep: Some("timestep"),
-            constant: vec!["context"],
+            constant: vec![CONTEXT, ADDED, GUIDANCE],
             halved: if guided { vec!["sample"] } else { Vec::new() },
             ..Options::new(Level::current(), precision(self.dtype))
         }
@@ -308,45 +341,6 @@ fn vae_options(dtype: DType) -> Options {
     Options {
         transient: true,
         ..Options::new(Level::current(), precision(dtype))
-    }
-}
-
-impl Tower for Networks {
-    fn positions(&self) -> usize {
-        self.text.config().positions
-    }
-
-    /// The weights are let go of at the end: between prompts they would only take room (0.5 GB in f32).
-    fn states(&self, ids: &[u32], chunks: usize, skip: usize) -> Result<Tensor> {
-        let positions = self.positions();
-        if self.planned.is_none() {
-            let ids = Tensor::from_vec(ids.to_vec(), (chunks, positions), &self.device)?;
-            let states = self.text.forward(&ids.into(), skip)?.into_data()?;
-            self.text_weights.release();
-            return Ok(states.to_dtype(DType::F32)?);
-        }
-        let vocabulary = self.text.config().vocabulary;
-        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocabulary) {
-            return Err(Error::Numeric(format!(
-                "token {id} is outside the vocabulary of {vocabulary}"
-            )));
-        }
-        let graph = Graph::new();
-        let node = graph.input("ids", &[chunks, positions]);
-        let output = self.text.forward(&node, skip)?;
-        // the text is encoded once a prompt, and every later number depends on it: always in f32
-        let options = Options::new(Level::current(), Precision::F32);
-        let mut plan = Plan::compile(&graph, &output, &options, &Store::default())?;
-        let ids: Vec<f32> = ids.iter().map(|&id| id as f32).collect();
-        let mut states = Vec::new();
-        plan.run(
-            &[Feed {
-                name: "ids",
-                values: &ids,
-            }],
-            &mut states,
-        )?;
-        Ok(Tensor::from_vec(states, plan.output_shape(), &self.device)?)
     }
 }
 
@@ -373,11 +367,11 @@ pub struct Denoiser<'a> {
 }
 
 enum How {
-    Eager(Tensor),
+    Eager(Conditions),
     Planned {
         plan: Box<Plan>,
-        /// Until the first call.
-        context: Option<Vec<f32>>,
+        /// What does not change from call to call; until the first one.
+        constants: Vec<(&'static str, Vec<f32>)>,
         out: Vec<f32>,
     },
 }
@@ -395,14 +389,28 @@ impl Denoiser<'_> {
             ..
         } = self.networks;
         match &mut self.how {
-            How::Eager(context) => {
+            How::Eager(conditions) => {
                 let sample = Tensor::cat(&vec![sample; self.repeat], 0)?.to_dtype(*dtype)?;
                 let timestep = Tensor::full(timestep as f32, sample.dim(0)?, device)?;
-                let out =
-                    unet.forward(&sample.into(), &timestep.into(), &context.clone().into())?;
+                let node = |x: &Tensor| sd_kernels::Tensor::from(x.clone());
+                let (added, guidance) = (
+                    conditions.added.as_ref().map(node),
+                    conditions.guidance.as_ref().map(node),
+                );
+                let out = unet.forward(&unet::Inputs {
+                    sample: &sample.into(),
+                    timestep: &timestep.into(),
+                    context: &node(&conditions.context),
+                    added: added.as_ref(),
+                    guidance: guidance.as_ref(),
+                })?;
                 Ok(out.into_data()?.to_dtype(DType::F32)?)
             }
-            How::Planned { plan, context, out } => {
+            How::Planned {
+                plan,
+                constants,
+                out,
+            } => {
                 let sample = sample.flatten_all()?.to_vec1::<f32>()?;
                 let timestep = [timestep as f32];
                 let mut feeds = vec![
@@ -415,14 +423,11 @@ impl Denoiser<'_> {
                         values: &timestep,
                     },
                 ];
-                if let Some(context) = context {
-                    feeds.push(Feed {
-                        name: "context",
-                        values: context,
-                    });
+                for (name, values) in constants.iter() {
+                    feeds.push(Feed { name, values });
                 }
                 plan.run(&feeds, out)?;
-                *context = None;
+                constants.clear();
                 Ok(Tensor::from_slice(out, plan.output_shape(), device)?)
             }
         }

@@ -1,7 +1,7 @@
 //! A request resolved against a model: sizes, seeds, coefficients. Every refusal happens here, before any work.
 
 use super::request::{Request, Rng};
-use super::{Engine, memory};
+use super::{Engine, memory, sizes};
 use crate::error::{Error, Result};
 use crate::sampling::{self, NoiseSchedule, Trajectory};
 
@@ -39,6 +39,10 @@ pub struct Plan {
     pub clip_skip: usize,
     /// Which random numbers.
     pub rng: Rng,
+    /// Whether the negative prompt has a say.
+    pub guided: bool,
+    /// What SDXL is told beside the text, with the negative prompt and with the prompt.
+    pub numbers: [Vec<f64>; 2],
     /// Bytes at the peak, estimated.
     pub memory: u64,
     /// Notices for the user.
@@ -86,7 +90,9 @@ impl Plan {
                 "{count} batches of {batch_size} pictures are too many, expected at most {MAX_PICTURES} pictures"
             )));
         }
-        let layers = spec.text.config.layers;
+        let towers = spec.text.iter();
+        let layers = towers.map(|tower| tower.component.config.layers);
+        let layers = layers.min().unwrap_or(0);
         let clip_skip = request.clip_skip.unwrap_or(1);
         if !(1..=layers.max(1)).contains(&clip_skip) {
             return Err(Error::Usage(format!(
@@ -94,12 +100,13 @@ impl Plan {
             )));
         }
         let mut warnings = Vec::new();
+        let guided = is_guided(engine, request, cfg_scale);
         let chosen = choose_sampling(engine, request, steps, &mut warnings)?;
         let memory = memory::estimate(
             engine.networks(),
             (width / scale, height / scale),
             batch_size,
-            cfg_scale != 1.0,
+            guided,
         )?;
         if !request.force {
             memory::check(memory)?;
@@ -117,6 +124,12 @@ impl Plan {
             count,
             clip_skip,
             rng: request.rng,
+            guided,
+            numbers: sizes::numbers(
+                spec.numbers(),
+                (width, height),
+                (request.negative_sizes, request.sizes),
+            ),
             memory,
             warnings,
         })
@@ -126,10 +139,20 @@ impl Plan {
     pub fn pictures(&self) -> usize {
         self.batch_size * self.count
     }
+}
 
-    /// Whether the negative prompt has a say.
-    pub fn guided(&self) -> bool {
-        self.cfg_scale != 1.0
+/// Whether there are two predictions to choose between. A scale of 1 takes the prompt's alone, and so does 0, diffusers' word for it; a folder's
+/// own sampler has diffusers' reading, by which none below 1 guides. A network that embeds the guidance needs but one call.
+fn is_guided(engine: &Engine, request: &Request, cfg_scale: f64) -> bool {
+    let spec = engine.spec();
+    let own = request.sampler.is_none() && request.schedule.is_none() && spec.scheduler.is_some();
+    if spec.unet.config.time.condition.is_some() || cfg_scale == 0.0 {
+        return false;
+    }
+    if own {
+        cfg_scale > 1.0
+    } else {
+        cfg_scale != 1.0
     }
 }
 

@@ -1,5 +1,6 @@
 //! What was asked for: plain data, nothing resolved. The command line and every other door end here.
 
+use super::sizes::SizeConditioning;
 use crate::device::DtypeChoice;
 use crate::text::Syntax;
 
@@ -18,8 +19,8 @@ pub enum Rng {
 pub struct Request {
     /// What to show.
     pub prompt: String,
-    /// What not to show.
-    pub negative_prompt: String,
+    /// What not to show; a model that was trained so is given zeros where there is none.
+    pub negative_prompt: Option<String>,
     /// The prompts' language.
     pub prompt_syntax: Syntax,
     /// Pixels, a multiple of 8; the model's own size when absent.
@@ -44,6 +45,10 @@ pub struct Request {
     pub clip_skip: Option<usize>,
     /// Which random numbers.
     pub rng: Rng,
+    /// The sizes that SDXL is told.
+    pub sizes: SizeConditioning,
+    /// What it is told with the negative prompt; those of the prompt where absent.
+    pub negative_sizes: SizeConditioning,
     /// The compute type.
     pub dtype: DtypeChoice,
     /// Begin even when the memory estimate says that it will not fit.

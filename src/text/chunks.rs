@@ -35,6 +35,12 @@ impl Chunk {
     pub fn is_weighted(&self) -> bool {
         self.weights.iter().any(|&weight| weight != 1.0)
     }
+
+    /// Where the text ends: the place of the first `eos`, or the last one.
+    pub fn end(&self, eos: u32) -> usize {
+        let end = self.ids.iter().position(|&id| id == eos);
+        end.unwrap_or(self.ids.len().saturating_sub(1))
+    }
 }
 
 /// A tokenized text.

@@ -1,20 +1,30 @@
-//! Prompt and negative prompt through the text tower, in one batch.
+//! Prompt and negative prompt through the text towers, in one batch.
 
 use candle_core::{DType, Tensor};
 
 use super::ClipTokenizer;
 use super::chunks::{Chunk, Chunking, Tokenized, emphasis_scale};
-use super::prompt::Syntax;
-use crate::error::Result;
+use super::prompt::{Role, Syntax};
+use crate::error::{Error, Result};
+use crate::spec::TowerRole;
 
-/// What the UNet reads: text states of the prompt and of the negative prompt, of the same length.
+/// What the UNet reads: the prompt and the negative prompt, of the same length.
 pub struct Conditioning {
-    /// Of the negative prompt, `[1, t, width]`.
-    unconditional: Tensor,
-    /// Of the prompt, `[1, t, width]`.
-    conditional: Tensor,
+    /// The negative prompt.
+    unconditional: Encoded,
+    /// The prompt.
+    conditional: Encoded,
     /// Notices: what was cut.
     pub warnings: Vec<String>,
+}
+
+/// A text as networks read it.
+#[derive(Debug, Clone)]
+pub struct Encoded {
+    /// States of all towers side by side, f32: `[1, t, width]`.
+    pub states: Tensor,
+    /// The whole text's vector, from its first chunk, f32: `[1, projection]`; where a tower gives one.
+    pub pooled: Option<Tensor>,
 }
 
 impl Conditioning {
@@ -23,17 +33,43 @@ impl Conditioning {
     /// # Errors
     /// When the device has no memory.
     pub fn for_batch(&self, batch: usize, guided: bool) -> Result<Tensor> {
-        let (_, t, width) = self.conditional.dims3()?;
-        let repeat = |x: &Tensor| x.broadcast_as((batch, t, width))?.contiguous();
-        Ok(if guided {
-            Tensor::cat(
-                &[repeat(&self.unconditional)?, repeat(&self.conditional)?],
-                0,
-            )?
-        } else {
-            repeat(&self.conditional)?
-        })
+        rows(
+            &self.unconditional.states,
+            &self.conditional.states,
+            (batch, guided),
+        )
     }
+
+    /// The whole texts' vectors of a batch, in the same order: `[batch or 2 · batch, projection]`.
+    ///
+    /// # Errors
+    /// When the device has no memory.
+    pub fn pooled_for_batch(&self, batch: usize, guided: bool) -> Result<Option<Tensor>> {
+        match (&self.unconditional.pooled, &self.conditional.pooled) {
+            (Some(negative), Some(positive)) => rows(negative, positive, (batch, guided)).map(Some),
+            _ => Ok(None),
+        }
+    }
+}
+
+fn rows(negative: &Tensor, positive: &Tensor, (batch, guided): (usize, bool)) -> Result<Tensor> {
+    let repeat = |x: &Tensor| Tensor::cat(&vec![x; batch], 0);
+    Ok(if guided {
+        Tensor::cat(&[repeat(negative)?, repeat(positive)?], 0)?
+    } else {
+        repeat(positive)?
+    })
+}
+
+/// How the states of a tower are taken.
+#[derive(Debug, Clone, Copy)]
+pub struct Reading<'a> {
+    /// Layers that are left out.
+    pub skip: usize,
+    /// Whether the states pass through the final norm.
+    pub norm: bool,
+    /// The chunks whose text's vector is wanted, with the place of the end token in each.
+    pub pooled: &'a [(usize, usize)],
 }
 
 /// A text encoder, whoever runs it.
@@ -41,12 +77,26 @@ pub trait Tower {
     /// Tokens of a chunk.
     fn positions(&self) -> usize;
 
-    /// States in f32 of `chunks` chunks of [`Tower::positions`] ids each, behind all but the last `skip` layers and the final norm:
-    /// `[chunks, positions, width]`.
+    /// Whether the tower gives a whole text's vector.
+    fn projects(&self) -> bool;
+
+    /// States of `chunks` chunks of [`Tower::positions`] ids each, `[chunks, positions, width]`, and the vectors that the reading asks for,
+    /// `[wanted, projection]`; in f32.
     ///
     /// # Errors
     /// When an id is out of range or the executor fails.
-    fn states(&self, ids: &[u32], chunks: usize, skip: usize) -> Result<Tensor>;
+    fn states(&self, ids: &[u32], chunks: usize, reading: Reading<'_>) -> Result<Encoded>;
+}
+
+/// A tower with the tokenizer that goes with it.
+#[derive(Clone, Copy)]
+pub struct Speaker<'a> {
+    /// Who encodes.
+    pub tower: &'a dyn Tower,
+    /// Who cuts text into tokens.
+    pub tokenizer: &'a ClipTokenizer,
+    /// What the family does with the tower.
+    pub role: TowerRole,
 }
 
 /// What is to be encoded.
@@ -54,54 +104,137 @@ pub trait Tower {
 pub struct Texts<'a> {
     /// The prompt.
     pub prompt: &'a str,
-    /// The negative prompt.
-    pub negative: &'a str,
+    /// The negative prompt; none for zeros in its place.
+    pub negative: Option<&'a str>,
     /// The language of both.
     pub syntax: Syntax,
-    /// A1111's numbering: 1 takes the tower's last layer.
+    /// A1111's numbering: 1 takes the family's own layer.
     pub clip_skip: usize,
 }
 
-/// Encodes a prompt and its negative prompt.
+/// Encodes a prompt and its negative prompt by every tower.
 ///
 /// # Errors
-/// When a prompt uses what is not built, or the tower fails.
-pub fn encode(
-    tower: &dyn Tower,
-    tokenizer: &ClipTokenizer,
-    texts: Texts<'_>,
-) -> Result<Conditioning> {
-    let positions = tower.positions();
+/// When a prompt uses what is not built, or a tower fails.
+pub fn encode(speakers: &[Speaker<'_>], texts: Texts<'_>) -> Result<Conditioning> {
+    let mut warnings: Vec<String> = Vec::new();
+    let mut parts: [Vec<Encoded>; 2] = [Vec::new(), Vec::new()];
+    for speaker in speakers {
+        let (both, noticed) = encode_by(speaker, texts)?;
+        for (parts, encoded) in parts.iter_mut().zip(both) {
+            parts.push(encoded);
+        }
+        // towers with one vocabulary cut the same text
+        for warning in noticed {
+            if !warnings.contains(&warning) {
+                warnings.push(warning);
+            }
+        }
+    }
+    let [unconditional, conditional] = parts.map(|parts| side_by_side(&parts));
+    Ok(Conditioning {
+        unconditional: unconditional?,
+        conditional: conditional?,
+        warnings,
+    })
+}
+
+/// The states of all towers next to each other, and the last tower's vector.
+fn side_by_side(parts: &[Encoded]) -> Result<Encoded> {
+    let states: Vec<&Tensor> = parts.iter().map(|part| &part.states).collect();
+    let last = parts
+        .last()
+        .ok_or_else(|| Error::Numeric("the model has no text encoder".to_owned()))?;
+    Ok(Encoded {
+        states: Tensor::cat(&states, 2)?,
+        pooled: last.pooled.clone(),
+    })
+}
+
+/// The negative prompt and the prompt by one tower, and what was cut.
+fn encode_by(speaker: &Speaker<'_>, texts: Texts<'_>) -> Result<([Encoded; 2], Vec<String>)> {
+    let Speaker {
+        tower,
+        tokenizer,
+        role,
+    } = *speaker;
     let chunking = Chunking {
         syntax: texts.syntax,
-        length: positions,
+        length: tower.positions(),
     };
-    let [prompt, negative] = chunking.tokenize_pair(tokenizer, texts.prompt, texts.negative)?;
-    let chunks: Vec<&Chunk> = negative.chunks.iter().chain(&prompt.chunks).collect();
+    let tokenized = match texts.negative {
+        Some(negative) => {
+            let [prompt, negative] = chunking.tokenize_pair(tokenizer, texts.prompt, negative)?;
+            vec![negative, prompt]
+        }
+        None => vec![chunking.tokenize(tokenizer, texts.prompt, Role::Prompt)?],
+    };
+    let chunks: Vec<&Chunk> = tokenized.iter().flat_map(|text| &text.chunks).collect();
     let ids: Vec<u32> = chunks
         .iter()
         .flat_map(|chunk| chunk.ids.iter().copied())
         .collect();
-    let states = tower.states(&ids, chunks.len(), texts.clip_skip.saturating_sub(1))?;
-    let n = negative.chunks.len();
-    let gather = |first: usize, tokenized: &Tokenized| -> Result<Tensor> {
-        let parts = tokenized
-            .chunks
-            .iter()
-            .enumerate()
-            .map(|(i, chunk)| emphasise(&states.narrow(0, first + i, 1)?, chunk))
-            .collect::<Result<Vec<_>>>()?;
-        Ok(Tensor::cat(&parts, 1)?)
+    let firsts: Vec<usize> = tokenized
+        .iter()
+        .scan(0, |next, text| {
+            let first = *next;
+            *next += text.chunks.len();
+            Some(first)
+        })
+        .collect();
+    let ends: Vec<(usize, usize)> = firsts
+        .iter()
+        .map(|&first| (first, chunks[first].end(tokenizer.eos())))
+        .collect();
+    let reading = Reading {
+        skip: texts.clip_skip.saturating_sub(1).max(role.skip),
+        norm: role.norm,
+        pooled: if tower.projects() { &ends } else { &[] },
     };
-    Ok(Conditioning {
-        unconditional: gather(0, &negative)?,
-        conditional: gather(n, &prompt)?,
-        warnings: prompt
-            .warnings
-            .into_iter()
-            .chain(negative.warnings)
-            .collect(),
-    })
+    let all = tower.states(&ids, chunks.len(), reading)?;
+    let mut encoded = Vec::with_capacity(2);
+    for (i, (text, &first)) in tokenized.iter().zip(&firsts).enumerate() {
+        encoded.push(Encoded {
+            states: gather(&all.states, first, text)?,
+            pooled: match &all.pooled {
+                Some(pooled) => Some(pooled.narrow(0, i, 1)?),
+                None => None,
+            },
+        });
+    }
+    let positive = encoded
+        .pop()
+        .ok_or_else(|| Error::Numeric("the prompt was not encoded".to_owned()))?;
+    let negative = match encoded.pop() {
+        Some(negative) => negative,
+        None => positive.zeros()?,
+    };
+    let warnings = tokenized.into_iter().rev().flat_map(|text| text.warnings);
+    Ok(([negative, positive], warnings.collect()))
+}
+
+impl Encoded {
+    /// Zeros of the same sizes.
+    fn zeros(&self) -> Result<Self> {
+        Ok(Self {
+            states: self.states.zeros_like()?,
+            pooled: match &self.pooled {
+                Some(pooled) => Some(pooled.zeros_like()?),
+                None => None,
+            },
+        })
+    }
+}
+
+/// The chunks of a text, from chunk `first` on, behind each other.
+fn gather(states: &Tensor, first: usize, text: &Tokenized) -> Result<Tensor> {
+    let parts = text
+        .chunks
+        .iter()
+        .enumerate()
+        .map(|(i, chunk)| emphasise(&states.narrow(0, first + i, 1)?, chunk))
+        .collect::<Result<Vec<_>>>()?;
+    Ok(Tensor::cat(&parts, 1)?)
 }
 
 /// A1111's "Original" emphasis: each token's state times its weight, then the whole chunk scaled so that its mean stays what it was.

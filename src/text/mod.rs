@@ -7,20 +7,28 @@ mod refusals;
 pub mod tokenizer;
 mod vocabulary;
 
-pub use encode::{Conditioning, Texts, Tower, encode};
+pub use encode::{Conditioning, Encoded, Reading, Speaker, Texts, Tower, encode};
 pub use prompt::Syntax;
 pub use tokenizer::ClipTokenizer;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
-use crate::spec::{ModelSpec, Pad};
+use crate::spec::{ModelSpec, Pad, TextTower};
 
-/// The folder's own tokenizer where it has one, CLIP's in this binary otherwise.
+/// The tokenizer of each of a model's text towers: the folder's own where it has one, CLIP's in this binary otherwise.
 ///
 /// # Errors
-/// When the folder's tokenizer is broken or does not fit the model.
-pub fn tokenizer_for(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<ClipTokenizer> {
-    let folder = checkpoint.path().join("tokenizer");
+/// When a folder's tokenizer is broken or does not fit the model.
+pub fn tokenizers_for(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<Vec<ClipTokenizer>> {
+    let towers = spec.text.iter();
+    towers
+        .map(|tower| tokenizer_for(checkpoint, tower))
+        .collect()
+}
+
+fn tokenizer_for(checkpoint: &Checkpoint, tower: &TextTower) -> Result<ClipTokenizer> {
+    let name = tower.role.tokenizer;
+    let folder = checkpoint.path().join(name);
     let own = ["tokenizer.json", "vocab.json"]
         .iter()
         .any(|name| folder.join(name).exists());
@@ -28,20 +36,20 @@ pub fn tokenizer_for(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<ClipTo
         ClipTokenizer::from_folder(&folder)?
     } else {
         let tokenizer = ClipTokenizer::embedded()?;
-        match spec.defaults.pad {
+        match tower.role.pad {
             Pad::Zero => tokenizer.with_pad(0),
-            Pad::End if pads_with_zero(checkpoint) => tokenizer.with_pad(0),
+            Pad::End if pads_with_zero(checkpoint, name) => tokenizer.with_pad(0),
             Pad::End => tokenizer,
         }
     };
-    tokenizer.check_vocab(spec.text.config.vocabulary)?;
+    tokenizer.check_vocab(tower.component.config.vocabulary)?;
     Ok(tokenizer)
 }
 
 /// Whether a folder's tokenizer config, which may be there without a vocabulary, pads with `!`, token 0.
-fn pads_with_zero(checkpoint: &Checkpoint) -> bool {
+fn pads_with_zero(checkpoint: &Checkpoint, name: &str) -> bool {
     let pad = checkpoint
-        .config("tokenizer")
+        .config(name)
         .and_then(|config| config.get("pad_token"));
     let pad = pad.map(|pad| pad.get("content").unwrap_or(pad));
     pad.and_then(serde_json::Value::as_str) == Some("!")

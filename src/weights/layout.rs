@@ -9,6 +9,8 @@ pub struct Part {
     pub stored: String,
     /// It is rows `index · n .. (index + 1) · n` of `count` equal parts.
     pub rows: Option<Rows>,
+    /// The file has the matrix with rows and columns exchanged.
+    pub transposed: bool,
 }
 
 /// One of several equal parts of a fused tensor, along its first axis.
@@ -38,6 +40,8 @@ pub struct Inner {
     pub stored: &'static str,
     /// Part of a fused tensor, along the first axis.
     pub rows: Option<Rows>,
+    /// A matrix that is stored with rows and columns exchanged.
+    pub transposed: bool,
 }
 
 /// A plain renaming inside a block.
@@ -46,6 +50,7 @@ pub const fn inner(canonical: &'static str, stored: &'static str) -> Inner {
         canonical,
         stored,
         rows: None,
+        transposed: false,
     }
 }
 
@@ -126,13 +131,14 @@ impl Rename {
             .inner
             .iter()
             .find_map(|rule| Some((rule, below(rest, rule.canonical)?)));
-        let (tail, rows) = match fit {
-            Some((rule, tail)) => (join(rule.stored, tail), rule.rows),
-            None => (rest.to_owned(), None),
+        let (tail, rows, transposed) = match fit {
+            Some((rule, tail)) => (join(rule.stored, tail), rule.rows, rule.transposed),
+            None => (rest.to_owned(), None, false),
         };
         Part {
             stored: join(&self.stored, &tail),
             rows,
+            transposed,
         }
     }
 }
@@ -164,6 +170,7 @@ mod tests {
             canonical: "attn.to_q.weight",
             stored: "attn.in_proj_weight",
             rows: Some(Rows { index: 0, count: 3 }),
+            transposed: false,
         },
     ];
 

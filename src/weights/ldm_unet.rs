@@ -5,7 +5,7 @@
 
 use sd_kernels::Activation;
 use sd_models::layers::TimeConfig;
-use sd_models::unet::{Config, Level, Mid};
+use sd_models::unet::{Added, Config, Level, Mid};
 
 use super::layout::{Inner, Layout, inner};
 
@@ -22,6 +22,8 @@ const TIME: &[Inner] = &[inner("linear_1", "0"), inner("linear_2", "2")];
 
 /// Group norms of CompVis' code always have 32 groups.
 const GROUPS: usize = 32;
+/// Width of the sinusoids of a size in SDXL.
+const NUMBER_WIDTH: usize = 256;
 /// More blocks than any network has.
 const MAX_BLOCKS: usize = 256;
 
@@ -66,6 +68,7 @@ pub(crate) fn read(prefix: &str, shapes: &Shapes<'_>) -> Result<(Config, Layout)
         Some(&[output, input]) => (output, input),
         _ => return Err(reader.missing("time_embed.0.weight")),
     };
+    let added = reader.added()?;
     let (context, linear) = reader.transformer.unwrap_or((768, false));
     let levels = reader
         .levels
@@ -95,7 +98,9 @@ pub(crate) fn read(prefix: &str, shapes: &Shapes<'_>) -> Result<(Config, Layout)
             flip_sin_to_cos: true,
             freq_shift: 0.0,
             activation: Activation::Silu,
+            condition: None,
         },
+        added,
         time_activation: None,
         scale_shift: false,
         downsample_padding: 1,
@@ -165,6 +170,19 @@ impl Reader<'_> {
         self.rename("time_embedding", "time_embed", TIME);
         self.rename("conv_norm_out", "out.0", &[]);
         self.rename("conv_out", "out.2", &[]);
+    }
+
+    /// What is embedded beside the time in XL. Shapes do not tell how wide the sinusoids of a number are: 256 in every one of them.
+    fn added(&mut self) -> Result<Option<Added>, String> {
+        if !self.has("label_emb.0.0.weight") {
+            return Ok(None);
+        }
+        let Some(&[_, input]) = self.shape("label_emb.0.0.weight").as_deref() else {
+            return Err(self.missing("label_emb.0.0.weight"));
+        };
+        self.rename("add_embedding", "label_emb.0", TIME);
+        let number = NUMBER_WIDTH;
+        Ok(Some(Added { input, number }))
     }
 
     /// Transformer blocks of the transformer at `stored`; notes its context width and kind.

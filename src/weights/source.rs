@@ -46,6 +46,9 @@ impl CheckpointSource {
                 }
                 *first /= rows.count;
             }
+            if part.transposed {
+                shape.reverse();
+            }
             Some((part, shape))
         })
     }
@@ -102,14 +105,22 @@ impl Source for CheckpointSource {
             let reason = format!("it has {} numbers, expected {wanted}", range.len() / width);
             return Err(Self::error(&part.stored, reason));
         }
-        Ok(Box::new(StoredTensor {
+        let stored = StoredTensor {
             tensors: &self.tensors,
             dtype: info.dtype,
             width,
             name: part.stored,
             bytes,
             range,
-        }))
+        };
+        Ok(match *shape {
+            [rows, columns] if part.transposed => Box::new(Transposed {
+                stored,
+                rows,
+                columns,
+            }),
+            _ => Box::new(stored),
+        })
     }
 }
 
@@ -129,6 +140,23 @@ impl Reader for StoredTensor<'_> {
         let bytes = &self.bytes[self.range.clone()];
         let bytes = &bytes[first * self.width..][..out.len() * self.width];
         to_f32(self.dtype, bytes, out);
+    }
+}
+
+/// A matrix of which the file holds the transpose.
+struct Transposed<'a> {
+    stored: StoredTensor<'a>,
+    rows: usize,
+    columns: usize,
+}
+
+impl Reader for Transposed<'_> {
+    fn read(&self, first: usize, out: &mut [f32]) {
+        for (i, out) in (first..).zip(out) {
+            let (row, column) = (i / self.columns, i % self.columns);
+            self.stored
+                .read(column * self.rows + row, std::slice::from_mut(out));
+        }
     }
 }
 

@@ -11,6 +11,7 @@ const fn third(canonical: &'static str, stored: &'static str, index: usize) -> I
         canonical,
         stored,
         rows: Some(Rows { index, count: 3 }),
+        transposed: false,
     }
 }
 
@@ -27,6 +28,14 @@ const BLOCK: &[Inner] = &[
     inner("mlp.fc1", "mlp.c_fc"),
     inner("mlp.fc2", "mlp.c_proj"),
 ];
+
+/// OpenCLIP multiplies by this matrix from the other side.
+const PROJECT: &[Inner] = &[Inner {
+    canonical: "weight",
+    stored: "text_projection",
+    rows: None,
+    transposed: true,
+}];
 
 /// Heads are 64 wide in every CLIP tower; narrower towers have one.
 const HEAD_WIDTH: usize = 64;
@@ -98,17 +107,27 @@ pub(crate) fn read_transformers(
         heads: heads(width),
         activation: Activation::QuickGelu,
         eps: 1e-5,
+        projection: None,
     };
     Ok((config, layout))
 }
 
-/// A tower in OpenCLIP's spelling below `prefix` (such as `cond_stage_model.model`). Stable Diffusion 2 takes the states behind the
-/// last layer but one: the last is left out, as in diffusers' folders of these models.
+/// What of an OpenCLIP tower is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OpenClip {
+    /// The states behind the last layer but one, so that the last is left out: as in diffusers' folders of Stable Diffusion 2.
+    AllButLast,
+    /// Everything, the projection included: Stable Diffusion XL.
+    Whole,
+}
+
+/// A tower in OpenCLIP's spelling below `prefix` (such as `cond_stage_model.model`).
 ///
 /// # Errors
 /// A sentence that says what is missing.
 pub(crate) fn read_open_clip(
     prefix: &str,
+    used: OpenClip,
     shapes: &Shapes<'_>,
 ) -> Result<(Config, Layout), String> {
     let block = |i: usize| format!("{prefix}.transformer.resblocks.{i}");
@@ -116,7 +135,6 @@ pub(crate) fn read_open_clip(
     let (positions, _) = matrix(shapes, &format!("{prefix}.positional_embedding"))?;
     let (intermediate, _) = matrix(shapes, &format!("{}.mlp.c_fc.weight", block(0)))?;
     let stored = count_layers(shapes, |i| format!("{}.mlp.c_fc.weight", block(i)));
-    let layers = stored.saturating_sub(1);
     let mut layout = Layout::default();
     layout.rename(
         "embeddings.token_embedding",
@@ -129,14 +147,22 @@ pub(crate) fn read_open_clip(
         &[],
     );
     layout.rename("final_layer_norm", &format!("{prefix}.ln_final"), &[]);
+    let (layers, projection) = match used {
+        OpenClip::AllButLast => {
+            let layers = stored.saturating_sub(1);
+            layout.ignore(
+                &block(layers),
+                "tensors of the text encoder's last layer, which Stable Diffusion 2 leaves out",
+            );
+            layout.ignore(&format!("{prefix}.text_projection"), PROJECTION);
+            (layers, None)
+        }
+        OpenClip::Whole => (stored, Some(projection(prefix, shapes, &mut layout)?)),
+    };
     for i in 0..layers {
         layout.rename(&format!("encoder.layers.{i}"), &block(i), BLOCK);
     }
-    layout.ignore(
-        &block(layers),
-        "tensors of the text encoder's last layer, which Stable Diffusion 2 leaves out",
-    );
-    for name in ["text_projection", "logit_scale", "attn_mask"] {
+    for name in ["logit_scale", "attn_mask"] {
         layout.ignore(&format!("{prefix}.{name}"), PROJECTION);
     }
     let config = Config {
@@ -148,6 +174,19 @@ pub(crate) fn read_open_clip(
         heads: heads(width),
         activation: Activation::Gelu,
         eps: 1e-5,
+        projection,
     };
     Ok((config, layout))
+}
+
+/// The width of a whole text's vector. Files from some tools keep the matrix as a linear layer's weight.
+fn projection(prefix: &str, shapes: &Shapes<'_>, layout: &mut Layout) -> Result<usize, String> {
+    let linear = format!("{prefix}.text_projection");
+    if let Some(&[output, _]) = shapes(&format!("{linear}.weight")).as_deref() {
+        layout.rename("text_projection", &linear, &[]);
+        return Ok(output);
+    }
+    let (_, output) = matrix(shapes, &linear)?;
+    layout.rename("text_projection", prefix, PROJECT);
+    Ok(output)
 }

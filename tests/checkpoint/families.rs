@@ -27,6 +27,17 @@ fn refused(tensors: &Tensors, family: Family, words: &str) -> Detection {
     detection
 }
 
+/// Detected as `family` by evidence that holds `words`, and fit to make pictures.
+#[track_caller]
+fn taken(tensors: &Tensors, family: Family, words: &str) -> Detection {
+    let detection = detection(tensors);
+    assert_eq!(detection.family, family, "{:?}", detection.evidence);
+    assert_eq!(detection.refusal(), None);
+    let evidence = detection.evidence.join("; ");
+    assert!(evidence.contains(words), "{evidence}");
+    detection
+}
+
 #[test]
 fn sd1_in_all_spellings() {
     let full = sd1(&Sizes::sd1());
@@ -268,11 +279,16 @@ fn sdxl_and_its_relatives() {
         open_clip(&mut tensors, "conditioner.embedders.1.model.", 1280, 32);
         tensors
     };
-    let base = refused(
+    let base = taken(
         &whole(&Sizes::sdxl()),
         Family::Sdxl,
-        "this is an SDXL base checkpoint (key `conditioner.embedders.1.model.",
+        "key `conditioner.embedders.1.model.",
     );
+    assert_eq!(base.prediction, Some(Prediction::Epsilon));
+    let mut velocity = whole(&Sizes::sdxl());
+    velocity.add("v_pred", &[1]);
+    let velocity = taken(&velocity, Family::Sdxl, "key `v_pred`");
+    assert_eq!(velocity.prediction, Some(Prediction::V));
     let places: Vec<_> = base.places.iter().map(|place| place.component).collect();
     assert_eq!(places, ["text_encoder", "text_encoder_2", "unet", "vae"]);
     let inpainting = Sizes {
@@ -288,19 +304,20 @@ fn sdxl_and_its_relatives() {
         mid_depth,
         ..Sizes::sdxl()
     };
-    refused(&whole(&depths(&[0, 2, 4], 0)), Family::Ssd1b, "SSD-1B");
-    refused(&whole(&depths(&[0, 1, 2], 0)), Family::Vega, "Vega");
+    let seen = "transformer blocks on the way down";
+    taken(&whole(&depths(&[0, 2, 4], 0)), Family::Ssd1b, seen);
+    taken(&whole(&depths(&[0, 1, 2], 0)), Family::Vega, seen);
     for last in [5, 6] {
         let koala = Sizes {
             layers: 1,
             ..depths(&[0, 2, last], 0)
         };
-        refused(&whole(&koala), Family::Koala, "KOALA");
+        taken(&whole(&koala), Family::Koala, seen);
     }
     let mut unet = Tensors::default();
     ldm_unet(&mut unet, "", &Sizes::sdxl());
     unet.add("label_emb.0.0.weight", &[1280, 2816]);
-    refused(&unet, Family::Sdxl, "label_emb.0.0.weight");
+    refused(&unet, Family::Sdxl, "the UNet alone of an SDXL base");
     let mut refiner = Tensors::default();
     let sizes = Sizes {
         channels: vec![384, 768, 1536, 1536],
@@ -310,12 +327,18 @@ fn sdxl_and_its_relatives() {
     };
     ldm_unet(&mut refiner, "model.diffusion_model.", &sizes);
     refiner.add("model.diffusion_model.label_emb.0.0.weight", &[1536, 2560]);
-    refused(&refiner, Family::SdxlRefiner, "refiner");
-    open_clip(&mut refiner, "conditioner.embedders.0.model.", 1280, 32);
     refused(
         &refiner,
         Family::SdxlRefiner,
-        "conditioner.embedders.0.model.",
+        "the UNet alone of an SDXL refiner",
+    );
+    open_clip(&mut refiner, "conditioner.embedders.0.model.", 1280, 32);
+    refused(&refiner, Family::SdxlRefiner, "its vae is missing");
+    ldm_vae(&mut refiner, "first_stage_model.");
+    taken(
+        &refiner,
+        Family::SdxlRefiner,
+        "key `conditioner.embedders.0.model.",
     );
     let mut upscaler = Tensors::default();
     ldm_unet(

@@ -548,8 +548,14 @@ fn choose_types(program: &mut Program, options: &Options) {
     }
     let mut only_norms = vec![false; program.values.len()];
     for step in &program.steps {
-        // products of the timestep are few and feed every block: they keep their precision
-        if program.values[step.out].rate == Rate::Timestep {
+        // products of the timestep, and of what is embedded beside it, are few and feed every block: they keep their precision
+        let vectors = |work: &Work| {
+            work.operands()
+                .iter()
+                .all(|&v| program.values[v].pixels == 1)
+        };
+        let embeds = matches!(step.work, Work::Product(_)) && vectors(&step.work);
+        if embeds || program.values[step.out].rate == Rate::Timestep {
             continue;
         }
         for value in step.work.operands() {

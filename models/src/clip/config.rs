@@ -24,6 +24,8 @@ pub struct Config {
     pub activation: Activation,
     /// Epsilon of the norms.
     pub eps: f64,
+    /// Width of a whole text's vector (`text_projection`), where the tower gives one.
+    pub projection: Option<usize>,
 }
 
 impl Config {
@@ -42,6 +44,10 @@ impl Config {
             heads: fields.positive("num_attention_heads", 8)?,
             activation: crate::unet::activation(&fields, "hidden_act", "quick_gelu")?,
             eps: fields.number("layer_norm_eps", 1e-5)?,
+            projection: match projects(value) {
+                true => Some(fields.positive("projection_dim", 512)?),
+                false => None,
+            },
         };
         if !config.width.is_multiple_of(config.heads) {
             return Err(ConfigError(format!(
@@ -57,4 +63,10 @@ impl Config {
         }
         Ok(config)
     }
+}
+
+/// Every tower's config has `projection_dim`; the class says whether there is such a layer.
+fn projects(value: &Value) -> bool {
+    let class = value.get("architectures").and_then(|list| list.get(0));
+    class.and_then(Value::as_str) == Some("CLIPTextModelWithProjection")
 }

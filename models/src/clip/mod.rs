@@ -18,6 +18,7 @@ pub struct TextEncoder {
     positions: sd_kernels::Param,
     layers: Vec<Layer>,
     final_norm: LayerNorm,
+    projection: Option<Linear>,
 }
 
 impl TextEncoder {
@@ -36,6 +37,9 @@ impl TextEncoder {
                 .map(|i| Layer::load(&weights.at("encoder.layers").at(i), config))
                 .collect(),
             final_norm: LayerNorm::load(&weights.at("final_layer_norm"), config.width, config.eps),
+            projection: config.projection.map(|output| {
+                Linear::load_no_bias(&weights.at("text_projection"), config.width, output)
+            }),
             config: config.clone(),
         }
     }
@@ -50,12 +54,48 @@ impl TextEncoder {
     /// # Errors
     /// When an id or the length is out of range, or the executor fails.
     pub fn forward(&self, ids: &Tensor, skip: usize) -> Result<Tensor> {
+        self.final_norm.forward(&self.hidden(ids, skip)?)
+    }
+
+    /// The same without the final norm, as Stable Diffusion XL reads them.
+    ///
+    /// # Errors
+    /// As [`TextEncoder::forward`].
+    pub fn hidden(&self, ids: &Tensor, skip: usize) -> Result<Tensor> {
         let x = ops::embed(ids, &self.tokens)?; // [b, s, width]
         let mut x = ops::add_positions(&x, &self.positions)?;
-        for layer in &self.layers[..self.layers.len().saturating_sub(skip)] {
+        for layer in &self.layers[..self.kept(skip)] {
+            x = layer.forward(&x)?;
+        }
+        Ok(x)
+    }
+
+    /// What [`TextEncoder::hidden`] left out: the last `skip` layers of `states [b, s, width]`, and the final norm.
+    ///
+    /// # Errors
+    /// When the executor fails.
+    pub fn finish(&self, states: &Tensor, skip: usize) -> Result<Tensor> {
+        let mut x = states.clone();
+        for layer in &self.layers[self.kept(skip)..] {
             x = layer.forward(&x)?;
         }
         self.final_norm.forward(&x)
+    }
+
+    /// A whole text's vector, from the final state of its end token: `[b, 1, width]` → `[b, 1, projection]`. As it is for a tower
+    /// without a projection.
+    ///
+    /// # Errors
+    /// When the executor fails.
+    pub fn project(&self, states: &Tensor) -> Result<Tensor> {
+        match &self.projection {
+            Some(projection) => projection.forward(states),
+            None => Ok(states.clone()),
+        }
+    }
+
+    fn kept(&self, skip: usize) -> usize {
+        self.layers.len().saturating_sub(skip)
     }
 }
 

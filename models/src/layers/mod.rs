@@ -7,7 +7,7 @@ pub use attention::{Attention, FeedForward};
 pub use resnet::{Downsample, ResnetBlock, ResnetConfig, Upsample};
 
 use sd_kernels::ops::{self, apply};
-use sd_kernels::{Activation, Op, Padding, Param, Result, Tensor, Weights};
+use sd_kernels::{Activation, Error, Op, Padding, Param, Result, Tensor, Weights};
 
 /// `torch.nn.Conv2d`: `[b, i, h, w]` → `[b, o, h', w']`.
 pub struct Conv2d {
@@ -151,9 +151,40 @@ impl LayerNorm {
 /// The timestep as sinusoids and two linear layers (diffusers `Timesteps` + `TimestepEmbedding`).
 pub struct TimeEmbedding {
     sinusoid: Op,
+    /// Of what is known beside the time: a distilled guidance.
+    condition: Option<Linear>,
+    embedding: Embedding,
+}
+
+/// Two linear layers with an activation between them (diffusers `TimestepEmbedding`, Flux's `MLPEmbedder`).
+pub struct Embedding {
     linear_1: Linear,
     linear_2: Linear,
     activation: Activation,
+}
+
+impl Embedding {
+    /// Reads `linear_1` and `linear_2`.
+    pub fn load(
+        weights: &Weights,
+        (input, output): (usize, usize),
+        activation: Activation,
+    ) -> Self {
+        Self {
+            linear_1: Linear::load(&weights.at("linear_1"), input, output),
+            linear_2: Linear::load(&weights.at("linear_2"), output, output),
+            activation,
+        }
+    }
+
+    /// `x [b, input]` → `[b, output]`.
+    ///
+    /// # Errors
+    /// When the executor fails.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let x = self.linear_1.forward(x)?; // [b, output]
+        self.linear_2.forward(&ops::activate(&x, self.activation)?)
+    }
 }
 
 /// What a [`TimeEmbedding`] needs to know.
@@ -169,10 +200,12 @@ pub struct TimeConfig {
     pub freq_shift: f64,
     /// Between the two linear layers.
     pub activation: Activation,
+    /// Width of a vector that is added to the sinusoids (`time_cond_proj_dim`: the guidance of a latent consistency model).
+    pub condition: Option<usize>,
 }
 
 impl TimeEmbedding {
-    /// Reads `linear_1` and `linear_2`.
+    /// Reads `linear_1`, `linear_2` and, where the config has a condition, `cond_proj`.
     pub fn load(weights: &Weights, config: &TimeConfig) -> Self {
         Self {
             sinusoid: Op::Sinusoid {
@@ -180,20 +213,39 @@ impl TimeEmbedding {
                 flip_sin_to_cos: config.flip_sin_to_cos,
                 freq_shift: config.freq_shift,
             },
-            linear_1: Linear::load(&weights.at("linear_1"), config.input, config.output),
-            linear_2: Linear::load(&weights.at("linear_2"), config.output, config.output),
-            activation: config.activation,
+            condition: config
+                .condition
+                .map(|width| Linear::load_no_bias(&weights.at("cond_proj"), width, config.input)),
+            embedding: Embedding::load(weights, (config.input, config.output), config.activation),
         }
     }
 
-    /// Embeds timesteps `[b]` (0 to 999, fractions allowed) as `[b, output]`.
+    /// Embeds timesteps `[b]` (0 to 999, fractions allowed) as `[b, output]`; `condition` is `[b, width]`.
     ///
     /// # Errors
-    /// When the executor fails.
-    pub fn forward(&self, timestep: &Tensor) -> Result<Tensor> {
+    /// When there is a condition and the network takes none, or the other way round; when the executor fails.
+    pub fn forward(&self, timestep: &Tensor, condition: Option<&Tensor>) -> Result<Tensor> {
         let x = apply(self.sinusoid.clone(), &[timestep])?; // [b, input]
-        let x = self.linear_1.forward(&x)?; // [b, output]
-        let x = ops::activate(&x, self.activation)?;
-        self.linear_2.forward(&x)
+        let x = match (&self.condition, condition) {
+            (None, None) => x,
+            (Some(project), Some(condition)) => ops::add(&x, &project.forward(condition)?)?,
+            (project, _) => {
+                return Err(Error::Shape {
+                    op: "time_embedding",
+                    expected: given(project.is_some()).to_owned(),
+                    got: given(project.is_none()).to_owned(),
+                });
+            }
+        };
+        self.embedding.forward(&x)
+    }
+}
+
+/// The words for a missing or superfluous input.
+pub(crate) fn given(there: bool) -> &'static str {
+    if there {
+        "a condition beside the timestep"
+    } else {
+        "none beside the timestep"
     }
 }

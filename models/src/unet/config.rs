@@ -1,6 +1,7 @@
 //! The structure of a UNet, from diffusers' `config.json` (single files give it from their shapes).
 
-use sd_kernels::Activation;
+use sd_kernels::ops::{self, apply};
+use sd_kernels::{Activation, Op, Result, Tensor};
 use serde_json::{Value, json};
 
 use crate::config::{ConfigError, ConfigResult, Fields};
@@ -27,6 +28,8 @@ pub struct Config {
     pub activation: Activation,
     /// The timestep's embedding.
     pub time: TimeConfig,
+    /// What is embedded beside the time, if anything.
+    pub added: Option<Added>,
     /// Applied once to the time embedding before the blocks, if given.
     pub time_activation: Option<Activation>,
     /// Residual blocks take the time as scale and shift.
@@ -39,6 +42,16 @@ pub struct Config {
     pub conv_in_kernel: usize,
     /// Kernel width of the last convolution.
     pub conv_out_kernel: usize,
+}
+
+/// A vector that is embedded and added to the time's embedding: a whole text's vector and a few numbers as sinusoids (Podell et al.,
+/// "SDXL", arXiv 2307.01952, section 2.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Added {
+    /// Width of the vector.
+    pub input: usize,
+    /// Width of one number's sinusoids.
+    pub number: usize,
 }
 
 /// One resolution of a UNet.
@@ -72,16 +85,14 @@ pub enum Mid {
     },
 }
 
-/// Options of `UNet2DConditionModel` that no Stable Diffusion 1 or 2 uses, with the value that means "off".
-fn unsupported() -> [(&'static str, Value); 13] {
+/// Options of `UNet2DConditionModel` that no Stable Diffusion 1, 2 or XL uses, with the value that means "off".
+fn unsupported() -> [(&'static str, Value); 11] {
     [
         ("dual_cross_attention", json!(false)),
         ("class_embed_type", Value::Null),
         ("num_class_embeds", Value::Null),
-        ("addition_embed_type", Value::Null),
         ("encoder_hid_dim", Value::Null),
         ("encoder_hid_dim_type", Value::Null),
-        ("time_cond_proj_dim", Value::Null),
         ("timestep_post_act", Value::Null),
         ("time_embedding_type", json!("positional")),
         ("attention_type", json!("default")),
@@ -125,7 +136,12 @@ impl Config {
                 flip_sin_to_cos: fields.flag("flip_sin_to_cos", true)?,
                 freq_shift: fields.number("freq_shift", 0.0)?,
                 activation,
+                condition: match fields.size("time_cond_proj_dim", 0)? {
+                    0 => None,
+                    width => Some(width),
+                },
             },
+            added: added(&fields)?,
             time_activation: match fields.get("time_embedding_act_fn") {
                 Some(_) => Some(self::activation(&fields, "time_embedding_act_fn", "silu")?),
                 None => None,
@@ -142,6 +158,33 @@ impl Config {
         })
     }
 
+    /// What the network embeds beside the time, for one row of a batch: sinusoids of `numbers [n]`, `[n, added.number]`.
+    ///
+    /// # Errors
+    /// When the executor fails.
+    pub fn embed_numbers(&self, numbers: &Tensor) -> Result<Tensor> {
+        let sinusoid = Op::Sinusoid {
+            width: self.added.map_or(0, |added| added.number),
+            flip_sin_to_cos: self.time.flip_sin_to_cos,
+            freq_shift: self.time.freq_shift,
+        };
+        apply(sinusoid, &[numbers])
+    }
+
+    /// The guidance scale as a latent consistency model reads it, `[b]` → `[b, time.condition]` (Luo et al., arXiv 2310.04378; diffusers'
+    /// `get_guidance_scale_embedding`).
+    ///
+    /// # Errors
+    /// When the executor fails.
+    pub fn embed_guidance(&self, scale: &Tensor) -> Result<Tensor> {
+        let sinusoid = Op::Sinusoid {
+            width: self.time.condition.unwrap_or(0),
+            flip_sin_to_cos: false,
+            freq_shift: 1.0,
+        };
+        apply(sinusoid, &[&ops::affine(scale, 1000.0, -1000.0)?])
+    }
+
     /// The width of the text states that the network reads.
     pub fn context_width(&self) -> usize {
         self.levels.first().map_or(0, |level| level.context)
@@ -150,6 +193,19 @@ impl Config {
     /// Latent height and width must be multiples of this for a picture without odd sizes inside; others work too.
     pub fn size_multiple(&self) -> usize {
         1 << self.levels.len().saturating_sub(1)
+    }
+}
+
+fn added(fields: &Fields<'_>) -> ConfigResult<Option<Added>> {
+    match fields.get("addition_embed_type") {
+        None => Ok(None),
+        Some(_) => match fields.text("addition_embed_type", "")? {
+            "text_time" => Ok(Some(Added {
+                input: fields.positive("projection_class_embeddings_input_dim", 0)?,
+                number: fields.positive("addition_time_embed_dim", 0)?,
+            })),
+            other => Err(not_built("addition_embed_type", other)),
+        },
     }
 }
 

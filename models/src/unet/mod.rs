@@ -1,7 +1,8 @@
-//! The denoising UNet of Stable Diffusion 1 and 2 (Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models",
+//! The denoising UNet of Stable Diffusion 1, 2 and XL (Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models",
 //! arXiv 2112.10752; diffusers 0.42.1 `UNet2DConditionModel`).
 //!
-//! In: latents `[b, in_channels, h, w]`, scaled as the sampler says; timestep `[b]`, 0 to 999; text states `[b, t, context]`.
+//! In: latents `[b, in_channels, h, w]`, scaled as the sampler says; timestep `[b]`, 0 to 999; text states `[b, t, context]`; for XL a vector
+//! beside the time, `[b, added]`.
 //! Out: the model's prediction `[b, out_channels, h, w]`.
 
 mod block;
@@ -9,18 +10,34 @@ mod config;
 mod transformer;
 
 pub(crate) use config::activation;
-pub use config::{Config, Level, Mid};
+pub use config::{Added, Config, Level, Mid};
 
 use block::{DownBlock, MidBlock, UpBlock};
-use sd_kernels::{Padding, Result, Tensor, Weights, ops};
+use sd_kernels::{Activation, Error, Padding, Result, Tensor, Weights, ops};
 
-use crate::layers::{Conv2d, GroupNorm, TimeEmbedding};
+use crate::layers::{Conv2d, Embedding, GroupNorm, TimeEmbedding, given};
+
+/// What one call of the network takes.
+#[derive(Clone, Copy)]
+pub struct Inputs<'a> {
+    /// Latents `[b, in_channels, h, w]`.
+    pub sample: &'a Tensor,
+    /// `[b]`, 0 to 999, fractions allowed.
+    pub timestep: &'a Tensor,
+    /// Text states `[b, t, context]`.
+    pub context: &'a Tensor,
+    /// `[b, added.input]`, where the config has `added`.
+    pub added: Option<&'a Tensor>,
+    /// `[b, time.condition]`, where the config has `time.condition`.
+    pub guidance: Option<&'a Tensor>,
+}
 
 /// The network.
 pub struct UNet {
     config: Config,
     conv_in: Conv2d,
     time_embedding: TimeEmbedding,
+    add_embedding: Option<Embedding>,
     down: Vec<DownBlock>,
     mid: Option<MidBlock>,
     up: Vec<UpBlock>,
@@ -44,6 +61,14 @@ impl UNet {
                 config.conv_in_kernel,
             ),
             time_embedding: TimeEmbedding::load(&weights.at("time_embedding"), &config.time),
+            // diffusers gives this embedding SiLU, whatever the config's activation
+            add_embedding: config.added.map(|added| {
+                Embedding::load(
+                    &weights.at("add_embedding"),
+                    (added.input, config.time.output),
+                    Activation::Silu,
+                )
+            }),
             down: (0..count)
                 .map(|i| DownBlock::load(&weights.at("down_blocks").at(i), config, i))
                 .collect(),
@@ -72,13 +97,31 @@ impl UNet {
         &self.config
     }
 
-    /// One prediction for `sample [b, in_channels, h, w]` at `timestep [b]` under `context [b, t, context]`.
+    /// One prediction `[b, out_channels, h, w]`.
     ///
     /// # Errors
-    /// When the shapes do not fit or the executor fails.
-    pub fn forward(&self, sample: &Tensor, timestep: &Tensor, context: &Tensor) -> Result<Tensor> {
-        // 1. time
-        let temb = self.time_embedding.forward(timestep)?; // [b, time width]
+    /// When the shapes do not fit, an input is missing or the executor fails.
+    pub fn forward(&self, inputs: &Inputs<'_>) -> Result<Tensor> {
+        let Inputs {
+            sample,
+            timestep,
+            context,
+            added,
+            guidance,
+        } = *inputs;
+        // 1. time, and what is embedded beside it
+        let temb = self.time_embedding.forward(timestep, guidance)?; // [b, time width]
+        let temb = match (&self.add_embedding, added) {
+            (None, None) => temb,
+            (Some(embedding), Some(added)) => ops::add(&temb, &embedding.forward(added)?)?,
+            (embedding, _) => {
+                return Err(Error::Shape {
+                    op: "add_embedding",
+                    expected: given(embedding.is_some()).to_owned(),
+                    got: given(embedding.is_none()).to_owned(),
+                });
+            }
+        };
         let temb = match self.config.time_activation {
             Some(activation) => ops::activate(&temb, activation)?,
             None => temb,

@@ -1,0 +1,118 @@
+//! A text tower, loaded: token ids to states, and to a whole text's vector.
+
+use candle_core::{DType, Device, Tensor};
+use sd_kernels::cpu::Level;
+use sd_kernels::plan::{Feed, Options, Plan, Precision, Store};
+use sd_kernels::{Graph, Weights};
+use sd_models::clip::TextEncoder;
+
+use crate::error::{Error, Result};
+use crate::text::{Encoded, Reading, Tower};
+
+/// A tower on a device.
+pub struct LoadedTower {
+    encoder: TextEncoder,
+    weights: Weights,
+    device: Device,
+    /// What the eager executor computes in; none where plans run the tower.
+    eager: Option<DType>,
+}
+
+impl LoadedTower {
+    pub(super) fn new(
+        encoder: TextEncoder,
+        weights: Weights,
+        device: &Device,
+        eager: Option<DType>,
+    ) -> Self {
+        Self {
+            encoder,
+            weights,
+            device: device.clone(),
+            eager,
+        }
+    }
+
+    /// Runs a part of the tower on one input.
+    fn run(
+        &self,
+        input: &Tensor,
+        part: &dyn Fn(&sd_kernels::Tensor) -> sd_kernels::Result<sd_kernels::Tensor>,
+    ) -> Result<Tensor> {
+        if self.eager.is_some() {
+            let out = part(&input.clone().into())?.into_data()?;
+            return Ok(out.to_dtype(DType::F32)?);
+        }
+        let graph = Graph::new();
+        let output = part(&graph.input("x", input.dims()))?;
+        // the text is encoded once a prompt, and every later number depends on it: always in f32
+        let options = Options::new(Level::current(), Precision::F32);
+        let mut plan = Plan::compile(&graph, &output, &options, &Store::default())?;
+        let values = input.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
+        let feed = Feed {
+            name: "x",
+            values: &values,
+        };
+        let mut out = Vec::new();
+        plan.run(&[feed], &mut out)?;
+        Ok(Tensor::from_vec(out, plan.output_shape(), &self.device)?)
+    }
+}
+
+impl Tower for LoadedTower {
+    fn positions(&self) -> usize {
+        self.encoder.config().positions
+    }
+
+    fn projects(&self) -> bool {
+        self.encoder.config().projection.is_some()
+    }
+
+    /// The weights are let go of at the end: between prompts they would only take room (0.5 GB in f32).
+    fn states(&self, ids: &[u32], chunks: usize, reading: Reading<'_>) -> Result<Encoded> {
+        let vocabulary = self.encoder.config().vocabulary;
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocabulary) {
+            return Err(Error::Numeric(format!(
+                "token {id} is outside the vocabulary of {vocabulary}"
+            )));
+        }
+        let ids = Tensor::from_vec(ids.to_vec(), (chunks, self.positions()), &self.device)?;
+        let Reading { skip, norm, pooled } = reading;
+        let states = if norm {
+            self.run(&ids, &|ids| self.encoder.forward(ids, skip))?
+        } else {
+            self.run(&ids, &|ids| self.encoder.hidden(ids, skip))?
+        };
+        let pooled = match pooled {
+            [] => None,
+            _ if norm => {
+                return Err(Error::Numeric(
+                    "a text's vector needs the states before the norm".to_owned(),
+                ));
+            }
+            _ => Some(self.pool(&states, skip, pooled)?),
+        };
+        self.weights.release();
+        Ok(Encoded { states, pooled })
+    }
+}
+
+impl LoadedTower {
+    /// The vectors of the texts that end at `places` (chunk, position): `[places, projection]`.
+    fn pool(&self, states: &Tensor, skip: usize, places: &[(usize, usize)]) -> Result<Tensor> {
+        let chunks: Vec<Tensor> = places
+            .iter()
+            .map(|&(chunk, _)| states.narrow(0, chunk, 1))
+            .collect::<candle_core::Result<_>>()?;
+        let dtype = self.eager.unwrap_or(DType::F32);
+        let chunks = Tensor::cat(&chunks, 0)?.to_dtype(dtype)?;
+        let finished = self.run(&chunks, &|x| self.encoder.finish(x, skip))?;
+        let ends: Vec<Tensor> = places
+            .iter()
+            .enumerate()
+            .map(|(i, &(_, end))| finished.narrow(0, i, 1)?.narrow(1, end, 1))
+            .collect::<candle_core::Result<_>>()?;
+        let ends = Tensor::cat(&ends, 0)?.to_dtype(dtype)?; // [places, 1, width]
+        Ok(self.run(&ends, &|x| self.encoder.project(x))?.squeeze(1)?)
+    }
+}
