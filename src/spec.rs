@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use crate::checkpoint::{self, Checkpoint, Detection, Family, TensorSet};
+use crate::checkpoint::{self, Checkpoint, Detection, Family, Noise, TensorSet};
 use crate::error::{Error, Result};
-use crate::sampling::{Prediction, SchedulerConfig};
+use crate::sampling::{Class, NoiseSchedule, Prediction, SchedulerConfig};
 use crate::weights::Layout;
 use crate::weights::text_tower::{self, OpenClip, POSITIONS, PROJECTION};
 use sd_models::config::ConfigResult;
@@ -27,6 +27,8 @@ pub struct ModelSpec {
     pub text: Vec<TextTower>,
     /// The folder's own sampler; none for single files.
     pub scheduler: Option<SchedulerConfig>,
+    /// The noise levels of runs by a sampler's name.
+    pub levels: NoiseSchedule,
     /// Without a negative prompt the network is given zeros in its place, not the states of an empty text.
     pub zero_negative: bool,
     /// What is used when the user does not say.
@@ -181,6 +183,9 @@ const SDXL_REFINER: Row = Row {
     ..SDXL
 };
 
+/// The scaling factor of latents that are normalised channel by channel (Playground 2.5).
+const NORMALISED_FACTOR: f64 = 0.5;
+
 /// The preset table: one row a family; none for families that pictures are not made with.
 fn row(family: Family) -> Option<&'static Row> {
     match family {
@@ -252,9 +257,7 @@ impl ModelSpec {
             .iter()
             .map(|role| folder_tower(checkpoint, *role))
             .collect::<Result<Vec<_>>>()?;
-        let prediction = scheduler
-            .as_ref()
-            .map_or(Prediction::Epsilon, |config| config.prediction);
+        let (prediction, levels) = trained(scheduler.as_ref());
         let mut defaults = row.defaults(prediction);
         let zero_negative = checkpoint
             .model_index()
@@ -278,6 +281,7 @@ impl ModelSpec {
             vae,
             text,
             scheduler,
+            levels,
             zero_negative,
             defaults,
         }
@@ -296,7 +300,7 @@ impl ModelSpec {
         let (vae, layout) =
             crate::weights::ldm_vae::read("first_stage_model", row.scaling_factor, &shapes)
                 .map_err(&broken)?;
-        let vae = Component::new(vae, &tensors, layout);
+        let mut vae = Component::new(vae, &tensors, layout);
         let text = row
             .towers
             .iter()
@@ -317,8 +321,32 @@ impl ModelSpec {
         let prediction = match detection.prediction {
             Some(checkpoint::Prediction::V) => Prediction::V,
             Some(checkpoint::Prediction::Sample) => Prediction::Sample,
+            Some(checkpoint::Prediction::Edm) => Prediction::Edm,
             Some(checkpoint::Prediction::Epsilon) | None => Prediction::Epsilon,
         };
+        let levels = match &detection.noise {
+            Noise::Betas => NoiseSchedule::default(),
+            Noise::ZeroSnr => NoiseSchedule::new(&SchedulerConfig {
+                class_name: "EulerDiscreteScheduler".to_owned(),
+                rescale_betas_zero_snr: true,
+                ..SchedulerConfig::default()
+            }),
+            Noise::Continuous { range, data, .. } => {
+                NoiseSchedule::continuous(range.0, range.1, *data)
+            }
+        };
+        if let Noise::Continuous {
+            spread: Some((mean, deviation)),
+            ..
+        } = &detection.noise
+            && mean.len() == vae.config.latent_channels
+        {
+            vae.config.scaling_factor = NORMALISED_FACTOR;
+            vae.config.spread = Some(vae::Spread {
+                mean: mean.clone(),
+                deviation: deviation.clone(),
+            });
+        }
         Self {
             family: detection.family,
             prediction,
@@ -326,6 +354,7 @@ impl ModelSpec {
             vae,
             text,
             scheduler: None,
+            levels,
             zero_negative: row.zero_negative,
             defaults: row.defaults(prediction),
         }
@@ -385,6 +414,29 @@ impl Row {
     }
 }
 
+/// What a folder's network predicts and the noise levels of runs by name. Where the betas are the usual ones, a folder and a single file of the
+/// same model run alike, to the last bit.
+fn trained(scheduler: Option<&SchedulerConfig>) -> (Prediction, NoiseSchedule) {
+    let Some(config) = scheduler else {
+        return (Prediction::Epsilon, NoiseSchedule::default());
+    };
+    if matches!(config.class(), Class::EdmEuler | Class::EdmDpmMultistep) {
+        let (min, max) = config.edm_range();
+        let prediction = match config.prediction {
+            Prediction::Epsilon => Prediction::Edm,
+            other => other,
+        };
+        let levels = NoiseSchedule::continuous(min, max, config.sigma_data);
+        return (prediction, levels);
+    }
+    let levels = if config.has_standard_betas() {
+        NoiseSchedule::default()
+    } else {
+        NoiseSchedule::new(config)
+    };
+    (config.prediction, levels)
+}
+
 /// A folder's text tower, in either of transformers' spellings.
 fn folder_tower(checkpoint: &Checkpoint, role: TowerRole) -> Result<TextTower> {
     let mut component = folder_component(checkpoint, role.component, clip::Config::from_json)?;
@@ -402,6 +454,12 @@ fn folder_tower(checkpoint: &Checkpoint, role: TowerRole) -> Result<TextTower> {
     }
     for name in ["text_projection", "logit_scale"] {
         layout.ignore(name, PROJECTION);
+    }
+    // a config without a class: the layer itself tells
+    if let Some(&[output, _]) = component.tensors.shape("text_projection.weight")
+        && !role.norm
+    {
+        component.config.projection.get_or_insert(output);
     }
     Ok(TextTower { component, role })
 }

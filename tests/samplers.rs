@@ -112,8 +112,12 @@ fn k_diffusion_samplers_by_name() {
             _ => Prediction::V,
         };
         let (sampler, schedule) = sampling::parse(name, Some(schedule)).unwrap();
-        let trajectory =
-            sampling::by_name(sampler, schedule, steps, (&levels, prediction)).unwrap();
+        let model = sampling::Model {
+            levels: &levels,
+            prediction,
+            xl: false,
+        };
+        let trajectory = sampling::by_name(sampler, schedule, steps, &model).unwrap();
         assert_eq!(trajectory.sigmas.len(), size(&case["levels"]), "{case}");
         let sigmas = difference(&ends(&trajectory.sigmas), &floats(&case["sigmas"]));
         let last = difference(&run(&trajectory), &floats(&case["final"]));

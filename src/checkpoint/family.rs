@@ -99,6 +99,27 @@ pub enum Prediction {
     V,
     /// The picture itself.
     Sample,
+    /// Karras et al.'s F, of which the picture is a part (arXiv 2206.00364, table 1).
+    Edm,
+}
+
+/// The noise levels that a single file's network was trained at.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub enum Noise {
+    /// The family's betas.
+    #[default]
+    Betas,
+    /// The family's betas, rescaled so that the last level is pure noise.
+    ZeroSnr,
+    /// Continuous levels (Karras et al., arXiv 2206.00364).
+    Continuous {
+        /// The least and the most noise.
+        range: (f64, f64),
+        /// Standard deviation of the clean latents.
+        data: f64,
+        /// Mean and standard deviation that latents are normalised by, channel by channel.
+        spread: Option<(Vec<f64>, Vec<f64>)>,
+    },
 }
 
 /// What a checkpoint is, and why.
@@ -112,6 +133,8 @@ pub struct Detection {
     pub variant: Variant,
     /// What the network predicts; none where the question does not arise or the file does not tell.
     pub prediction: Option<Prediction>,
+    /// The noise levels, as a single file tells them.
+    pub noise: Noise,
     /// What was seen, the deciding fact first; fit to be printed.
     pub evidence: Vec<String>,
     /// Where the components lie in a single file. Empty for folders.
@@ -214,6 +237,7 @@ impl Prediction {
             Self::Epsilon => "epsilon",
             Self::V => "v_prediction",
             Self::Sample => "sample",
+            Self::Edm => "edm",
         }
     }
 
@@ -235,6 +259,7 @@ impl Detection {
             kind: None,
             variant: Variant::None,
             prediction: None,
+            noise: Noise::default(),
             evidence: vec![evidence],
             places: Vec::new(),
             missing: Vec::new(),

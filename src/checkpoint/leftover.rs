@@ -28,7 +28,10 @@ const KNOWN: [(&[&str], &str); 5] = [
         ],
         "tensors of CLIP's comparison of texts with pictures",
     ),
-    (&["v_pred"], "tensors that only say what the UNet predicts"),
+    (
+        &["v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred."],
+        "tensors that only say what the UNet predicts",
+    ),
 ];
 
 /// What the tensor `name` of a single file is, if it is known and no network needs it.

@@ -2,7 +2,7 @@
 
 use safetensors::Dtype;
 
-use super::family::{Detection, Family, Prediction, Variant};
+use super::family::{Detection, Family, Noise, Prediction, Variant};
 use super::printable::printable;
 use super::structure::{Below, UnetStructure};
 use super::tensor_set::TensorSet;
@@ -13,8 +13,20 @@ const V_DEVIATION: f64 = 0.09;
 /// More blocks than any way up has.
 const MAX_BLOCKS: usize = 256;
 
-/// Sets `detection.prediction` and says why.
+/// Sets `detection.prediction` and `detection.noise`, and says why.
 pub(super) fn decide(names: Below<'_>, unet: &UnetStructure, detection: &mut Detection) {
+    if let Some((prediction, noise, evidence)) = from_edm(names.tensors) {
+        detection.prediction = Some(prediction);
+        detection.noise = noise;
+        detection.evidence.push(evidence);
+        return;
+    }
+    if names.tensors.info("ztsnr").is_some() {
+        detection.noise = Noise::ZeroSnr;
+        detection
+            .evidence
+            .push("key `ztsnr`: the last noise level is pure noise".to_owned());
+    }
     let (prediction, evidence) = from_words(names.tensors)
         .or_else(|| from_family(detection.family, detection.variant))
         .unwrap_or_else(|| from_norm(names, unet));
@@ -34,6 +46,41 @@ fn from_words(tensors: &TensorSet) -> Option<(Option<Prediction>, String)> {
     let (prediction, name) = tensors.files().find_map(said)?;
     let evidence = format!("metadata `modelspec.prediction_type` says {name}");
     Some((Some(prediction), evidence))
+}
+
+/// Continuous noise levels, by the keys that ComfyUI knows them by: CosXL predicts v, Playground 2.5 Karras et al.'s F.
+fn from_edm(tensors: &TensorSet) -> Option<(Prediction, Noise, String)> {
+    let numbers = |name: &str| {
+        values(tensors, name)
+            .ok()
+            .filter(|v| v.iter().all(|x| x.is_finite()))
+    };
+    let level = |name: &str| numbers(name)?.first().copied().filter(|&level| level > 0.0);
+    if tensors.info("edm_vpred.sigma_max").is_some() {
+        let max = level("edm_vpred.sigma_max").unwrap_or(120.0);
+        let min = level("edm_vpred.sigma_min")
+            .filter(|&min| min < max)
+            .unwrap_or(0.002);
+        let noise = Noise::Continuous {
+            range: (min, max),
+            data: 1.0,
+            spread: None,
+        };
+        let evidence = format!(
+            "key `edm_vpred.sigma_max`: predicts v at continuous noise levels from {min} to {max}"
+        );
+        return Some((Prediction::V, noise, evidence));
+    }
+    tensors.info("edm_mean").and(tensors.info("edm_std"))?;
+    let spread = numbers("edm_mean").zip(numbers("edm_std"));
+    let noise = Noise::Continuous {
+        range: (0.002, 80.0),
+        data: 0.5,
+        spread: spread.filter(|(mean, std)| mean.len() == std.len() && !std.contains(&0.0)),
+    };
+    let evidence =
+        "keys `edm_mean` and `edm_std`: continuous noise levels from 0.002 to 80, latents normalised channel by channel".to_owned();
+    Some((Prediction::Edm, noise, evidence))
 }
 
 /// What goes without saying.
@@ -94,14 +141,14 @@ fn last_attention_norm(names: Below<'_>, unet: &UnetStructure) -> Option<String>
     })
 }
 
-/// The standard deviation of a float tensor's values, over all of them.
-fn deviation(tensors: &TensorSet, name: &str) -> Result<f64, String> {
+/// A float tensor's values.
+fn values(tensors: &TensorSet, name: &str) -> Result<Vec<f64>, String> {
     let shown = printable(name);
     let info = tensors
         .info(name)
         .ok_or_else(|| format!("`{shown}` is missing"))?;
     let bytes = tensors.bytes(name).map_err(|e| e.to_string())?;
-    let values: Vec<f64> = match info.dtype {
+    Ok(match info.dtype {
         Dtype::F64 => bytes
             .as_chunks()
             .0
@@ -127,9 +174,14 @@ fn deviation(tensors: &TensorSet, name: &str) -> Result<f64, String> {
             .map(|b| half::bf16::from_le_bytes(*b).to_f64())
             .collect(),
         other => return Err(format!("`{shown}` is of type {other}")),
-    };
+    })
+}
+
+/// The standard deviation of a float tensor's values, over all of them.
+fn deviation(tensors: &TensorSet, name: &str) -> Result<f64, String> {
+    let values = values(tensors, name)?;
     if values.is_empty() {
-        return Err(format!("`{shown}` is empty"));
+        return Err(format!("`{}` is empty", printable(name)));
     }
     let count = values.len() as f64;
     let mean = values.iter().sum::<f64>() / count;

@@ -226,15 +226,15 @@ impl Networks {
     /// # Errors
     /// When the shapes do not fit or the executor fails.
     pub fn decode(&self, latents: &Tensor, dtype: DType) -> Result<Tensor> {
+        let (b, _, h, w) = latents.dims4()?;
+        let shape = latents.shape();
+        let latents = latents.to_dtype(DType::F32)?.flatten_all()?;
+        let mut values = latents.to_vec1::<f32>()?;
+        self.vae.config().restore(&mut values, h * w);
         if let Some(planned) = &self.planned {
-            let (b, _, h, w) = latents.dims4()?;
             let (graph, output) = self.record_vae((w, h), b)?;
             let options = vae_options(dtype);
             let mut plan = Plan::compile(&graph, &output, &options, &planned.vae)?;
-            let values = latents
-                .to_dtype(DType::F32)?
-                .flatten_all()?
-                .to_vec1::<f32>()?;
             let mut picture = Vec::new();
             plan.run(
                 &[Feed {
@@ -249,17 +249,13 @@ impl Networks {
                 &self.device,
             )?);
         }
+        let latents = Tensor::from_vec(values, shape, &self.device)?.to_dtype(dtype)?;
         if dtype == self.dtype {
-            return Ok(self
-                .vae
-                .forward(&latents.to_dtype(dtype)?.into())?
-                .into_data()?);
+            return Ok(self.vae.forward(&latents.into())?.into_data()?);
         }
         let weights = Weights::new(Arc::clone(&self.vae_source), dtype, &self.device);
         let decoder = Decoder::load(&weights, self.vae.config());
-        Ok(decoder
-            .forward(&latents.to_dtype(dtype)?.into())?
-            .into_data()?)
+        Ok(decoder.forward(&latents.into())?.into_data()?)
     }
 
     /// One call of the UNet, recorded, for `batch` latents of `w × h` under contexts of `tokens`: what it costs and what it holds.

@@ -3,7 +3,7 @@
 use super::request::{Request, Rng};
 use super::{Engine, memory, sizes};
 use crate::error::{Error, Result};
-use crate::sampling::{self, NoiseSchedule, Trajectory};
+use crate::sampling::{self, Trajectory};
 
 /// The widest picture in pixels that is taken on.
 const MAX_SIZE: usize = 8192;
@@ -181,13 +181,12 @@ fn choose_sampling(
     }
     let sampler = request.sampler.as_deref().unwrap_or(spec.defaults.sampler);
     let (sampler, schedule) = sampling::parse(sampler, request.schedule.as_deref())?;
-    // by name a folder and a single file of the same model run alike, to the last bit
-    let levels = spec
-        .scheduler
-        .as_ref()
-        .filter(|config| !config.has_standard_betas())
-        .map_or_else(NoiseSchedule::default, NoiseSchedule::new);
-    let trajectory = sampling::by_name(sampler, schedule, steps, (&levels, spec.prediction))?;
+    let model = sampling::Model {
+        levels: &spec.levels,
+        prediction: spec.prediction,
+        xl: spec.unet.config.added.is_some(),
+    };
+    let trajectory = sampling::by_name(sampler, schedule, steps, &model)?;
     Ok(Chosen {
         sampler: sampler.name().to_owned(),
         schedule: schedule.name().to_owned(),

@@ -88,6 +88,10 @@ pub struct SchedulerConfig {
     pub variance_type: String,
     pub original_inference_steps: usize,
     pub timestep_scaling: f64,
+    pub sigma_data: f64,
+    pub rho: f64,
+    /// `sigma_schedule` exponential instead of karras.
+    pub exponential: bool,
 }
 
 impl Default for SchedulerConfig {
@@ -125,6 +129,9 @@ impl Default for SchedulerConfig {
             variance_type: "fixed_small".to_owned(),
             original_inference_steps: 50,
             timestep_scaling: 10.0,
+            sigma_data: 0.5,
+            rho: 7.0,
+            exponential: false,
         }
     }
 }
@@ -316,6 +323,9 @@ impl SchedulerConfig {
             variance_type: r.text("variance_type", "fixed_small")?,
             original_inference_steps: r.size("original_inference_steps", 50)?.max(1),
             timestep_scaling: r.number("timestep_scaling", 10.0)?,
+            sigma_data: r.level("sigma_data")?.unwrap_or(0.5),
+            rho: r.level("rho")?.unwrap_or(7.0),
+            exponential: r.choice("sigma_schedule", "karras", SIGMA_SCHEDULES)?,
             class_name,
         })
     }
@@ -328,6 +338,14 @@ impl SchedulerConfig {
             clip_sample: false,
             ..self
         }
+    }
+
+    /// The least and the most noise of a model of continuous levels.
+    pub fn edm_range(&self) -> (f64, f64) {
+        (
+            self.sigma_min.unwrap_or(0.002),
+            self.sigma_max.unwrap_or(80.0),
+        )
     }
 
     /// Whether the noise levels are those of every Stable Diffusion 1 and 2, whatever else the file says.
@@ -345,16 +363,26 @@ impl SchedulerConfig {
         let class = self.class_name.trim_end_matches("Scheduler");
         let sampler = match self.class() {
             Class::Pndm => "PLMS",
-            Class::Euler => "Euler",
+            Class::Euler | Class::EdmEuler => "Euler",
             Class::EulerAncestral => "Euler a",
             Class::Heun => "Heun",
             Class::Lms => "LMS",
             Class::Kdpm2 => "DPM2",
             Class::Kdpm2Ancestral => "DPM2 a",
-            Class::DpmMultistep => "DPM++ 2M",
+            Class::DpmMultistep | Class::EdmDpmMultistep => "DPM++ 2M",
             Class::UniPc => "UniPC",
             _ => class,
         };
+        if matches!(self.class(), Class::EdmEuler | Class::EdmDpmMultistep) {
+            return (
+                sampler,
+                if self.exponential {
+                    "Exponential"
+                } else {
+                    "Karras"
+                },
+            );
+        }
         let schedule = match self.sigma_map {
             SigmaMap::Karras => "Karras",
             SigmaMap::Exponential | SigmaMap::Lu => "Exponential",
@@ -391,6 +419,7 @@ const SPACINGS: &[(&str, Spacing)] = &[
 ];
 const FINAL_SIGMAS: &[(&str, bool)] = &[("zero", true), ("sigma_min", false)];
 const INTERPOLATIONS: &[(&str, bool)] = &[("linear", false), ("log_linear", true)];
+const SIGMA_SCHEDULES: &[(&str, bool)] = &[("karras", false), ("exponential", true)];
 const TIMESTEP_TYPES: &[(&str, bool)] = &[("discrete", false), ("continuous", true)];
 
 #[cfg(test)]

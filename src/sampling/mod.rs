@@ -54,6 +54,8 @@ pub fn diffusers(config: &SchedulerConfig, steps: usize) -> Result<(Trajectory, 
         Class::Deis => solvers::deis::deis(config, &schedule, steps),
         Class::Lcm => solvers::ddim::lcm(config, &schedule, steps)?,
         Class::Tcd => solvers::ddim::tcd(config, &schedule, steps)?,
+        Class::EdmEuler => kdiffusion::euler(&solvers::edm::levels(config, steps)),
+        Class::EdmDpmMultistep => solvers::dpm::edm_multistep(config, steps)?,
         Class::Unknown => {
             warning = Some(format!(
                 "the folder's scheduler is {}, which is not built; PNDM takes its place (name one with --sampler)",
@@ -134,12 +136,24 @@ fn discrete_levels(config: &SchedulerConfig, schedule: &NoiseSchedule, steps: us
         sigmas,
         timesteps: spacing::to_f32(timesteps),
         prediction: config.prediction,
+        data: 1.0,
         init_noise_sigma: match config.spacing {
             config::Spacing::Leading => (max * max + 1.0).sqrt(),
             config::Spacing::Linspace | config::Spacing::Trailing => max,
         },
         clip: config.clip_sample.then_some(config.clip_sample_range),
     }
+}
+
+/// What a run by name needs to know of a model.
+#[derive(Debug, Clone, Copy)]
+pub struct Model<'a> {
+    /// The noise levels that it was trained at.
+    pub levels: &'a NoiseSchedule,
+    /// What it predicts.
+    pub prediction: Prediction,
+    /// Whether tables made for Stable Diffusion XL are for it.
+    pub xl: bool,
 }
 
 /// The run that A1111 makes of a sampler's and a schedule's name, on the noise levels of the model.
@@ -150,12 +164,13 @@ pub fn by_name(
     sampler: Sampler,
     schedule: Schedule,
     steps: usize,
-    (levels, prediction): (&NoiseSchedule, Prediction),
+    model: &Model<'_>,
 ) -> Result<Trajectory> {
     if steps == 0 {
         return Err(Error::Usage("--steps is 0, expected at least 1".to_owned()));
     }
-    let mut sigmas = schedule.sigmas(levels, steps + usize::from(sampler.skips_last_but_one()));
+    let levels = model.levels;
+    let mut sigmas = schedule.sigmas(model, steps + usize::from(sampler.skips_last_but_one()));
     if sampler.skips_last_but_one() && sigmas.len() > 2 {
         sigmas.remove(sigmas.len() - 2);
     }
@@ -167,7 +182,8 @@ pub fn by_name(
         init_noise_sigma: sigmas.first().copied().unwrap_or_default(),
         sigmas,
         timesteps,
-        prediction,
+        prediction: model.prediction,
+        data: levels.data(),
         clip: None,
     };
     let middle = |sigma| levels.timestep(sigma);

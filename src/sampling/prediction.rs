@@ -12,6 +12,8 @@ pub enum Prediction {
     V,
     /// The clean latents x₀.
     Sample,
+    /// Karras et al.'s F, of which x₀ = c_skip·x + c_out·F (arXiv 2206.00364, table 1): the velocity with the other sign.
+    Edm,
 }
 
 /// Estimates of x₀ and ε for latents `x = α·x₀ + σ·ε` and the network's `output`.
@@ -29,16 +31,27 @@ pub(super) fn estimates(
             x.clone() * alpha - output.clone() * sigma,
             output * alpha + x * sigma,
         ),
+        Prediction::Edm => (
+            x.clone() * alpha + output.clone() * sigma,
+            x * sigma - output * alpha,
+        ),
     }
 }
 
-/// The estimate of x₀ for latents `x = x₀ + σ·ε`; the network sees `x / √(σ² + 1)`.
-pub(super) fn denoised(prediction: Prediction, sigma: f64, x: &Linear, output: &Linear) -> Linear {
-    let norm = (sigma * sigma + 1.0).sqrt();
+/// The estimate of x₀ for latents `x = x₀ + σ·ε` of clean latents with standard deviation `data`; the network sees `x / √(σ² + data²)`.
+pub(super) fn denoised(
+    prediction: Prediction,
+    (sigma, data): (f64, f64),
+    x: &Linear,
+    output: &Linear,
+) -> Linear {
+    let norm = (sigma * sigma + data * data).sqrt();
     let (x, output) = (x.clone(), output.clone());
+    let kept = data * data / (norm * norm);
     match prediction {
         Prediction::Epsilon => x - output * sigma,
         Prediction::Sample => output,
-        Prediction::V => x * (1.0 / (norm * norm)) - output * (sigma / norm),
+        Prediction::V => x * kept - output * (sigma * data / norm),
+        Prediction::Edm => x * kept + output * (sigma * data / norm),
     }
 }

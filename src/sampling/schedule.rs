@@ -1,6 +1,7 @@
 //! Betas to alphas to sigmas, and between sigma and timestep. Follows the f32 arithmetic of diffusers and k-diffusion where it shows.
 
 use super::config::{BetaSchedule, SchedulerConfig};
+use super::solvers::edm;
 use super::spacing::linspace;
 
 /// The noise levels that a model was trained at.
@@ -11,6 +12,10 @@ pub struct NoiseSchedule {
     /// σ = √((1 − ᾱ)/ᾱ) of each; finite also where ᾱ is 0.
     pub sigmas: Vec<f64>,
     log_sigmas: Vec<f32>,
+    /// Standard deviation of the clean latents.
+    data: f64,
+    /// The network is told ¼ ln σ in place of a timestep.
+    continuous: bool,
 }
 
 /// The ᾱ that A1111 puts in place of 0 at the end of a schedule with zero terminal SNR.
@@ -158,6 +163,39 @@ impl NoiseSchedule {
             alphas_cumprod: bars.into_iter().map(f64::from).collect(),
             sigmas,
             log_sigmas,
+            data: 1.0,
+            continuous: false,
+        }
+    }
+
+    /// Continuous levels between two, of clean latents with standard deviation `data` (Karras et al., arXiv 2206.00364, table 1), a thousand
+    /// of them even in log σ where a list is wanted, as in ComfyUI.
+    pub fn continuous(min: f64, max: f64, data: f64) -> Self {
+        let logs = linspace(min.ln(), max.ln(), 1000);
+        let sigmas: Vec<f64> = logs.iter().map(|log| log.exp()).collect();
+        Self {
+            alphas_cumprod: sigmas.iter().map(|s| 1.0 / (s * s + 1.0)).collect(),
+            log_sigmas: logs.iter().map(|&log| log as f32).collect(),
+            sigmas,
+            data,
+            continuous: true,
+        }
+    }
+
+    /// Standard deviation of the clean latents: 1 for schedules of betas.
+    pub fn data(&self) -> f64 {
+        self.data
+    }
+
+    /// What the network is told of the least noise and of the most.
+    pub fn timesteps(&self) -> (f64, f64) {
+        if self.continuous {
+            (
+                edm::timestep(self.sigma_min()),
+                edm::timestep(self.sigma_max()),
+            )
+        } else {
+            (0.0, self.len().saturating_sub(1) as f64)
         }
     }
 
@@ -184,6 +222,9 @@ impl NoiseSchedule {
     /// The fractional timestep of a noise level, linear in log σ (k-diffusion `DiscreteSchedule.sigma_to_t`). In f32 as the references
     /// compute it, because some of diffusers' schedulers cut the result to a whole number: the most noise must give the last timestep.
     pub fn timestep(&self, sigma: f64) -> f64 {
+        if self.continuous {
+            return edm::timestep(sigma);
+        }
         let log_sigma = sigma.max(1e-10).ln() as f32;
         let count = self.log_sigmas.iter().filter(|&&l| log_sigma >= l).count();
         let low = count.saturating_sub(1).min(self.len().saturating_sub(2));
@@ -194,6 +235,9 @@ impl NoiseSchedule {
 
     /// The noise level of a fractional timestep, linear in log σ (k-diffusion `DiscreteSchedule.t_to_sigma`).
     pub fn sigma(&self, timestep: f64) -> f64 {
+        if self.continuous {
+            return (4.0 * timestep).exp();
+        }
         let (low, high, w) = self.place(timestep);
         let log = |i: usize| f64::from(self.log_sigmas[i]);
         ((1.0 - w) * log(low) + w * log(high)).exp()

@@ -1,7 +1,7 @@
 //! Which timesteps and noise levels a run passes through: diffusers' spacings, and the curves that remap them.
 
+use super::Model;
 use super::config::{Class, SchedulerConfig, SigmaMap, Spacing};
-use super::schedule::NoiseSchedule;
 
 /// `n` numbers from `start` to `end` (`numpy.linspace`).
 pub(super) fn linspace(start: f64, end: f64, n: usize) -> Vec<f64> {
@@ -74,12 +74,15 @@ pub(super) fn multistep_timesteps(config: &SchedulerConfig, last: usize, steps: 
     }
 }
 
-/// Karras et al., arXiv 2206.00364, equation 5, ρ = 7.
-pub(super) fn karras(min: f64, max: f64, n: usize) -> Vec<f64> {
-    let (low, high) = (min.powf(1.0 / 7.0), max.powf(1.0 / 7.0));
+/// The exponent of every Karras curve but those of models that say otherwise.
+const RHO: f64 = 7.0;
+
+/// Karras et al., arXiv 2206.00364, equation 5.
+pub(super) fn karras(min: f64, max: f64, n: usize, rho: f64) -> Vec<f64> {
+    let (low, high) = (min.powf(1.0 / rho), max.powf(1.0 / rho));
     linspace(0.0, 1.0, n)
         .iter()
-        .map(|ramp| (high + ramp * (low - high)).powi(7))
+        .map(|ramp| (high + ramp * (low - high)).powf(rho))
         .collect()
 }
 
@@ -155,7 +158,7 @@ pub(super) fn remap(
     };
     match config.sigma_map {
         SigmaMap::None => None,
-        SigmaMap::Karras => Some(karras(min, max, n)),
+        SigmaMap::Karras => Some(karras(min, max, n, RHO)),
         SigmaMap::Exponential | SigmaMap::Lu => Some(exponential(min, max, n)),
         SigmaMap::Beta => Some(beta(min, max, n)),
     }
@@ -185,7 +188,7 @@ pub enum Schedule {
     Beta,
     /// Sabour et al., "Align Your Steps", arXiv 2404.14507, equation 14; its last step ends at the least noise, not at 0.
     KlOptimal,
-    /// The table of the same paper for Stable Diffusion 1.5.
+    /// The tables of the same paper for Stable Diffusion 1.5 and XL.
     AlignYourSteps,
     /// Whole timesteps, backwards from the last.
     Turbo,
@@ -195,20 +198,25 @@ pub enum Schedule {
 const ALIGN_YOUR_STEPS: [f64; 11] = [
     14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029,
 ];
+/// The same for XL.
+const ALIGN_YOUR_STEPS_XL: [f64; 11] = [
+    14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029,
+];
 
 impl Schedule {
     /// `steps` noise levels (more for DDIM where they do not divide the training's) and what the last step leads to, 0 but for KL optimal
     /// (k-diffusion `get_sigmas*`, A1111 `sd_schedulers.py`).
-    pub(super) fn sigmas(self, schedule: &NoiseSchedule, steps: usize) -> Vec<f64> {
+    pub(super) fn sigmas(self, model: &Model<'_>, steps: usize) -> Vec<f64> {
+        let schedule = model.levels;
         let (min, max) = (schedule.sigma_min(), schedule.sigma_max());
         let train = schedule.len();
-        let last = (train - 1) as f64;
+        let (first, last) = schedule.timesteps();
         let mut sigmas: Vec<f64> = match self {
-            Self::Normal => linspace(last, 0.0, steps)
+            Self::Normal => linspace(last, first, steps)
                 .iter()
                 .map(|&t| schedule.sigma(t))
                 .collect(),
-            Self::Karras => karras(min, max, steps),
+            Self::Karras => karras(min, max, steps, RHO),
             Self::Exponential => exponential(min, max, steps),
             Self::Beta => beta(min, max, steps),
             Self::SgmUniform => {
@@ -239,7 +247,8 @@ impl Schedule {
                 let angle = |share: &f64| share * min.atan() + (1.0 - share) * max.atan();
                 return to_f32(shares.iter().map(|share| angle(share).tan()).collect());
             }
-            Self::AlignYourSteps => align_your_steps(steps),
+            Self::AlignYourSteps if model.xl => align_your_steps(&ALIGN_YOUR_STEPS_XL, steps),
+            Self::AlignYourSteps => align_your_steps(&ALIGN_YOUR_STEPS, steps),
             Self::Turbo => (1..=steps)
                 .rev()
                 .map(|i| {
@@ -269,12 +278,12 @@ impl Schedule {
     }
 }
 
-/// The table read at `n` even places between its entries, in log σ.
-fn align_your_steps(n: usize) -> Vec<f64> {
-    let table = ALIGN_YOUR_STEPS.map(f64::ln);
+/// A table read at `n` even places between its entries, in log σ.
+fn align_your_steps(levels: &[f64; 11], n: usize) -> Vec<f64> {
+    let table = levels.map(f64::ln);
     // A1111 reverses the table before and the places after: a single place is the quiet end
     if n == 1 {
-        return vec![ALIGN_YOUR_STEPS[10]];
+        return vec![levels[10]];
     }
     linspace(0.0, 10.0, n)
         .iter()

@@ -126,6 +126,7 @@ pub(crate) fn read(
         activation: Activation::Silu,
         scaling_factor,
         shift_factor: 0.0,
+        spread: None,
         mid_attention: has("decoder.mid.attn_1.norm.weight"),
         quant_conv: has("quant_conv.weight"),
         post_quant_conv: has("post_quant_conv.weight"),

@@ -30,12 +30,23 @@ pub struct Config {
     pub scaling_factor: f64,
     /// Taken off the encoder's latents before scaling.
     pub shift_factor: f64,
+    /// Mean and standard deviation of the encoder's latents, channel by channel, where the UNet's are normalised by them (Playground 2.5).
+    pub spread: Option<Spread>,
     /// Attention between the middle's residual blocks.
     pub mid_attention: bool,
     /// A 1×1 convolution behind the encoder.
     pub quant_conv: bool,
     /// A 1×1 convolution before the decoder.
     pub post_quant_conv: bool,
+}
+
+/// What latents are normalised by.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Spread {
+    /// A number a channel.
+    pub mean: Vec<f64>,
+    /// A number a channel, none of them 0.
+    pub deviation: Vec<f64>,
 }
 
 impl Config {
@@ -45,9 +56,6 @@ impl Config {
     /// When a field has a wrong type or asks for something that is not built.
     pub fn from_json(value: &Value) -> ConfigResult<Self> {
         let fields = Fields(value);
-        for name in ["latents_mean", "latents_std"] {
-            fields.must_be_neutral(name, &Value::Null)?;
-        }
         let channels = fields.sizes("block_out_channels", &[64])?;
         if channels.is_empty() || channels.contains(&0) {
             return Err(ConfigError(
@@ -87,6 +95,7 @@ impl Config {
             activation: crate::unet::activation(&fields, "act_fn", "silu")?,
             scaling_factor,
             shift_factor: fields.number("shift_factor", 0.0)?,
+            spread: spread(&fields)?,
             mid_attention: fields.flag("mid_block_add_attention", true)?,
             quant_conv: fields.flag("use_quant_conv", true)?,
             post_quant_conv: fields.flag("use_post_quant_conv", true)?,
@@ -99,6 +108,21 @@ impl Config {
         1 << self.channels.len().saturating_sub(1).min(16)
     }
 
+    /// Gives the UNet's latents `[b, c, h, w]` the mean and deviation that the encoder's have, up to the scaling factor, which the decoder
+    /// takes off.
+    pub fn restore(&self, latents: &mut [f32], plane: usize) {
+        let Some(Spread { mean, deviation }) = &self.spread else {
+            return;
+        };
+        let channels = mean.iter().zip(deviation).cycle();
+        for (plane, (mean, deviation)) in latents.chunks_mut(plane.max(1)).zip(channels) {
+            for value in plane {
+                let restored = f64::from(*value) * deviation + mean * self.scaling_factor;
+                *value = restored as f32;
+            }
+        }
+    }
+
     pub(super) fn resnet(&self) -> ResnetConfig {
         ResnetConfig {
             groups: self.groups,
@@ -109,4 +133,29 @@ impl Config {
             output_scale: 1.0,
         }
     }
+}
+
+fn spread(fields: &Fields<'_>) -> ConfigResult<Option<Spread>> {
+    // diffusers wants both
+    let (Some(_), Some(_)) = (fields.get("latents_mean"), fields.get("latents_std")) else {
+        return Ok(None);
+    };
+    let channels = fields.positive("latent_channels", 4)?;
+    let numbers = |name: &str| {
+        let list = fields.get(name).and_then(Value::as_array);
+        let numbers: Option<Vec<f64>> =
+            list.and_then(|list| list.iter().map(Value::as_f64).collect());
+        numbers
+            .filter(|numbers| numbers.len() == channels)
+            .ok_or_else(|| {
+                ConfigError(format!(
+                    "config field `{name}` must list {channels} numbers, one a channel"
+                ))
+            })
+    };
+    let (mean, deviation) = (numbers("latents_mean")?, numbers("latents_std")?);
+    if deviation.contains(&0.0) {
+        return Err(ConfigError("config field `latents_std` holds 0".to_owned()));
+    }
+    Ok(Some(Spread { mean, deviation }))
 }

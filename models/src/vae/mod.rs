@@ -8,6 +8,6 @@ mod config;
 mod decoder;
 mod encoder;
 
-pub use config::Config;
+pub use config::{Config, Spread};
 pub use decoder::Decoder;
 pub use encoder::Encoder;

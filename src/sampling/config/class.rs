@@ -19,6 +19,8 @@ pub enum Class {
     Deis,
     Lcm,
     Tcd,
+    EdmEuler,
+    EdmDpmMultistep,
     /// None of these.
     Unknown,
 }
@@ -49,6 +51,8 @@ const NAMES: &[(&str, Class)] = &[
     ("DEISMultistepScheduler", Class::Deis),
     ("LCMScheduler", Class::Lcm),
     ("TCDScheduler", Class::Tcd),
+    ("EDMEulerScheduler", Class::EdmEuler),
+    ("EDMDPMSolverMultistepScheduler", Class::EdmDpmMultistep),
 ];
 
 const EVERY_CLASS: &[&str] = &[
@@ -77,6 +81,14 @@ const ORDERS: &[&str] = &[
     "use_dynamic_shifting",
     "thresholding",
 ];
+const CONTINUOUS: &[&str] = &[
+    "sigma_min",
+    "sigma_max",
+    "sigma_data",
+    "sigma_schedule",
+    "rho",
+    "final_sigmas_type",
+];
 const CLIPPING: &[&str] = &["clip_sample", "clip_sample_range", "thresholding"];
 
 impl Class {
@@ -89,6 +101,8 @@ impl Class {
     /// Whether the class reads `field`. (Several read `sigma_min` and `sigma_max` that are not in their signatures.)
     pub(super) fn has(self, field: &str) -> bool {
         let lists: &[&[&str]] = match self {
+            Self::EdmEuler => &[CONTINUOUS],
+            Self::EdmDpmMultistep => &[CONTINUOUS, ORDERS, &["euler_at_final"]],
             Self::Pndm | Self::Unknown => &[&["skip_prk_steps", "set_alpha_to_one"]],
             Self::Ddim => &[CLIPPING, &["set_alpha_to_one", "rescale_betas_zero_snr"]],
             Self::Ddpm => &[CLIPPING, &["variance_type", "rescale_betas_zero_snr"]],

@@ -5,7 +5,7 @@ use super::super::config::{BetaSchedule, Class, SchedulerConfig, SigmaMap, Spaci
 use super::super::prediction::estimates;
 use super::super::schedule::NoiseSchedule;
 use super::super::trajectory::{Assign, Call, Linear, Register, Trajectory, output, sample, saved};
-use super::{UnitLevels, alpha_sigma, lambda, plain_call};
+use super::{Levels, UnitLevels, alpha_sigma, edm, kdiffusion, lambda, plain_call};
 use crate::error::{Error, Result};
 
 /// The variants of the algorithm.
@@ -30,10 +30,12 @@ struct Dpm<'a> {
     kind: Kind,
     heun: bool,
     levels: UnitLevels,
+    /// Of models of continuous levels: latents are not kept at unit variance.
+    edm: Option<Levels>,
 }
 
 impl<'a> Dpm<'a> {
-    fn new(config: &'a SchedulerConfig, schedule: &NoiseSchedule, steps: usize) -> Result<Self> {
+    fn kind(config: &SchedulerConfig) -> Result<Kind> {
         let kind = match config.algorithm_type.as_str() {
             "dpmsolver++" | "deis" => Kind::Data,
             "dpmsolver" => Kind::Noise,
@@ -52,6 +54,11 @@ impl<'a> Dpm<'a> {
                 config.algorithm_type
             )));
         }
+        Ok(kind)
+    }
+
+    fn new(config: &'a SchedulerConfig, schedule: &NoiseSchedule, steps: usize) -> Result<Self> {
+        let kind = Self::kind(config)?;
         let clipped = schedule
             .sigmas
             .iter()
@@ -67,12 +74,32 @@ impl<'a> Dpm<'a> {
             kind,
             heun: config.solver_type == "heun",
             levels: UnitLevels::new(config, schedule, (steps, last), rounded),
+            edm: None,
+        })
+    }
+
+    fn of_continuous(config: &'a SchedulerConfig, steps: usize) -> Result<Self> {
+        let levels = edm::levels(config, steps);
+        Ok(Self {
+            config,
+            kind: Self::kind(config)?,
+            heun: config.solver_type == "heun",
+            levels: UnitLevels {
+                sigmas: levels.sigmas.clone(),
+                timesteps: levels.timesteps.clone(),
+            },
+            edm: Some(levels),
         })
     }
 
     /// A call whose converted prediction goes to register `i` modulo the history.
     fn call(&self, i: usize) -> Call {
         let (sigma, timestep) = (self.levels.sigmas[i], self.levels.timesteps[i]);
+        if let Some(levels) = &self.edm {
+            let (mut call, x0) = kdiffusion::call(levels, i, (timestep, sigma), &sample());
+            call.then.push(x0.into(Register::Saved(i % HISTORY)));
+            return call;
+        }
         let (x0, epsilon) = estimates(
             self.config.prediction,
             alpha_sigma(sigma),
@@ -93,7 +120,16 @@ impl<'a> Dpm<'a> {
 
     /// The weights of a step from level `from` to level `to`.
     fn weights(&self, from: usize, to: usize) -> Weights {
-        Weights::new(self.kind, self.levels.sigmas[from], self.levels.sigmas[to])
+        let place = |level: f64| match self.edm {
+            Some(_) => (1.0, level),
+            None => alpha_sigma(level),
+        };
+        let (from, to) = (self.levels.sigmas[from], self.levels.sigmas[to]);
+        Weights::new(
+            self.kind,
+            lambda(to) - lambda(from),
+            (place(from), place(to)),
+        )
     }
 
     /// The multistep formula from level `i` to the next, and the factor of fresh noise.
@@ -174,10 +210,12 @@ fn psi(x: f64) -> f64 {
 }
 
 impl Weights {
-    /// For a step between two noise levels; at infinite h (a step to zero noise) only the value counts.
-    fn new(kind: Kind, from: f64, to: f64) -> Self {
-        let ((alpha_t, sigma_t), (alpha_s, sigma_s)) = (alpha_sigma(to), alpha_sigma(from));
-        let h = lambda(to) - lambda(from);
+    /// For a step over `h` between the α and σ of two noise levels; at infinite h (a step to zero noise) only the value counts.
+    fn new(
+        kind: Kind,
+        h: f64,
+        ((alpha_s, sigma_s), (alpha_t, sigma_t)): ((f64, f64), (f64, f64)),
+    ) -> Self {
         match kind {
             Kind::Data => {
                 let value = -alpha_t * (-h).exp_m1();
@@ -254,11 +292,24 @@ pub(in super::super) fn multistep(
     steps: usize,
 ) -> Result<Trajectory> {
     let dpm = Dpm::new(config, schedule, steps)?;
+    let run = dpm.levels.trajectory();
+    multistep_of(&dpm, run)
+}
+
+/// The same for models of continuous levels.
+pub(in super::super) fn edm_multistep(
+    config: &SchedulerConfig,
+    steps: usize,
+) -> Result<Trajectory> {
+    let dpm = Dpm::of_continuous(config, steps)?;
+    let run = edm::levels(config, steps).trajectory(0);
+    multistep_of(&dpm, run)
+}
+
+fn multistep_of(dpm: &Dpm<'_>, mut run: Trajectory) -> Result<Trajectory> {
+    let config = dpm.config;
+    run.registers = START + 1;
     let count = dpm.levels.timesteps.len();
-    let mut run = Trajectory {
-        registers: START + 1,
-        ..dpm.levels.trajectory()
-    };
     for i in 0..count {
         let mut call = dpm.call(i);
         let order = multistep_order(

@@ -16,9 +16,10 @@ pub(super) fn call(
         timestep,
         sigma,
         step,
-        input: scaled(x.clone(), sigma).combo(),
+        input: scaled(x.clone(), sigma, levels.data).combo(),
         then: Vec::new(),
     };
+    let sigma = (sigma, levels.data);
     (call, denoised(levels.prediction, sigma, x, &output()))
 }
 

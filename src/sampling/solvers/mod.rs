@@ -4,6 +4,7 @@ pub(super) mod ddim;
 pub(super) mod deis;
 pub(super) mod dpm;
 pub(super) mod dpm2;
+pub(super) mod edm;
 pub(super) mod kdiffusion;
 pub(super) mod pndm;
 pub(super) mod unipc;
@@ -22,6 +23,8 @@ pub(super) struct Levels {
     pub(super) timesteps: Vec<f64>,
     /// What the network predicts.
     pub(super) prediction: Prediction,
+    /// Standard deviation of the clean latents; 1 for models trained with betas.
+    pub(super) data: f64,
     /// The initial noise is multiplied by this.
     pub(super) init_noise_sigma: f64,
     /// Limit of the estimate of x₀, for Heun.
@@ -111,9 +114,9 @@ impl UnitLevels {
     }
 }
 
-/// What the network sees of `x = x₀ + σ·ε`.
-pub(super) fn scaled(x: Linear, sigma: f64) -> Linear {
-    x * (1.0 / (sigma * sigma + 1.0).sqrt())
+/// What the network sees of `x = x₀ + σ·ε`, where x₀ has the standard deviation `data`.
+pub(super) fn scaled(x: Linear, sigma: f64, data: f64) -> Linear {
+    x * (1.0 / (sigma * sigma + data * data).sqrt())
 }
 
 /// A call at latents that the network sees as they are.
