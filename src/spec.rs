@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use crate::checkpoint::{self, Checkpoint, Detection, Family, Noise, TensorSet};
+use crate::checkpoint::{self, Checkpoint, Detection, Distilled, Family, Noise, TensorSet};
 use crate::error::{Error, Result};
 use crate::sampling::{Class, NoiseSchedule, Prediction, SchedulerConfig};
 use crate::weights::Layout;
@@ -64,6 +64,10 @@ pub struct Defaults {
     pub cfg_scale: f64,
     /// The sampler, by A1111's name.
     pub sampler: &'static str,
+    /// The schedule, by A1111's name; the sampler's own where there is none.
+    pub schedule: Option<&'static str>,
+    /// The most guidance that does no harm.
+    pub most_cfg_scale: Option<f64>,
 }
 
 /// How a prompt is filled up.
@@ -154,6 +158,8 @@ const SD1: Row = Row {
         steps: 20,
         cfg_scale: 7.5,
         sampler: "DPM++ 2M",
+        schedule: None,
+        most_cfg_scale: None,
     },
     v_size: 512,
     scaling_factor: 0.18215,
@@ -204,7 +210,7 @@ pub fn towers(family: Family) -> &'static [TowerRole] {
 
 /// Pixels of each side of a family's pictures where nothing else is said.
 pub fn native_size(family: Family, prediction: Prediction) -> usize {
-    row(family).map_or(0, |row| row.defaults(prediction).size)
+    row(family).map_or(0, |row| row.defaults(prediction, None).size)
 }
 
 impl ModelSpec {
@@ -258,7 +264,7 @@ impl ModelSpec {
             .map(|role| folder_tower(checkpoint, *role))
             .collect::<Result<Vec<_>>>()?;
         let (prediction, levels) = trained(scheduler.as_ref());
-        let mut defaults = row.defaults(prediction);
+        let mut defaults = row.defaults(prediction, detection.distilled);
         let zero_negative = checkpoint
             .model_index()
             .and_then(|index| index.get("force_zeros_for_empty_prompt")?.as_bool())
@@ -356,7 +362,7 @@ impl ModelSpec {
             scheduler: None,
             levels,
             zero_negative: row.zero_negative,
-            defaults: row.defaults(prediction),
+            defaults: row.defaults(prediction, detection.distilled),
         }
         .check_vector(checkpoint)
     }
@@ -405,10 +411,23 @@ impl ModelSpec {
 }
 
 impl Row {
-    fn defaults(&self, prediction: Prediction) -> Defaults {
+    fn defaults(&self, prediction: Prediction, distilled: Option<Distilled>) -> Defaults {
         let mut defaults = self.defaults;
         if prediction == Prediction::V {
             defaults.size = self.v_size;
+        }
+        if let Some(distilled) = distilled {
+            defaults.steps = match distilled {
+                Distilled::Turbo => 4,
+                Distilled::Lightning(steps) | Distilled::Hyper(steps) => steps,
+            };
+            defaults.sampler = match distilled {
+                Distilled::Turbo => "Euler a",
+                Distilled::Lightning(_) | Distilled::Hyper(_) => "Euler",
+            };
+            defaults.schedule = Some("SGM Uniform");
+            defaults.cfg_scale = 1.0;
+            defaults.most_cfg_scale = Some(2.5);
         }
         defaults
     }

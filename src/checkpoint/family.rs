@@ -122,6 +122,57 @@ pub enum Noise {
     },
 }
 
+/// A model that was trained to need few steps and no guidance. Tensors do not tell; names do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Distilled {
+    /// Adversarial diffusion distillation (Sauer et al., arXiv 2311.17042).
+    Turbo,
+    /// Progressive adversarial distillation (Lin et al., arXiv 2402.13929), for so many steps.
+    Lightning(usize),
+    /// Hyper-SD (Ren et al., arXiv 2404.13686), for so many steps.
+    Hyper(usize),
+}
+
+impl Distilled {
+    /// By a file's or folder's name.
+    pub(super) fn from_name(name: &str) -> Option<Self> {
+        let name = name.to_ascii_lowercase();
+        let steps = || {
+            let (before, _) = name.split_once("step")?;
+            let digits: String = before
+                .trim_end_matches(['-', '_', ' '])
+                .chars()
+                .rev()
+                .take_while(char::is_ascii_digit)
+                .collect();
+            let digits: String = digits.chars().rev().collect();
+            digits.parse().ok().filter(|steps| (1..=16).contains(steps))
+        };
+        let has = |word: &str| {
+            name.split(|c: char| !c.is_ascii_alphabetic())
+                .any(|w| w == word)
+        };
+        if has("lightning") {
+            Some(Self::Lightning(steps().unwrap_or(4)))
+        } else if has("turbo") {
+            Some(Self::Turbo)
+        } else if has("hyper") {
+            Some(Self::Hyper(steps().unwrap_or(8)))
+        } else {
+            None
+        }
+    }
+
+    /// The word for it.
+    pub fn id(self) -> &'static str {
+        match self {
+            Self::Turbo => "turbo",
+            Self::Lightning(_) => "lightning",
+            Self::Hyper(_) => "hyper",
+        }
+    }
+}
+
 /// What a checkpoint is, and why.
 #[derive(Debug, Clone)]
 pub struct Detection {
@@ -135,6 +186,8 @@ pub struct Detection {
     pub prediction: Option<Prediction>,
     /// The noise levels, as a single file tells them.
     pub noise: Noise,
+    /// How it was trained to need few steps, if it was.
+    pub distilled: Option<Distilled>,
     /// What was seen, the deciding fact first; fit to be printed.
     pub evidence: Vec<String>,
     /// Where the components lie in a single file. Empty for folders.
@@ -260,6 +313,7 @@ impl Detection {
             variant: Variant::None,
             prediction: None,
             noise: Noise::default(),
+            distilled: None,
             evidence: vec![evidence],
             places: Vec::new(),
             missing: Vec::new(),
@@ -271,10 +325,20 @@ impl Detection {
 
 /// Finds out what `checkpoint` is. Reads headers and configs, and for a Stable Diffusion 2 in a single file one small tensor.
 pub fn detect(checkpoint: &Checkpoint) -> Detection {
-    match checkpoint.single() {
+    let mut detection = match checkpoint.single() {
         Some(tensors) => detect_single(&tensors),
         None => folder::detect(checkpoint),
+    };
+    if !detection.family.components().is_empty() {
+        let name = checkpoint.path().file_name().unwrap_or_default();
+        detection.distilled = Distilled::from_name(&name.to_string_lossy());
     }
+    if let Some(distilled) = detection.distilled {
+        let id = distilled.id();
+        let evidence = format!("its name says {id}: few steps, no guidance");
+        detection.evidence.push(evidence);
+    }
+    detection
 }
 
 /// `key \`name\``, the name fit to be printed.

@@ -28,7 +28,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-pub use self::family::{Detection, Family, Noise, Prediction, Variant, detect};
+pub use self::family::{Detection, Distilled, Family, Noise, Prediction, Variant, detect};
 pub use self::hash::{auto_v2, sha256_file};
 pub use self::header::TensorInfo;
 pub use self::leftover::leftover;

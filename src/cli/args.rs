@@ -89,6 +89,18 @@ pub struct GenerateArgs {
     /// Leave out the text encoder's last layers, in A1111's numbering; 1 leaves none
     #[arg(long)]
     pub clip_skip: Option<usize>,
+    /// A model that finishes pictures: the SDXL refiner
+    #[arg(long, value_name = "MODEL", help_heading = "SDXL")]
+    pub refiner: Option<PathBuf>,
+    /// The part of the noise levels after which the refiner takes over
+    #[arg(
+        long,
+        value_name = "PART",
+        default_value_t = 0.8,
+        requires = "refiner",
+        help_heading = "SDXL"
+    )]
+    pub refiner_switch: f64,
     /// What SDXL is told of a picture's size before it was scaled [default: the picture's size]
     #[arg(long, value_name = "WxH", value_parser = size, help_heading = "SDXL")]
     pub original_size: Option<(usize, usize)>,

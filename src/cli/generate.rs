@@ -38,7 +38,12 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     let dtype = device::dtype(args.dtype, &device)?;
     output::check_target(&args.output, args.save_latents.as_deref(), args.overwrite)?;
     let checkpoint = open_model(args.model.as_deref(), args.no_mmap)?;
-    let engine = Engine::load(&checkpoint, &device, dtype)?;
+    let mut engine = Engine::load(&checkpoint, &device, dtype)?;
+    if let Some(refiner) = &args.refiner {
+        let refiner = open_model(Some(refiner), args.no_mmap)?;
+        let refiner = Engine::load(&refiner, &device, dtype)?;
+        engine = engine.with_refiner(refiner, args.refiner_switch)?;
+    }
     let plan = Plan::new(&engine, &request)?;
     let job = Job {
         args,
@@ -255,6 +260,12 @@ impl Job<'_> {
                 "negative_prompt".to_owned(),
                 json!(self.request.negative_prompt),
             );
+            if let Some(refiner) = &self.args.refiner {
+                let refiner = model_name(Some(refiner));
+                fields.insert("refiner".to_owned(), json!(refiner));
+                let switch = json!(self.args.refiner_switch);
+                fields.insert("refiner_switch".to_owned(), switch);
+            }
             fields.insert("clip_skip".to_owned(), json!(self.plan.clip_skip));
             fields.insert(
                 "rng".to_owned(),
@@ -286,8 +297,21 @@ impl Job<'_> {
                 Rng::Nv => NoiseSource::Nv,
             },
             version: Some(Parameters::our_version()),
+            extras: self.refiner_pairs(),
             ..Parameters::default()
         }
+    }
+
+    /// A1111's keys of a refiner.
+    fn refiner_pairs(&self) -> Vec<(String, String)> {
+        let Some(refiner) = &self.args.refiner else {
+            return Vec::new();
+        };
+        let switch = self.args.refiner_switch.to_string();
+        vec![
+            ("Refiner".to_owned(), model_name(Some(refiner))),
+            ("Refiner switch at".to_owned(), switch),
+        ]
     }
 
     fn describe(&self) -> String {

@@ -12,12 +12,20 @@ const REST: u64 = 250 << 20;
 /// # Errors
 /// When the networks cannot take the size.
 pub(super) fn estimate(
-    networks: &Networks,
+    networks: &[&Networks],
     size: (usize, usize),
     batch: usize,
     guided: bool,
 ) -> Result<u64> {
-    Ok(networks.memory(size, batch, guided)? + REST)
+    // models of a relay keep their weights, and use their buffers in turn
+    let mut weights = 0;
+    let mut buffers = 0;
+    for networks in networks {
+        let need = networks.memory(size, batch, guided)?;
+        weights += need.weights;
+        buffers = buffers.max(need.buffers);
+    }
+    Ok(weights + buffers + REST)
 }
 
 /// Refuses when `needed` bytes are not to be had.

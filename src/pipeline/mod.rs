@@ -8,6 +8,7 @@ mod event;
 mod memory;
 mod networks;
 mod plan;
+mod relay;
 mod request;
 mod sizes;
 mod tower;
@@ -15,7 +16,7 @@ mod tower;
 pub use conditions::Conditions;
 pub use coverage::Coverage;
 pub use event::{Control, Event, Listener};
-pub use networks::{Configs, Networks};
+pub use networks::{Configs, Need, Networks};
 pub use plan::Plan;
 pub use request::{Request, Rng};
 pub use sizes::SizeConditioning;
@@ -32,6 +33,8 @@ use crate::sampling::Generator;
 use crate::spec::ModelSpec;
 use crate::text::{self, ClipTokenizer, Conditioning, Speaker, Texts};
 use denoise::BatchNoise;
+use networks::Denoiser;
+use relay::Relay;
 
 /// A loaded model.
 pub struct Engine {
@@ -40,6 +43,15 @@ pub struct Engine {
     networks: Networks,
     load_time: Duration,
     warnings: Vec<String>,
+    refiner: Option<Refiner>,
+}
+
+/// A second model that takes over where little noise is left (Podell et al., "SDXL", arXiv 2307.01952, section 2.5; Balaji et al., eDiff-I,
+/// arXiv 2211.01324).
+struct Refiner {
+    engine: Box<Engine>,
+    /// The part of the noise levels that is the first model's, 0 to 1.
+    switch: f64,
 }
 
 /// A finished picture.
@@ -96,7 +108,41 @@ impl Engine {
             networks,
             load_time: start.elapsed(),
             warnings,
+            refiner: None,
         })
+    }
+
+    /// Lets another model finish pictures: it takes over when the part `switch` of the training's noise levels is behind, as diffusers' ensemble
+    /// of experts and A1111's refiner do.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when `switch` is out of range or the models do not share latents and prediction.
+    pub fn with_refiner(mut self, refiner: Self, switch: f64) -> Result<Self> {
+        if !(0.0..=1.0).contains(&switch) {
+            return Err(Error::Usage(format!(
+                "--refiner-switch is {switch}, expected 0 to 1"
+            )));
+        }
+        let traits = |engine: &Self| {
+            let spec = &engine.spec;
+            let channels = (
+                spec.vae.config.latent_channels,
+                spec.unet.config.in_channels,
+            );
+            (channels, spec.vae.config.scale(), spec.prediction)
+        };
+        if traits(&self) != traits(&refiner) {
+            return Err(Error::Usage(
+                "--refiner is a model of other latents or another kind of prediction than --model; give one that was made for it".to_owned(),
+            ));
+        }
+        self.load_time += refiner.load_time;
+        self.warnings.extend(refiner.warnings.iter().cloned());
+        self.refiner = Some(Refiner {
+            engine: Box::new(refiner),
+            switch,
+        });
+        Ok(self)
     }
 
     /// What the model is.
@@ -107,6 +153,12 @@ impl Engine {
     /// The networks.
     pub fn networks(&self) -> &Networks {
         &self.networks
+    }
+
+    /// Its own and its refiner's.
+    fn all_networks(&self) -> Vec<&Networks> {
+        let refiner = self.refiner.iter().map(|refiner| &refiner.engine.networks);
+        std::iter::once(&self.networks).chain(refiner).collect()
     }
 
     /// How long loading took.
@@ -135,7 +187,27 @@ impl Engine {
             event::send(listener, Event::Warning(warning.clone()))?;
         }
         let start = Instant::now();
-        let conditioning = text::encode(
+        let mut conditionings = vec![self.encode(request, plan)?];
+        if let Some(refiner) = &self.refiner {
+            conditionings.push(refiner.engine.encode(request, plan)?);
+        }
+        let text_time = start.elapsed();
+        let warnings = conditionings.first().map(|first| first.warnings.clone());
+        for warning in warnings.unwrap_or_default() {
+            event::send(listener, Event::Warning(warning))?;
+        }
+        event::send(listener, Event::Encoded)?;
+        for index in 0..plan.count {
+            let mut batch = self.batch(plan, index, &conditionings, listener)?;
+            batch.timings.text = text_time;
+            finish(batch)?;
+        }
+        Ok(())
+    }
+
+    /// Prompt and negative prompt as this model reads them.
+    fn encode(&self, request: &Request, plan: &Plan) -> Result<Conditioning> {
+        text::encode(
             &self.speakers(),
             Texts {
                 prompt: &request.prompt,
@@ -147,18 +219,26 @@ impl Engine {
                 syntax: request.prompt_syntax,
                 clip_skip: plan.clip_skip,
             },
+        )
+    }
+
+    /// Makes this model's network ready for a batch.
+    fn denoiser(
+        &self,
+        plan: &Plan,
+        size: [usize; 4],
+        conditioning: &Conditioning,
+    ) -> Result<Denoiser<'_>> {
+        let numbers = plan.numbers(&self.spec);
+        let conditions = Conditions::new(
+            &self.spec.unet.config,
+            conditioning,
+            (plan.batch_size, plan.guided),
+            (&numbers, plan.cfg_scale),
         )?;
-        let text_time = start.elapsed();
-        for warning in &conditioning.warnings {
-            event::send(listener, Event::Warning(warning.clone()))?;
-        }
-        event::send(listener, Event::Encoded)?;
-        for index in 0..plan.count {
-            let mut batch = self.batch(plan, index, &conditioning, listener)?;
-            batch.timings.text = text_time;
-            finish(batch)?;
-        }
-        Ok(())
+        let calls = plan.trajectory.calls.iter();
+        let timesteps: Vec<f64> = calls.map(|call| call.timestep).collect();
+        self.networks.denoiser(size, &conditions, &timesteps)
     }
 
     fn speakers(&self) -> Vec<Speaker<'_>> {
@@ -178,7 +258,7 @@ impl Engine {
         &self,
         plan: &Plan,
         index: usize,
-        conditioning: &Conditioning,
+        conditionings: &[Conditioning],
         listener: &mut Listener<'_>,
     ) -> Result<Batch> {
         let seeds: Vec<u64> = (0..plan.batch_size)
@@ -195,24 +275,10 @@ impl Engine {
             Rng::Nv => Generator::philox(seed),
         });
         let mut noise = BatchNoise::new(generators.collect(), shape, self.networks.device());
-        let conditions = Conditions::new(
-            &self.spec.unet.config,
-            conditioning,
-            (plan.batch_size, plan.guided),
-            (&plan.numbers, plan.cfg_scale),
-        )?;
-        let timesteps: Vec<f64> = plan
-            .trajectory
-            .calls
-            .iter()
-            .map(|call| call.timestep)
-            .collect();
         let size = [seeds.len(), shape[0], shape[1], shape[2]];
-        let start = Instant::now();
-        let mut denoiser = self.networks.denoiser(size, &conditions, &timesteps)?;
-        let load = start.elapsed();
+        let mut relay = Relay::new(self, plan, size, conditionings)?;
         let mut model =
-            |sample: &Tensor, timestep: f64| guided(plan, denoiser.predict(sample, timestep)?);
+            |sample: &Tensor, timestep: f64| guided(plan, relay.predict(sample, timestep)?);
         let progress = (
             index * plan.trajectory.steps,
             plan.count * plan.trajectory.steps,
@@ -221,9 +287,10 @@ impl Engine {
         let start = Instant::now();
         let (latents, steps) =
             denoise::run(&plan.trajectory, &mut noise, &mut model, progress, listener)?;
-        let denoise = start.elapsed();
+        let denoise = start.elapsed().saturating_sub(relay.later_load_time());
 
-        drop(denoiser); // its buffers make room for the decoder's
+        let load = relay.load_time();
+        drop(relay); // its buffers make room for the decoder's
         event::send(listener, Event::Decoding)?;
         let start = Instant::now();
         let mut pictures = Vec::with_capacity(seeds.len());

@@ -46,6 +46,15 @@ struct Sources {
     vae: Arc<dyn Source>,
 }
 
+/// Bytes that a run takes.
+#[derive(Debug, Clone, Copy)]
+pub struct Need {
+    /// Weights, as long as the model is there.
+    pub weights: u64,
+    /// Everything between layers, at the peak.
+    pub buffers: u64,
+}
+
 /// The structures of a model's networks.
 #[derive(Clone, Copy)]
 pub struct Configs<'a> {
@@ -302,22 +311,28 @@ impl Networks {
         Ok((graph, output))
     }
 
-    /// Bytes of weights and of everything between layers at the peak of a run for `batch` latents of `size` (width, height).
+    /// What a run for `batch` latents of `size` (width, height) holds at its peak.
     ///
     /// # Errors
     /// When the networks cannot take the size.
-    pub fn memory(&self, size: (usize, usize), batch: usize, guided: bool) -> Result<u64> {
+    pub fn memory(&self, size: (usize, usize), batch: usize, guided: bool) -> Result<Need> {
         let batch = if guided { 2 * batch } else { batch };
         let (unet, noise) = self.record_unet(size, (batch, self.positions()))?;
         let (vae, picture) = self.record_vae(size, 1)?;
         if self.planned.is_none() {
             let elements = unet.peak_elements().max(vae.peak_elements());
-            return Ok(self.weight_bytes + elements * self.dtype.size_in_bytes() as u64);
+            return Ok(Need {
+                weights: self.weight_bytes,
+                buffers: elements * self.dtype.size_in_bytes() as u64,
+            });
         }
         let unet = Plan::sizes(&unet, &noise, &self.unet_options(guided))?;
         let vae = Plan::sizes(&vae, &picture, &vae_options(self.dtype))?;
         let decoding = vae.buffers + vae.transient;
-        Ok((unet.weights + decoding.max(unet.buffers + unet.transient)) as u64)
+        Ok(Need {
+            weights: unet.weights as u64,
+            buffers: decoding.max(unet.buffers + unet.transient) as u64,
+        })
     }
 
     /// How plans of the UNet are made.

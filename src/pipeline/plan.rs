@@ -1,9 +1,11 @@
 //! A request resolved against a model: sizes, seeds, coefficients. Every refusal happens here, before any work.
 
 use super::request::{Request, Rng};
-use super::{Engine, memory, sizes};
+use super::sizes::{self, SizeConditioning};
+use super::{Engine, memory};
 use crate::error::{Error, Result};
 use crate::sampling::{self, Trajectory};
+use crate::spec::ModelSpec;
 
 /// The widest picture in pixels that is taken on.
 const MAX_SIZE: usize = 8192;
@@ -41,8 +43,8 @@ pub struct Plan {
     pub rng: Rng,
     /// Whether the negative prompt has a say.
     pub guided: bool,
-    /// What SDXL is told beside the text, with the negative prompt and with the prompt.
-    pub numbers: [Vec<f64>; 2],
+    /// What SDXL is told of sizes, with the negative prompt and with the prompt.
+    pub sizes: (SizeConditioning, SizeConditioning),
     /// Bytes at the peak, estimated.
     pub memory: u64,
     /// Notices for the user.
@@ -101,13 +103,18 @@ impl Plan {
         }
         let mut warnings = Vec::new();
         let guided = is_guided(engine, request, cfg_scale);
+        if let Some(most) = spec
+            .defaults
+            .most_cfg_scale
+            .filter(|&most| cfg_scale > most)
+        {
+            warnings.push(format!(
+                "--cfg-scale is {cfg_scale}, and this model was distilled to need none: above {most} its pictures burn"
+            ));
+        }
         let chosen = choose_sampling(engine, request, steps, &mut warnings)?;
-        let memory = memory::estimate(
-            engine.networks(),
-            (width / scale, height / scale),
-            batch_size,
-            guided,
-        )?;
+        let latent = (width / scale, height / scale);
+        let memory = memory::estimate(&engine.all_networks(), latent, batch_size, guided)?;
         if !request.force {
             memory::check(memory)?;
         }
@@ -125,14 +132,15 @@ impl Plan {
             clip_skip,
             rng: request.rng,
             guided,
-            numbers: sizes::numbers(
-                spec.numbers(),
-                (width, height),
-                (request.negative_sizes, request.sizes),
-            ),
+            sizes: (request.negative_sizes, request.sizes),
             memory,
             warnings,
         })
+    }
+
+    /// What a model of this structure is told beside the text, with the negative prompt and with the prompt.
+    pub(super) fn numbers(&self, spec: &ModelSpec) -> [Vec<f64>; 2] {
+        sizes::numbers(spec.numbers(), (self.width, self.height), self.sizes)
     }
 
     /// Pictures in the whole run.
@@ -179,8 +187,11 @@ fn choose_sampling(
             trajectory,
         });
     }
-    let sampler = request.sampler.as_deref().unwrap_or(spec.defaults.sampler);
-    let (sampler, schedule) = sampling::parse(sampler, request.schedule.as_deref())?;
+    let wanted = request.schedule.as_deref();
+    let (sampler, schedule) = match &request.sampler {
+        Some(sampler) => sampling::parse(sampler, wanted)?,
+        None => sampling::parse(spec.defaults.sampler, wanted.or(spec.defaults.schedule))?,
+    };
     let model = sampling::Model {
         levels: &spec.levels,
         prediction: spec.prediction,
