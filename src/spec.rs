@@ -114,6 +114,8 @@ struct Row {
     scaling_factor: f64,
     /// See [`ModelSpec::zero_negative`]; for files that do not say.
     zero_negative: bool,
+    /// diffusers' pipelines of this family correct old scheduler configs.
+    corrects_scheduler: bool,
     towers: &'static [TowerRole],
 }
 
@@ -164,6 +166,7 @@ const SD1: Row = Row {
     v_size: 512,
     scaling_factor: 0.18215,
     zero_negative: false,
+    corrects_scheduler: true,
     towers: &[CLIP_L],
 };
 const SD2: Row = Row {
@@ -181,6 +184,7 @@ const SDXL: Row = Row {
     v_size: 1024,
     scaling_factor: 0.13025,
     zero_negative: true,
+    corrects_scheduler: false,
     towers: &[XL_CLIP_L, XL_OPEN_CLIP_G],
 };
 const SDXL_REFINER: Row = Row {
@@ -238,13 +242,15 @@ impl ModelSpec {
 
     fn from_folder(checkpoint: &Checkpoint, detection: &Detection, row: &Row) -> Result<Self> {
         let scheduler = match checkpoint.config("scheduler") {
-            Some(value) => Some(
-                SchedulerConfig::from_json(value)
-                    .map_err(|e| {
-                        Error::bad_model(checkpoint.path().join("scheduler"), e.to_string())
-                    })?
-                    .corrected_for_stable_diffusion(),
-            ),
+            Some(value) => {
+                let config = SchedulerConfig::from_json(value).map_err(|e| {
+                    Error::bad_model(checkpoint.path().join("scheduler"), e.to_string())
+                })?;
+                Some(match row.corrects_scheduler {
+                    true => config.corrected_for_stable_diffusion(),
+                    false => config,
+                })
+            }
             None => None,
         };
         let unet = folder_component(checkpoint, "unet", unet::Config::from_json)?;

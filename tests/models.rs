@@ -18,15 +18,15 @@ use crate::support::Dir;
 use crate::support::weights::{Case, FolderForm, SingleForm, Values};
 
 /// Relative L2 distance that one call of a network may have; f32 and f64 are up to 1.2e-6 apart in the reference itself.
-const CALL: f64 = 2e-5;
+pub(crate) const CALL: f64 = 2e-5;
 /// The same for a whole run; the project's promise is 1e-3.
-const RUN: f64 = 1e-4;
+pub(crate) const RUN: f64 = 1e-4;
 
 /// The weights of one component under canonical names.
-struct Memory(HashMap<String, (Vec<usize>, Vec<f32>)>);
+pub(crate) struct Memory(HashMap<String, (Vec<usize>, Vec<f32>)>);
 
 impl Memory {
-    fn weights(case: &Case, component: &str) -> Weights {
+    pub(crate) fn weights(case: &Case, component: &str) -> Weights {
         let tensors = case
             .weights(component, Some(Dtype::F32))
             .into_iter()
@@ -66,16 +66,16 @@ impl Reader for Held<'_> {
     }
 }
 
-fn tensor(values: Values) -> Tensor {
+pub(crate) fn tensor(values: Values) -> Tensor {
     Tensor::from_vec(values.data, values.shape, &Device::Cpu).unwrap()
 }
 
-fn flat(tensor: &Tensor) -> Vec<f32> {
+pub(crate) fn flat(tensor: &Tensor) -> Vec<f32> {
     tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
 #[track_caller]
-fn close(what: &str, got: &Tensor, want: &Values, bound: f64) {
+pub(crate) fn close(what: &str, got: &Tensor, want: &Values, bound: f64) {
     assert_eq!(got.dims(), want.shape, "{what}");
     let got = flat(got);
     let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|v| v * v).sum::<f64>().sqrt();
@@ -110,11 +110,11 @@ fn is_refused(case: &Case) -> bool {
         .any(|need| need == "class_labels")
 }
 
-fn list(value: &Value) -> &[Value] {
+pub(crate) fn list(value: &Value) -> &[Value] {
     value.as_array().map_or(&[], Vec::as_slice)
 }
 
-fn text(value: &Value) -> &str {
+pub(crate) fn text(value: &Value) -> &str {
     value.as_str().unwrap()
 }
 
