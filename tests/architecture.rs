@@ -485,7 +485,7 @@ fn forbidden_imports_are_seen_however_they_are_written() {
         );
     }
     assert_eq!(
-        faults("src/spec.rs", "use super::cli::Args;"),
+        faults("src/spec/mod.rs", "use super::cli::Args;"),
         ["spec may not import cli::Args"]
     );
     assert_eq!(

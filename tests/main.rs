@@ -17,6 +17,8 @@ mod cli;
 mod models;
 /// Noise levels, trajectories and random numbers against diffusers, k-diffusion and torch.
 mod samplers;
+/// The XL family: two towers, sizes, refiner, continuous noise levels.
+mod sdxl;
 /// Temporary folders, running the binary.
 mod support;
 /// Prompt grammar, tokens and chunks against transformers and A1111's rules.

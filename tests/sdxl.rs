@@ -82,7 +82,11 @@ fn two_towers_and_a_whole_texts_vector() {
             let weights = Memory::weights(&case, tower);
             // transformers' class with a projection has its prefix, the one without has lost it
             let nested = config.projection.is_some();
-            let inside = if nested { weights.at("text_model") } else { weights.clone() };
+            let inside = if nested {
+                weights.at("text_model")
+            } else {
+                weights.clone()
+            };
             let plain = clip::Config {
                 projection: None,
                 ..config.clone()
@@ -90,7 +94,10 @@ fn two_towers_and_a_whole_texts_vector() {
             let network = clip::TextEncoder::load(&inside, &plain);
             let ids: Vec<u32> = numbers(&call["tokens"]).iter().map(|&t| t as u32).collect();
             let end = ids.iter().position(|&id| id == 49407).unwrap();
-            let ids = Tensor::new(ids, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+            let ids = Tensor::new(ids, &Device::Cpu)
+                .unwrap()
+                .unsqueeze(0)
+                .unwrap();
             for state in list(&call["states"]) {
                 // diffusers' null leaves out one layer, its 1 two
                 let skip = state["clip_skip"].as_u64().unwrap_or(0) as usize + 1;
@@ -104,7 +111,10 @@ fn two_towers_and_a_whole_texts_vector() {
                 let hidden = network.hidden(&ids.clone().into(), 1).unwrap();
                 let last = network.finish(&hidden, 1).unwrap().into_data().unwrap();
                 let last = last.narrow(1, end, 1).unwrap();
-                let projection = weights.param("text_projection.weight", &[config.projection.unwrap(), config.width]);
+                let projection = weights.param(
+                    "text_projection.weight",
+                    &[config.projection.unwrap(), config.width],
+                );
                 let linear = sd_kernels::Op::Linear {
                     weight: projection,
                     bias: None,
@@ -125,7 +135,10 @@ fn two_towers_and_a_whole_texts_vector() {
 /// The towers of a prompt's record, with what each is given and gives.
 fn towers(prompt: &Value) -> Vec<(&str, &Value)> {
     let towers = prompt["towers"].as_object().unwrap();
-    towers.iter().map(|(name, call)| (name.as_str(), call)).collect()
+    towers
+        .iter()
+        .map(|(name, call)| (name.as_str(), call))
+        .collect()
 }
 
 #[test]
@@ -260,7 +273,11 @@ fn a_refiner_finishes_what_the_base_began() {
     let engine = load(first.root());
     let engine = engine.with_refiner(load(second.root()), switch).unwrap();
     check_run("ensemble", &case, &engine, run);
-    assert!(load(first.root()).with_refiner(load(second.root()), 1.5).is_err());
+    assert!(
+        load(first.root())
+            .with_refiner(load(second.root()), 1.5)
+            .is_err()
+    );
 }
 
 #[test]
@@ -275,7 +292,9 @@ fn single_files_are_their_folders() {
             extras: false,
         },
     ];
-    let singles = cases().into_iter().filter(|(_, case)| case.record["single_file"].is_object());
+    let singles = cases()
+        .into_iter()
+        .filter(|(_, case)| case.record["single_file"].is_object());
     let mut seen = 0;
     for (name, case) in singles {
         let folder = Dir::new();

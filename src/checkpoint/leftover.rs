@@ -18,7 +18,14 @@ const KNOWN: [(&[&str], &str); 5] = [
         "tensors of the training's state",
     ),
     (
-        &["alphas_", "betas", "sqrt_", "log_one_minus", "posterior_"],
+        &[
+            "alphas_",
+            "betas",
+            "sqrt_",
+            "log_one_minus",
+            "posterior_",
+            "denoiser.sigmas",
+        ],
         "tensors of the noise schedule, which is computed",
     ),
     (
