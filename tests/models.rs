@@ -92,7 +92,7 @@ pub(crate) fn close(what: &str, got: &Tensor, want: &Values, bound: f64) {
     );
 }
 
-/// Cases that have the component and need nothing beyond latents, timestep and text.
+/// Cases of Stable Diffusions 1 and 2 that have the component.
 fn cases(component: &str) -> Vec<(String, Case)> {
     let cases: Vec<_> = Case::names()
         .into_iter()

@@ -55,10 +55,20 @@ impl Case {
         }
     }
 
-    /// The components that the case has: `unet`, and `vae` and `text_encoder` if it is a whole model.
+    /// The components that the case has: `unet`, and `vae` and text towers if it is a whole model.
     pub(crate) fn components(&self) -> Vec<&str> {
         let components = self.record["components"].as_object().unwrap();
         components.keys().map(String::as_str).collect()
+    }
+
+    /// Whether the UNet is of the Stable Diffusion XL family: it is given a pooled text vector and sizes beside the time.
+    pub(crate) fn is_sdxl(&self) -> bool {
+        self.config("unet")["addition_embed_type"] == "text_time"
+    }
+
+    /// Whether the UNet is given anything besides latents, timestep and text.
+    pub(crate) fn has_needs(&self) -> bool {
+        !rows(&self.record["needs"]).is_empty()
     }
 
     /// A component's config.
@@ -66,7 +76,7 @@ impl Case {
         &self.record["components"][component]["config"]
     }
 
-    /// A component's weights under diffusers' names, as transformers 5 spells the text tower's.
+    /// A component's weights under diffusers' names, as transformers 5 spells the text towers' (only `text_encoder` is without `text_model.`).
     pub(crate) fn weights(&self, component: &str, dtype: Option<Dtype>) -> Vec<Stored> {
         let record = &self.record["components"][component];
         let kept = dtype_named(&record["dtype"]);

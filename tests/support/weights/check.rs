@@ -145,8 +145,43 @@ fn folders_in_all_forms() {
 }
 
 #[test]
+fn folders_of_two_towers() {
+    let case = Case::load("sdxl");
+    assert!(case.is_sdxl() && case.has_needs());
+    assert!(!Case::load("sd1-odd").is_sdxl() && !Case::load("sd1-odd").has_needs());
+    let folder = tempfile::tempdir().unwrap();
+    let form = FolderForm {
+        old_names: true,
+        ..FolderForm::default()
+    };
+    case.write_folder(folder.path(), &form);
+    for tower in ["text_encoder", "text_encoder_2"] {
+        let tensors = read(&folder.path().join(tower).join("model.safetensors"));
+        assert!(tensors.contains_key("text_model.final_layer_norm.weight"));
+        let projection = tensors.get("text_projection.weight");
+        assert_eq!(projection.is_some(), tower == "text_encoder_2");
+    }
+    let pad = |tokenizer: &str| {
+        let path = folder.path().join(tokenizer).join("tokenizer_config.json");
+        let config: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+        text(&config["pad_token"])
+    };
+    assert_eq!(
+        [pad("tokenizer"), pad("tokenizer_2")],
+        ["<|endoftext|>", "!"]
+    );
+}
+
+#[test]
 fn single_files_hold_numpys_weights() {
-    for name in ["single-sd1", "single-sd2", "single-sd2-v"] {
+    for name in [
+        "single-sd1",
+        "single-sd2",
+        "single-sd2-v",
+        "single-sdxl",
+        "single-sdxl-v",
+        "single-refiner",
+    ] {
         let case = Case::load(name);
         assert_eq!(
             digest(&case.single_weights(None)),
@@ -196,6 +231,61 @@ fn single_files_in_all_forms() {
     );
     assert!(all.contains_key("cond_stage_model.model.transformer.resblocks.2.ln_1.weight"));
     assert_eq!(all["cond_stage_model.model.logit_scale"].1, [0; 0]);
+}
+
+#[test]
+fn single_files_of_two_towers() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    let case = Case::load("single-sdxl-v");
+    case.write_single_file(&path, &SingleForm::default());
+    let all = read(&path);
+    for (name, shape) in [
+        (
+            "model.diffusion_model.label_emb.0.0.weight",
+            &[256, 1664][..],
+        ),
+        (
+            "conditioner.embedders.1.model.transformer.resblocks.2.attn.in_proj_weight",
+            &[384, 128],
+        ),
+        ("conditioner.embedders.1.model.text_projection", &[128, 128]),
+        ("conditioner.embedders.1.model.logit_scale", &[]),
+        (
+            "conditioner.embedders.0.transformer.text_model.embeddings.position_ids",
+            &[1, 77],
+        ),
+        ("v_pred", &[0]),
+        ("ztsnr", &[0]),
+    ] {
+        assert_eq!(all[name].1, shape, "{name}");
+    }
+    let towers = case.weights("text_encoder_2", None);
+    let projection = towers.iter().find(|t| t.name == "text_projection.weight");
+    let (_, _, turned) = &all["conditioner.embedders.1.model.text_projection"];
+    // row 3, column 5 of 128, in halves
+    let at = |row: usize, column: usize| 2 * (128 * row + column);
+    assert_eq!(
+        turned[at(3, 5)..][..2],
+        projection.unwrap().bytes[at(5, 3)..][..2]
+    );
+
+    let form = SingleForm {
+        dtype: None,
+        text_model: false,
+        position_ids: None,
+        ema: false,
+        extras: false,
+    };
+    Case::load("single-sdxl").write_single_file(&path, &form);
+    let bare = read(&path);
+    assert!(bare.contains_key("conditioner.embedders.0.transformer.final_layer_norm.bias"));
+    assert!(!bare.contains_key("conditioner.embedders.1.model.logit_scale"));
+
+    Case::load("single-refiner").write_single_file(&path, &SingleForm::default());
+    let all = read(&path);
+    assert!(all.contains_key("conditioner.embedders.0.model.ln_final.bias"));
+    assert!(!all.keys().any(|name| name.contains("embedders.1")));
 }
 
 const KNOWN: [u32; 4] = [0x3f892dca, 0x3f7d3b9f, 0x3f9ea8d4, 0x3f9b5d2c];

@@ -15,13 +15,15 @@ use super::values::{Law, Stored, encode, save, uniform};
 pub(crate) struct SingleForm {
     /// Stored type of the weights; the case's own if none. A narrower one changes the weights, and so what they compute.
     pub(crate) dtype: Option<Dtype>,
-    /// Whether Stable Diffusion 1's text names have `text_model.`: they lack it in the oldest and the newest files.
+    /// Whether the text names of transformers' towers (Stable Diffusion 1's, and XL's first) have `text_model.`: they lack it in the oldest and
+    /// the newest files.
     pub(crate) text_model: bool,
     /// Type of `position_ids` where the text tower has them: I64, or F32 as merging tools leave them; absent if none.
     pub(crate) position_ids: Option<Dtype>,
     /// Whether averaged copies of the UNet's weights (`model_ema.…`, of other values) are there.
     pub(crate) ema: bool,
-    /// Whether what else real files hold is there: betas and such, OpenCLIP's projection. OpenCLIP's unused last layer always is.
+    /// Whether what else real files hold is there: betas and such, OpenCLIP's projection where it is not used, the empty tensors that tell what a
+    /// model predicts. OpenCLIP's unused last layer always is.
     pub(crate) extras: bool,
 }
 
@@ -51,6 +53,11 @@ impl Case {
                 .map(|tensor| (tensor.name.as_str(), tensor))
                 .collect();
             for row in rows(&part["tensors"]) {
+                let name = format!("{}{}", text(&part["prefix"]), text(&row[0]));
+                if let Some(source) = row[1]["transpose"].as_str() {
+                    file.push(transposed(name, by_name[source]));
+                    continue;
+                }
                 // one source as it is, or [sources] below each other under a shape of their own
                 let sources: Vec<&Stored> = match row[1].as_array() {
                     Some(names) => names
@@ -60,7 +67,7 @@ impl Case {
                     None => vec![by_name[row[1].as_str().unwrap()]],
                 };
                 file.push(Stored {
-                    name: format!("{}{}", text(&part["prefix"]), text(&row[0])),
+                    name,
                     shape: row.get(2).map_or_else(|| sources[0].shape.clone(), sizes),
                     dtype: sources[0].dtype,
                     bytes: sources
@@ -85,13 +92,38 @@ impl Case {
         }
         if !form.text_model {
             for tensor in &mut tensors {
-                tensor.name = tensor.name.replace(
-                    "cond_stage_model.transformer.text_model.",
+                for tower in [
                     "cond_stage_model.transformer.",
-                );
+                    "conditioner.embedders.0.transformer.",
+                ] {
+                    let rest = tensor.name.strip_prefix(tower);
+                    if let Some(rest) = rest.and_then(|rest| rest.strip_prefix("text_model.")) {
+                        tensor.name = format!("{tower}{rest}");
+                        break;
+                    }
+                }
             }
         }
         save(tensors.iter(), path);
+    }
+}
+
+/// A matrix with rows and columns exchanged.
+fn transposed(name: String, source: &Stored) -> Stored {
+    let &[height, width] = source.shape.as_slice() else {
+        panic!("{} is no matrix", source.name)
+    };
+    let size = source.bytes.len() / (height * width);
+    let element =
+        |row: usize, column: usize| &source.bytes[(row * width + column) * size..][..size];
+    Stored {
+        name,
+        shape: vec![width, height],
+        dtype: source.dtype,
+        bytes: (0..width)
+            .flat_map(|column| (0..height).flat_map(move |row| element(row, column)))
+            .copied()
+            .collect(),
     }
 }
 
