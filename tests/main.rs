@@ -9,6 +9,8 @@
 
 /// Guards the direction of imports and the places of `cfg(feature)` and `unsafe` by reading the sources.
 mod architecture;
+/// Autoencoders of other files, tiny ones too.
+mod autoencoders;
 /// Formats, truncated and hostile files, families.
 mod checkpoint;
 /// The binary: results, exit statuses, messages.

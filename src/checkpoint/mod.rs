@@ -127,6 +127,21 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// [`Checkpoint::open_with`], which also takes the folder of one component and gives it this name.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open_part(path: impl AsRef<Path>, name: &str, options: &ReadOptions) -> Result<Self> {
+        let path = path.as_ref();
+        if path.join("model_index.json").is_file() || !path.join("config.json").is_file() {
+            return Self::open_with(path, options);
+        }
+        let mut checkpoint = Self::empty(path);
+        let component = Component::open(path, options)?;
+        checkpoint.components.insert(name.to_owned(), component);
+        Ok(checkpoint)
+    }
+
     /// A checkpoint whose files are inside the program.
     ///
     /// # Errors

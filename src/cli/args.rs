@@ -56,6 +56,9 @@ pub struct GenerateArgs {
     /// A .safetensors file or a diffusers folder [default: the demonstration checkpoint in this binary]
     #[arg(short, long)]
     pub model: Option<PathBuf>,
+    /// Another autoencoder: a file or folder of one, a TAESD, or a checkpoint that has one
+    #[arg(long, value_name = "FILE")]
+    pub vae: Option<PathBuf>,
     /// Read model files instead of mapping them into memory: for network file systems, and files that others write to
     #[arg(long)]
     pub no_mmap: bool,

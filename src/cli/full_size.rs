@@ -80,6 +80,7 @@ pub(super) fn random(family: RandomFamily, device: &Device, dtype: DType) -> Res
         towers: &towers.iter().collect::<Vec<_>>(),
         unet: &unet::Config::from_json(&unet).map_err(broken)?,
         vae: &vae::Config::from_json(&vae).map_err(broken)?,
+        tiny: None,
     };
     let prediction = match family {
         RandomFamily::Sd21 => Prediction::V,

@@ -8,7 +8,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::args::GenerateArgs;
-use super::{interrupt, model_name, open_model, print_line, set_threads};
+use super::{interrupt, model_name, open_model, print_line, read_options, set_threads};
+use crate::checkpoint::Checkpoint;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::memory::peak_resident;
@@ -38,7 +39,15 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     let dtype = device::dtype(args.dtype, &device)?;
     output::check_target(&args.output, args.save_latents.as_deref(), args.overwrite)?;
     let checkpoint = open_model(args.model.as_deref(), args.no_mmap)?;
-    let mut engine = Engine::load(&checkpoint, &device, dtype)?;
+    let vae = match &args.vae {
+        Some(path) => Some(Checkpoint::open_part(
+            path,
+            "vae",
+            &read_options(args.no_mmap),
+        )?),
+        None => None,
+    };
+    let mut engine = Engine::load_with(&checkpoint, vae.as_ref(), &device, dtype)?;
     if let Some(refiner) = &args.refiner {
         let refiner = open_model(Some(refiner), args.no_mmap)?;
         let refiner = Engine::load(&refiner, &device, dtype)?;
@@ -260,6 +269,9 @@ impl Job<'_> {
                 "negative_prompt".to_owned(),
                 json!(self.request.negative_prompt),
             );
+            if let Some(vae) = &self.args.vae {
+                fields.insert("vae".to_owned(), json!(model_name(Some(vae))));
+            }
             if let Some(refiner) = &self.args.refiner {
                 let refiner = model_name(Some(refiner));
                 fields.insert("refiner".to_owned(), json!(refiner));
@@ -297,21 +309,23 @@ impl Job<'_> {
                 Rng::Nv => NoiseSource::Nv,
             },
             version: Some(Parameters::our_version()),
-            extras: self.refiner_pairs(),
+            extras: self.other_models(),
             ..Parameters::default()
         }
     }
 
-    /// A1111's keys of a refiner.
-    fn refiner_pairs(&self) -> Vec<(String, String)> {
-        let Some(refiner) = &self.args.refiner else {
-            return Vec::new();
-        };
-        let switch = self.args.refiner_switch.to_string();
-        vec![
-            ("Refiner".to_owned(), model_name(Some(refiner))),
-            ("Refiner switch at".to_owned(), switch),
-        ]
+    /// A1111's keys of what else takes part.
+    fn other_models(&self) -> Vec<(String, String)> {
+        let mut pairs = Vec::new();
+        if let Some(vae) = &self.args.vae {
+            pairs.push(("VAE".to_owned(), model_name(Some(vae))));
+        }
+        if let Some(refiner) = &self.args.refiner {
+            let switch = self.args.refiner_switch.to_string();
+            pairs.push(("Refiner".to_owned(), model_name(Some(refiner))));
+            pairs.push(("Refiner switch at".to_owned(), switch));
+        }
+        pairs
     }
 
     fn describe(&self) -> String {

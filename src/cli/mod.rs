@@ -33,13 +33,16 @@ pub fn run(cli: Cli) -> Result<()> {
 
 /// The checkpoint that `--model` names, or the one in this binary.
 fn open_model(model: Option<&Path>, no_mmap: bool) -> Result<Checkpoint> {
-    let options = ReadOptions {
+    match model {
+        Some(path) => Checkpoint::open_with(path, &read_options(no_mmap)),
+        None => crate::demo::checkpoint(),
+    }
+}
+
+fn read_options(no_mmap: bool) -> ReadOptions {
+    ReadOptions {
         no_mmap,
         ..ReadOptions::default()
-    };
-    match model {
-        Some(path) => Checkpoint::open_with(path, &options),
-        None => crate::demo::checkpoint(),
     }
 }
 

@@ -10,11 +10,11 @@ use candle_core::{DType, Device};
 use sd_kernels::{Source, Weights};
 use sd_models::clip::TextEncoder;
 use sd_models::unet::{self, Mid, UNet};
-use sd_models::vae::{Decoder, Encoder};
+use sd_models::vae::{AnyDecoder, Encoder};
 
 use crate::checkpoint::{Checkpoint, TensorSet, leftover, printable};
 use crate::error::{Error, Result};
-use crate::spec::{Component, ModelSpec};
+use crate::spec::{Component, ModelSpec, SINGLE_VAE};
 use crate::weights::{CheckpointSource, Layout, is_readable};
 
 /// How many names one sentence holds.
@@ -40,7 +40,10 @@ impl Coverage {
         let towers = spec.text.iter().map(|tower| &tower.component);
         let text: Vec<_> = towers.clone().map(source).collect();
         let unet = source(&spec.unet);
-        let vae = source(&spec.vae);
+        let vae = match &spec.tiny {
+            Some(tiny) => source(tiny),
+            None => source(&spec.vae),
+        };
         if coverage.sizes_are_possible(spec) {
             let ask = |name, source: &Arc<CheckpointSource>, load: &dyn Fn(&Weights)| {
                 let weights = weights(source);
@@ -56,7 +59,10 @@ impl Coverage {
                 .collect();
             problems.extend([
                 ask(UNET, &unet, &|w| drop(UNet::load(w, &spec.unet.config))),
-                ask(VAE, &vae, &|w| drop(Decoder::load(w, &spec.vae.config))),
+                ask(VAE, &vae, &|w| {
+                    let tiny = spec.tiny.as_ref().map(|tiny| &tiny.config);
+                    drop(AnyDecoder::load(w, &spec.vae.config, tiny));
+                }),
             ]);
             let problems = problems.into_iter().flatten();
             coverage.problems.extend(problems.map(|e| e.to_string()));
@@ -64,7 +70,9 @@ impl Coverage {
                 coverage.check_types(TEXT, &source.found(), &tower.tensors);
             }
             coverage.check_types(UNET, &unet.found(), &spec.unet.tensors);
-            coverage.check_types(VAE, &vae.found(), &spec.vae.tensors);
+            let tensors = spec.tiny.as_ref().map_or(&spec.vae.tensors, |t| &t.tensors);
+            coverage.check_types(VAE, &vae.found(), tensors);
+            let vae = source(&spec.vae);
             let encoder = ask("encoder of the autoencoder", &vae, &|w| {
                 drop(Encoder::load(w, &spec.vae.config));
             });
@@ -86,9 +94,11 @@ impl Coverage {
             })
             .collect();
         parts.push(("unet", unet.found(), &spec.unet.layout));
-        parts.push(("vae", vae.found(), &spec.vae.layout));
+        if !spec.other_vae {
+            parts.push(("vae", vae.found(), &spec.vae.layout));
+        }
         match checkpoint.single() {
-            Some(tensors) => coverage.count_single(&tensors, &parts),
+            Some(tensors) => coverage.count_single(&tensors, &parts, spec.other_vae),
             None => coverage.count_folder(checkpoint, &parts),
         }
         coverage
@@ -173,7 +183,7 @@ impl Coverage {
         }
     }
 
-    fn count_single(&mut self, tensors: &TensorSet, parts: &[Part<'_>]) {
+    fn count_single(&mut self, tensors: &TensorSet, parts: &[Part<'_>], other_vae: bool) {
         for name in tensors.names() {
             if parts.iter().any(|(_, found, _)| found.contains(name)) {
                 continue;
@@ -181,6 +191,10 @@ impl Coverage {
             let known = parts
                 .iter()
                 .find_map(|(.., layout)| layout.ignored_as(name));
+            if other_vae && name.starts_with(SINGLE_VAE) {
+                self.ignore("tensors of the autoencoder, in whose place another one is");
+                continue;
+            }
             match known.or_else(|| leftover(name)) {
                 Some(what) => self.ignore(what),
                 None => self.unused.push(printable(name)),

@@ -95,9 +95,22 @@ impl Engine {
     /// # Errors
     /// When the family is not supported, something is missing, or a file cannot be read.
     pub fn load(checkpoint: &Checkpoint, device: &Device, dtype: DType) -> Result<Self> {
+        Self::load_with(checkpoint, None, device, dtype)
+    }
+
+    /// The same with another file's autoencoder, if one is given.
+    ///
+    /// # Errors
+    /// As [`Engine::load`].
+    pub fn load_with(
+        checkpoint: &Checkpoint,
+        vae: Option<&Checkpoint>,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Self> {
         let start = Instant::now();
         let detection = checkpoint::detect(checkpoint);
-        let spec = ModelSpec::read(checkpoint, &detection)?;
+        let spec = ModelSpec::read_with(checkpoint, &detection, vae)?;
         let tokenizers = text::tokenizers_for(checkpoint, &spec)?;
         let (networks, coverage) = Networks::load(checkpoint, &spec, device, dtype)?;
         let mut warnings = checkpoint.warnings().to_vec();

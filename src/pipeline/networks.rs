@@ -8,7 +8,7 @@ use sd_kernels::plan::{Feed, Options, Plan, Precision, Store};
 use sd_kernels::{Graph, Source, Weights};
 use sd_models::clip::{self, TextEncoder};
 use sd_models::unet::{self, UNet};
-use sd_models::vae::{self, Decoder};
+use sd_models::vae::{self, AnyDecoder, TinyConfig};
 
 use super::conditions::{ADDED, CONTEXT, Conditions, GUIDANCE};
 use super::coverage::{Coverage, TEXT, UNET, VAE, named, source};
@@ -23,7 +23,7 @@ use crate::weights::RandomSource;
 pub struct Networks {
     towers: Vec<LoadedTower>,
     unet: UNet,
-    vae: Decoder,
+    vae: AnyDecoder,
     vae_source: Arc<dyn Source>,
     device: Device,
     dtype: DType,
@@ -64,6 +64,8 @@ pub struct Configs<'a> {
     pub unet: &'a unet::Config,
     /// The autoencoder.
     pub vae: &'a vae::Config,
+    /// A tiny decoder in the place of the autoencoder's.
+    pub tiny: Option<&'a TinyConfig>,
 }
 
 impl Networks {
@@ -83,13 +85,17 @@ impl Networks {
         let sources = Sources {
             towers: towers.clone().map(|tower| source(tower) as _).collect(),
             unet: source(&spec.unet),
-            vae: source(&spec.vae),
+            vae: match &spec.tiny {
+                Some(tiny) => source(tiny),
+                None => source(&spec.vae),
+            },
         };
         let towers: Vec<&clip::Config> = towers.map(|tower| &tower.config).collect();
         let configs = Configs {
             towers: &towers,
             unet: &spec.unet.config,
             vae: &spec.vae.config,
+            tiny: spec.tiny.as_ref().map(|tiny| &tiny.config),
         };
         let networks = Self::build(configs, sources, device, dtype).map_err(|e| match e {
             Error::Weights(reason) => Error::bad_model(checkpoint.path(), reason),
@@ -143,7 +149,7 @@ impl Networks {
         let unet = UNet::load(&unet_weights, configs.unet);
         find(UNET, &unet_weights)?;
         let vae_weights = weights(&sources.vae);
-        let vae = Decoder::load(&vae_weights, configs.vae);
+        let vae = AnyDecoder::load(&vae_weights, configs.vae, configs.tiny);
         find(VAE, &vae_weights)?;
         weight_bytes += unet_weights.bytes() + vae_weights.bytes();
         Ok(Self {
@@ -175,7 +181,7 @@ impl Networks {
 
     /// Channels of the latents that the decoder takes.
     pub fn vae_latent_channels(&self) -> usize {
-        self.vae.config().latent_channels
+        self.vae.latent_channels()
     }
 
     /// The device.
@@ -239,7 +245,7 @@ impl Networks {
         let shape = latents.shape();
         let latents = latents.to_dtype(DType::F32)?.flatten_all()?;
         let mut values = latents.to_vec1::<f32>()?;
-        self.vae.config().restore(&mut values, h * w);
+        self.vae.prepare(&mut values, h * w);
         if let Some(planned) = &self.planned {
             let (graph, output) = self.record_vae((w, h), b)?;
             let options = vae_options(dtype);
@@ -263,7 +269,7 @@ impl Networks {
             return Ok(self.vae.forward(&latents.into())?.into_data()?);
         }
         let weights = Weights::new(Arc::clone(&self.vae_source), dtype, &self.device);
-        let decoder = Decoder::load(&weights, self.vae.config());
+        let decoder = self.vae.reload(&weights);
         Ok(decoder.forward(&latents.into())?.into_data()?)
     }
 
@@ -304,7 +310,7 @@ impl Networks {
         batch: usize,
     ) -> Result<(Graph, sd_kernels::Tensor)> {
         let graph = Graph::new();
-        let channels = self.vae.config().latent_channels;
+        let channels = self.vae.latent_channels();
         let output = self
             .vae
             .forward(&graph.input("latents", &[batch, channels, h, w]))?;

@@ -1,6 +1,7 @@
 //! What a checkpoint is to the pipeline: the structure of its networks, where their tensors lie, how it samples, and its defaults.
 //! Presets are in `table.rs`.
 
+mod autoencoder;
 mod table;
 
 use std::sync::Arc;
@@ -10,9 +11,12 @@ use serde_json::Value;
 use crate::checkpoint::{self, Checkpoint, Detection, Family, Noise, TensorSet};
 use crate::error::{Error, Result};
 use crate::sampling::{Class, NoiseSchedule, Prediction, SchedulerConfig};
-use crate::weights::Layout;
 use crate::weights::text_tower::{self, POSITIONS, PROJECTION};
+use crate::weights::{Layout, ldm_vae};
+use autoencoder::Autoencoder;
+pub(crate) use autoencoder::SINGLE_VAE;
 use sd_models::config::ConfigResult;
+use sd_models::vae::TinyConfig;
 use sd_models::{clip, unet, vae};
 pub use table::{Defaults, Pad, TowerRole, native_size, towers};
 use table::{NORMALISED_FACTOR, Row, Spelling, row};
@@ -27,6 +31,10 @@ pub struct ModelSpec {
     pub unet: Component<unet::Config>,
     /// The autoencoder.
     pub vae: Component<vae::Config>,
+    /// A tiny decoder that takes its decoder's place.
+    pub tiny: Option<Component<TinyConfig>>,
+    /// The autoencoder or decoder is not the checkpoint's own.
+    pub other_vae: bool,
     /// The text towers, whose states stand side by side; at least one.
     pub text: Vec<TextTower>,
     /// The folder's own sampler; none for single files.
@@ -63,6 +71,23 @@ impl ModelSpec {
     /// # Errors
     /// [`Error::Unsupported`] for other families, by name; [`Error::BadModel`] when a component or a config is broken.
     pub fn read(checkpoint: &Checkpoint, detection: &Detection) -> Result<Self> {
+        Self::read_with(checkpoint, detection, None)
+    }
+
+    /// The same with another file's autoencoder, if one is given.
+    ///
+    /// # Errors
+    /// As [`ModelSpec::read`].
+    pub fn read_with(
+        checkpoint: &Checkpoint,
+        detection: &Detection,
+        vae: Option<&Checkpoint>,
+    ) -> Result<Self> {
+        let mut detection = detection.clone();
+        let detection = &mut detection;
+        if vae.is_some() {
+            detection.missing.retain(|name| *name != "vae");
+        }
         if let Some(refusal) = detection.refusal() {
             return Err(Error::Unsupported(format!(
                 "{}: {refusal}",
@@ -73,14 +98,55 @@ impl ModelSpec {
             let reason = format!("no pictures are made with {}", detection.title());
             return Err(Error::bad_model(checkpoint.path(), reason));
         };
-        if checkpoint.is_folder() {
-            Self::from_folder(checkpoint, detection, row)
+        let other = match vae {
+            Some(vae) => Some(autoencoder::of_another(vae, row.scaling_factor)?),
+            None => None,
+        };
+        let (full, tiny) = match other {
+            Some(Autoencoder::Full(vae)) => (Some(vae), None),
+            Some(Autoencoder::Tiny(tiny)) => (None, Some(tiny)),
+            None => (None, None),
+        };
+        let mut spec = if checkpoint.is_folder() {
+            Self::from_folder(checkpoint, detection, row, full)?
         } else {
-            Self::from_single_file(checkpoint, detection, row)
-        }
+            Self::from_single_file(checkpoint, detection, row, full)?
+        };
+        spec.other_vae = vae.is_some();
+        spec.tiny = tiny;
+        spec.check_latents(checkpoint)?;
+        Ok(spec)
     }
 
-    fn from_folder(checkpoint: &Checkpoint, detection: &Detection, row: &Row) -> Result<Self> {
+    /// The UNet's latents are the autoencoder's.
+    fn check_latents(&self, checkpoint: &Checkpoint) -> Result<()> {
+        let wanted = self.unet.config.out_channels;
+        let got = match &self.tiny {
+            Some(tiny) => tiny.config.latent_channels,
+            None => self.vae.config.latent_channels,
+        };
+        if got == wanted {
+            return Ok(());
+        }
+        let owner = if self.other_vae {
+            "--vae"
+        } else {
+            "its autoencoder"
+        };
+        Err(Error::bad_model(
+            checkpoint.path(),
+            format!(
+                "the UNet makes latents of {wanted} channels, and {owner} decodes {got}; they are not of one kind"
+            ),
+        ))
+    }
+
+    fn from_folder(
+        checkpoint: &Checkpoint,
+        detection: &Detection,
+        row: &Row,
+        vae: Option<Component<vae::Config>>,
+    ) -> Result<Self> {
         let scheduler = match checkpoint.config("scheduler") {
             Some(value) => {
                 let config = SchedulerConfig::from_json(value).map_err(|e| {
@@ -94,16 +160,10 @@ impl ModelSpec {
             None => None,
         };
         let unet = folder_component(checkpoint, "unet", unet::Config::from_json)?;
-        let mut vae = folder_component(checkpoint, "vae", vae::Config::from_json)?;
-        // diffusers renamed the autoencoder's attention in 2023; older folders keep the old names
-        for (name, old) in [
-            ("to_q", "query"),
-            ("to_k", "key"),
-            ("to_v", "value"),
-            ("to_out.0", "proj_attn"),
-        ] {
-            vae.layout.alias(&format!(".{name}."), &format!(".{old}."));
-        }
+        let vae = match vae {
+            Some(vae) => vae,
+            None => autoencoder::of_folder(checkpoint)?,
+        };
         let text = row
             .towers
             .iter()
@@ -131,6 +191,8 @@ impl ModelSpec {
             prediction,
             unet,
             vae,
+            tiny: None,
+            other_vae: false,
             text,
             scheduler,
             levels,
@@ -140,7 +202,12 @@ impl ModelSpec {
         .check_vector(checkpoint)
     }
 
-    fn from_single_file(checkpoint: &Checkpoint, detection: &Detection, row: &Row) -> Result<Self> {
+    fn from_single_file(
+        checkpoint: &Checkpoint,
+        detection: &Detection,
+        row: &Row,
+        vae: Option<Component<vae::Config>>,
+    ) -> Result<Self> {
         let tensors = checkpoint
             .single()
             .ok_or_else(|| Error::bad_model(checkpoint.path(), "the file holds no tensors"))?;
@@ -149,10 +216,14 @@ impl ModelSpec {
         let (unet, layout) =
             crate::weights::ldm_unet::read("model.diffusion_model", &shapes).map_err(&broken)?;
         let unet = Component::new(unet, &tensors, layout);
-        let (vae, layout) =
-            crate::weights::ldm_vae::read("first_stage_model", row.scaling_factor, &shapes)
-                .map_err(&broken)?;
-        let mut vae = Component::new(vae, &tensors, layout);
+        let mut vae = match vae {
+            Some(vae) => vae,
+            None => {
+                let (vae, layout) =
+                    ldm_vae::read(SINGLE_VAE, row.scaling_factor, &shapes).map_err(&broken)?;
+                Component::new(vae, &tensors, layout)
+            }
+        };
         let text = row
             .towers
             .iter()
@@ -204,6 +275,8 @@ impl ModelSpec {
             prediction,
             unet,
             vae,
+            tiny: None,
+            other_vae: false,
             text,
             scheduler: None,
             levels,

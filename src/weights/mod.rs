@@ -1,11 +1,13 @@
 //! Canonical (diffusers) names over whatever a file holds: networks ask for `down_blocks.0.resnets.0.conv1.weight`, the file may keep
 //! it as `model.diffusion_model.input_blocks.1.0.in_layers.2.weight`, in another type, or as one part of a fused tensor.
 
+pub(crate) mod diffusers_vae;
 pub mod layout;
 pub(crate) mod ldm_unet;
 pub(crate) mod ldm_vae;
 mod random;
 mod source;
+pub(crate) mod taesd;
 pub(crate) mod text_tower;
 
 pub use layout::{Layout, Part, Rename};
