@@ -19,7 +19,7 @@ use serde_json::Value;
 use json::{dtype_named, law, rows, sizes, text};
 
 pub(crate) use folder::FolderForm;
-pub(crate) use single::SingleForm;
+pub(crate) use single::{SingleForm, linear_projection};
 pub(crate) use values::{Law, Stored, Values, edit, encode, uniform};
 
 /// One model with what diffusers computes with it.

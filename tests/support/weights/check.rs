@@ -270,6 +270,14 @@ fn single_files_of_two_towers() {
         projection.unwrap().bytes[at(5, 3)..][..2]
     );
 
+    edit(&path, |tensors| linear_projection(tensors));
+    let converted = read(&path);
+    assert_eq!(
+        converted["conditioner.embedders.1.model.text_projection.weight"].2,
+        projection.unwrap().bytes
+    );
+    assert_eq!(converted.len(), all.len());
+
     let form = SingleForm {
         dtype: None,
         text_model: false,

@@ -108,6 +108,15 @@ impl Case {
     }
 }
 
+/// OpenCLIP's projection as diffusers' own conversion script leaves it: called `text_projection.weight` and not transposed. For `edit`.
+pub(crate) fn linear_projection(tensors: &mut [Stored]) {
+    for tensor in tensors {
+        if tensor.name.ends_with(".text_projection") {
+            *tensor = transposed(format!("{}.weight", tensor.name), tensor);
+        }
+    }
+}
+
 /// A matrix with rows and columns exchanged.
 fn transposed(name: String, source: &Stored) -> Stored {
     let &[height, width] = source.shape.as_slice() else {
