@@ -23,9 +23,11 @@ pub(super) fn numbers(
     size: (usize, usize),
     (negative, positive): (SizeConditioning, SizeConditioning),
 ) -> [Vec<f64>; 2] {
+    // with a score, diffusers does not take over the crop
+    let crop = positive.crop.filter(|_| count != 5);
     let merged = SizeConditioning {
         original: negative.original.or(positive.original),
-        crop: negative.crop.or(positive.crop),
+        crop: negative.crop.or(crop),
         target: negative.target.or(positive.target),
         aesthetic_score: negative.aesthetic_score.or(Some(SCORES.1)),
     };
