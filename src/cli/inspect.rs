@@ -109,7 +109,7 @@ pub fn run(args: &InspectArgs, out: &mut dyn Write) -> Result<()> {
 impl Report {
     /// Everything but the hash.
     fn new(checkpoint: &Checkpoint, detection: &Detection) -> Self {
-        let size = |file: &crate::checkpoint::SafeTensors| file.size();
+        let size = |file: &crate::checkpoint::TensorFile| file.size();
         let mut report = Self {
             file: printable(&checkpoint.path().display().to_string()),
             size_bytes: checkpoint.files().map(size).sum(),

@@ -115,7 +115,7 @@ fn the_text_fits_a_screen_and_is_clean() {
 
 #[test]
 fn other_files_are_refused_in_a_sentence() {
-    let file = file_of(b"GGUF\x03\0\0\0\0\0\0\0");
+    let file = file_of(b"\x89HDF\r\n\x1a\n\0\0\0\0");
     let error = run(&args(&file.path, false), &mut Vec::new()).unwrap_err();
-    assert!(error.to_string().contains("a GGUF file"));
+    assert!(error.to_string().contains("an HDF5 file"));
 }
