@@ -7,7 +7,6 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
-use std::fmt;
 use std::fs::{File, Metadata};
 use std::io::{self, Read, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -38,13 +37,14 @@ pub enum Container {
     Gguf,
 }
 
-impl fmt::Display for Container {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl Container {
+    /// What it is called.
+    pub fn name(self) -> &'static str {
+        match self {
             Self::SafeTensors => "safetensors",
             Self::PyTorch => "PyTorch checkpoint",
             Self::Gguf => "GGUF",
-        })
+        }
     }
 }
 

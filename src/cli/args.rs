@@ -59,7 +59,7 @@ pub struct GenerateArgs {
         allow_hyphen_values = true
     )]
     pub negative_prompt: String,
-    /// A .safetensors file or a diffusers folder [default: the demonstration checkpoint in this binary]
+    /// A .safetensors, .ckpt or .gguf file, or a diffusers folder [default: the demonstration checkpoint in this binary]
     #[arg(short, long)]
     pub model: Option<PathBuf>,
     /// Read model files instead of mapping them into memory: for network file systems, and files that others write to

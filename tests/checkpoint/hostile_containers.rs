@@ -7,7 +7,7 @@ use sd_rs::checkpoint::TensorFile;
 
 use super::build::file_of;
 use super::containers::fixture;
-use crate::support::containers::{Gguf, Pickle, gguf_text, zip};
+use crate::support::containers::{Gguf, Pickle, gguf_text, zip, zip64};
 
 /// Why a file is not read: one printable sentence.
 fn refusal(bytes: &[u8]) -> String {
@@ -367,6 +367,42 @@ fn broken_archives_are_told_apart() {
         "overlap",
         &spoiled(&hidden, second + 42, &inside.to_le_bytes()),
         "`m/data.pkl` and `m/data/0` of its archive overlap",
+    );
+}
+
+#[test]
+fn wide_archives_are_read_and_their_records_checked() {
+    let pickle = Pickle::new().raw(b"}").text("a");
+    let pickle = pickle.tensor(("0", "Float", 2), 0, &[2], &[1]).raw(b"s");
+    let good = zip64(&[
+        ("m/data.pkl".to_owned(), pickle.end()),
+        ("m/data/0".to_owned(), b"12345678".to_vec()),
+    ]);
+    let open = TensorFile::open(&file_of(&good).path, true).unwrap();
+    assert_eq!(
+        &open.bytes(open.get("a").unwrap()).unwrap()[..],
+        b"12345678"
+    );
+    let end = good.len() - 22;
+    let with = |at: usize, bytes: &[u8]| {
+        let mut file = good.clone();
+        file[at..at + bytes.len()].copy_from_slice(bytes);
+        file
+    };
+    let wrong = "zip64 record of its archive is missing or wrong";
+    refused("locator", &with(end - 20, b"XX"), wrong);
+    refused("record far", &with(end - 12, &[0xff; 8]), wrong);
+    refused("record", &with(end - 76, b"XX"), wrong);
+    refused(
+        "offset",
+        &with(end - 76 + 48, &[0xff; 8]),
+        "has no room for it there",
+    );
+    // the last entry's own offset
+    refused(
+        "entry",
+        &with(end - 84, &[0xff; 8]),
+        "does not lie in front of",
     );
 }
 

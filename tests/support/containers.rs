@@ -75,6 +75,7 @@ fn storage_kind(dtype: Dtype) -> &'static str {
         Dtype::F16 => "Half",
         Dtype::BF16 => "BFloat16",
         Dtype::I64 => "Long",
+        Dtype::I32 => "Int",
         other => panic!("not written: {other}"),
     }
 }
@@ -220,6 +221,7 @@ impl Gguf {
             let kind = match tensor.dtype {
                 Dtype::F32 => 0,
                 Dtype::F16 => 1,
+                Dtype::I32 => 26,
                 Dtype::I64 => 27,
                 Dtype::BF16 => 30,
                 other => panic!("not written: {other}"),
@@ -249,4 +251,47 @@ impl Gguf {
         file.extend(data);
         file
     }
+}
+
+/// The archive of [`zip`] with every number of its directory in zip64 fields, as of files beyond 4 GB.
+pub(crate) fn zip64<T: AsRef<[u8]>>(entries: &[(String, T)]) -> Vec<u8> {
+    let narrow = zip(entries);
+    let end = narrow.len() - 22;
+    let number = |at: usize| u32::from_le_bytes(narrow[at..at + 4].try_into().unwrap());
+    let start = number(end + 16) as usize;
+    let mut file = narrow[..start].to_vec();
+    let mut at = start;
+    for (name, _) in entries {
+        let wide = [number(at + 20), number(at + 24), number(at + 42)];
+        let mut head = narrow[at..at + 46].to_vec();
+        head[20..28].fill(0xff);
+        head[42..46].fill(0xff);
+        head[30] = 32;
+        file.extend(head);
+        file.extend(name.as_bytes());
+        // another field comes first
+        file.extend(b"UT\x00\x00\x01\x00\x18\x00");
+        file.extend(wide.iter().flat_map(|&n| u64::from(n).to_le_bytes()));
+        at += 46 + name.len();
+    }
+    let (length, record) = ((file.len() - start) as u64, file.len() as u64);
+    file.extend(b"PK\x06\x06");
+    file.extend(44u64.to_le_bytes());
+    file.extend([0; 12]);
+    file.extend(
+        [
+            entries.len() as u64,
+            entries.len() as u64,
+            length,
+            start as u64,
+        ]
+        .map(u64::to_le_bytes)
+        .concat(),
+    );
+    file.extend(b"PK\x06\x07\0\0\0\0");
+    file.extend(record.to_le_bytes());
+    file.extend(b"\x01\0\0\0PK\x05\x06\0\0\0\0");
+    file.extend([0xff; 12]);
+    file.extend(b"\0\0");
+    file
 }
