@@ -7,16 +7,13 @@
 use std::collections::HashMap;
 use std::rc::Rc;
 
-use safetensors::Dtype;
-
-use super::globals::{self, Global};
-use super::value::{Heap, Storage, Value, View};
+use super::globals;
+use super::value::{Heap, Value};
 use crate::checkpoint::input::{Fault, Input, Outcome};
 use crate::checkpoint::printable::printable;
-use crate::checkpoint::tensor_info::MAX_RANK;
 
 /// The most opcodes of a program: a checkpoint of a thousand tensors with its optimizer's state has some 100,000.
-const MAX_STEPS: usize = 4_000_000;
+pub(super) const MAX_STEPS: usize = 4_000_000;
 /// The longest text that is kept, in bytes; longer ones are passed over.
 const MAX_TEXT: u64 = 1 << 20;
 /// The longest name of a module or class.
@@ -32,7 +29,7 @@ pub(super) struct Machine {
     marks: Vec<usize>,
     memo: HashMap<u32, Value>,
     /// Values that were copied out of lists, by calls.
-    copied: usize,
+    pub(super) copied: usize,
 }
 
 impl Machine {
@@ -292,133 +289,6 @@ impl Machine {
         };
         self.push(value)
     }
-
-    /// What calling a name makes.
-    fn call(&mut self, function: &Value, arguments: &Value) -> Outcome<Value> {
-        let Value::Global(function) = function else {
-            return Ok(Value::Opaque);
-        };
-        let given = self.heap.items_of(arguments).unwrap_or(&[]);
-        Ok(match function {
-            Global::Tensor => Value::Tensor(self.view(given)?.into()),
-            Global::First => given.first().cloned().unwrap_or(Value::None),
-            Global::FromType => match given {
-                [Value::Global(Global::Tensor), _, arguments, ..] => {
-                    let given = self.heap.items_of(arguments).unwrap_or(&[]);
-                    Value::Tensor(self.view(given)?.into())
-                }
-                _ => Value::Opaque,
-            },
-            Global::Dict => {
-                let given = given.first().and_then(|pairs| self.heap.items_of(pairs));
-                let given = given.unwrap_or(&[]);
-                self.copied = self.copied.saturating_add(given.len());
-                if self.copied > MAX_STEPS {
-                    return Err(too_long());
-                }
-                let pairs = given
-                    .iter()
-                    .filter_map(|pair| match self.heap.items_of(pair)? {
-                        [key, value] => Some((key.clone(), value.clone())),
-                        _ => None,
-                    });
-                let pairs = pairs.collect();
-                self.heap.new_dict(pairs)
-            }
-            Global::Storage(_) | Global::Type(_) | Global::Opaque => Value::Opaque,
-        })
-    }
-
-    /// `('storage', type, key, device, count[, (key, first, count)])`, by `torch.serialization`.
-    fn storage(&self, id: &Value) -> Outcome<Storage> {
-        let wrong = || {
-            Fault::Bad("its pickle refers to something outside that is no storage of numbers; torch.save writes no such file".to_owned())
-        };
-        let (dtype, key, count, view) = match self.heap.items_of(id) {
-            Some(
-                [
-                    Value::Text(word),
-                    Value::Global(Global::Storage(dtype)),
-                    Value::Text(key),
-                    _,
-                    Value::Int(count),
-                    view @ ..,
-                ],
-            ) if **word == *"storage" => (*dtype, key, *count, view.first()),
-            _ => return Err(wrong()),
-        };
-        let count = u64::try_from(count).map_err(|_| wrong())?;
-        let (first, count) = match view.and_then(|view| self.heap.items_of(view)) {
-            None => (0, count),
-            Some([_, Value::Int(first), Value::Int(count)]) => (
-                u64::try_from(*first).map_err(|_| wrong())?,
-                u64::try_from(*count).map_err(|_| wrong())?,
-            ),
-            Some(_) => return Err(wrong()),
-        };
-        Ok(Storage {
-            key: Rc::clone(key),
-            dtype,
-            count,
-            first,
-        })
-    }
-
-    /// `(storage, offset, size, stride, requires_grad, hooks[, type][, metadata])`, by `torch._utils`.
-    fn view(&self, given: &[Value]) -> Outcome<View> {
-        let wrong = || {
-            Fault::Bad("its pickle describes a tensor in a way that torch.save does not".to_owned())
-        };
-        let [
-            Value::Storage(storage),
-            Value::Int(offset),
-            size,
-            stride,
-            more @ ..,
-        ] = given
-        else {
-            return Err(wrong());
-        };
-        let sizes = |value: &Value| -> Option<Vec<usize>> {
-            let number = |value: &Value| match value {
-                Value::Int(number) => usize::try_from(*number).ok(),
-                _ => None,
-            };
-            let items = self.heap.items_of(value)?;
-            let few = items.len() <= MAX_RANK;
-            few.then(|| items.iter().map(number).collect())?
-        };
-        if let Some(size) = self.heap.items_of(size).filter(|s| s.len() > MAX_RANK) {
-            let rank = size.len();
-            return Err(Fault::Bad(format!(
-                "a tensor of its pickle has {rank} dimensions, and {MAX_RANK} is the limit"
-            )));
-        }
-        let (shape, strides) = (
-            sizes(size).ok_or_else(wrong)?,
-            sizes(stride).ok_or_else(wrong)?,
-        );
-        if shape.len() != strides.len() {
-            return Err(wrong());
-        }
-        if let Some(Value::Dict(metadata)) = more.last().filter(|_| more.len() > 2)
-            && !self.heap.pairs(*metadata).is_empty()
-        {
-            return Err(Fault::Bad("a tensor of its pickle is negated or conjugated when it is read, which is not done here; save the model again".to_owned()));
-        }
-        let said = more.iter().find_map(|value| match value {
-            Value::Global(Global::Type(dtype)) => Some(*dtype),
-            _ => None,
-        });
-        let dtype: Dtype = said.or(storage.dtype).ok_or_else(wrong)?;
-        Ok(View {
-            storage: Rc::clone(storage),
-            dtype,
-            offset: u64::try_from(*offset).map_err(|_| wrong())?,
-            shape,
-            strides,
-        })
-    }
 }
 
 /// A name, if it may be asked for.
@@ -477,7 +347,7 @@ fn name_line(input: &mut Input<'_>) -> Outcome<String> {
     })
 }
 
-fn too_long() -> Fault {
+pub(super) fn too_long() -> Fault {
     Fault::Bad(format!(
         "its pickle has more than {MAX_STEPS} instructions, which no checkpoint needs; it is not read"
     ))

@@ -10,6 +10,7 @@
 //! dense: those have strides. <https://github.com/pytorch/pytorch/blob/v2.9.0/torch/serialization.py>
 
 mod archive;
+mod calls;
 mod globals;
 mod machine;
 mod names;
