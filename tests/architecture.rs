@@ -368,10 +368,10 @@ fn places(file: &str, tokens: &[Token]) -> Vec<String> {
         let line = token.line;
         match token.text.as_str() {
             "unsafe"
-                if !file.starts_with("kernels/") && file != "src/checkpoint/safetensors.rs" =>
+                if !file.starts_with("kernels/") && file != "src/checkpoint/tensor_file.rs" =>
             {
                 faults.push(format!(
-                    "{file}:{line}: unsafe belongs in kernels/ and src/checkpoint/safetensors.rs"
+                    "{file}:{line}: unsafe belongs in kernels/ and src/checkpoint/tensor_file.rs"
                 ));
             }
             "cfg" | "cfg_attr" if !file.starts_with("kernels/") && file != "src/device.rs" => {
@@ -589,7 +589,7 @@ fn features_and_unsafe_have_their_places() {
 
     let raw = "fn f() { unsafe { g() } }";
     assert_eq!(faults("src/output/png.rs", raw).len(), 1);
-    assert_eq!(faults("src/checkpoint/safetensors.rs", raw), [""; 0]);
+    assert_eq!(faults("src/checkpoint/tensor_file.rs", raw), [""; 0]);
     assert_eq!(faults("kernels/src/cpu/gemm.rs", raw), [""; 0]);
     assert_eq!(
         faults("src/output/png.rs", "#![allow(unsafe_code)] // unsafe"),

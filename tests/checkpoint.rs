@@ -4,8 +4,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod build;
+mod containers;
 mod coverage;
 mod families;
 mod folders;
 mod hostile;
+mod hostile_containers;
 mod inspect;

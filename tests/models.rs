@@ -15,7 +15,8 @@ use sd_rs::text::Syntax;
 use serde_json::Value;
 
 use crate::support::Dir;
-use crate::support::weights::{Case, FolderForm, SingleForm, Values};
+use crate::support::containers::{Gguf, torch_archive, torch_stream};
+use crate::support::weights::{Case, FolderForm, SingleForm, Stored, Values, read, save};
 
 /// Relative L2 distance that one call of a network may have; f32 and f64 are up to 1.2e-6 apart in the reference itself.
 pub(crate) const CALL: f64 = 2e-5;
@@ -358,6 +359,178 @@ fn every_form_of_folder() {
     }
 }
 
+/// The last latents of a short run.
+fn latents(engine: &Engine) -> Vec<f32> {
+    let request = Request {
+        prompt: "a (red:1.2) fox".to_owned(),
+        negative_prompt: Some("blurry".to_owned()),
+        width: Some(64),
+        height: Some(72),
+        steps: Some(3),
+        seed: Some(5),
+        sampler: Some("Euler".to_owned()),
+        ..Request::default()
+    };
+    let plan = Plan::new(engine, &request).unwrap();
+    let mut latents = None;
+    let mut finish = |batch: sd_rs::pipeline::Batch| {
+        latents = Some(flat(&batch.latents));
+        Ok(())
+    };
+    engine
+        .generate(&request, &plan, &mut |_| Control::Continue, &mut finish)
+        .unwrap();
+    latents.unwrap()
+}
+
+fn engine(path: &Path) -> Engine {
+    let engine = Engine::load(&Checkpoint::open(path).unwrap(), &Device::Cpu, DType::F32);
+    let engine = engine.unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    assert_eq!(engine.warnings(), &[] as &[String], "{}", path.display());
+    engine
+}
+
+#[test]
+fn every_container_gives_the_same_picture() {
+    for name in ["single-sd1", "single-sd2-v"] {
+        let (case, dir) = (Case::load(name), Dir::new());
+        case.write_single_file(&dir.path("model.safetensors"), &SingleForm::default());
+        let reference = latents(&engine(&dir.path("model.safetensors")));
+        let stored = read(&dir.path("model.safetensors"));
+        for (file, bytes) in [
+            ("model.ckpt", torch_archive(&stored)),
+            ("old.pt", torch_stream(&stored)),
+            ("model.gguf", Gguf::plain(&stored).bytes()),
+            // the name does not matter
+            ("gguf.safetensors", Gguf::plain(&stored).bytes()),
+        ] {
+            std::fs::write(dir.path(file), bytes).unwrap();
+            assert_eq!(
+                latents(&engine(&dir.path(file))),
+                reference,
+                "{name} {file}"
+            );
+        }
+        // folders as they were before safetensors
+        let (folder, old) = (Dir::new(), Dir::new());
+        case.write_folder(folder.root(), &FolderForm::default());
+        case.write_folder(old.root(), &FolderForm::default());
+        for (from, to) in [
+            (
+                "unet/diffusion_pytorch_model.safetensors",
+                "unet/diffusion_pytorch_model.bin",
+            ),
+            (
+                "vae/diffusion_pytorch_model.safetensors",
+                "vae/diffusion_pytorch_model.bin",
+            ),
+            (
+                "text_encoder/model.safetensors",
+                "text_encoder/pytorch_model.bin",
+            ),
+        ] {
+            std::fs::write(old.path(to), torch_archive(&read(&old.path(from)))).unwrap();
+            std::fs::remove_file(old.path(from)).unwrap();
+        }
+        let want = latents(&engine(folder.root()));
+        assert_eq!(latents(&engine(old.root())), want, "{name} folder");
+    }
+}
+
+/// A tensor's numbers in Q8_0's blocks, and those that the blocks hold.
+fn q8_0(numbers: &[f32]) -> (Vec<u8>, Vec<f32>) {
+    let (mut bytes, mut held) = (Vec::new(), Vec::new());
+    for block in numbers.chunks_exact(32) {
+        let most = block.iter().fold(0.0f32, |most, v| most.max(v.abs()));
+        let scale = half::f16::from_f32(most / 127.0);
+        bytes.extend(scale.to_le_bytes());
+        for v in block {
+            let q = (v / scale.to_f32()).round() as i8;
+            bytes.extend(q.to_le_bytes());
+            held.push(scale.to_f32() * f32::from(q));
+        }
+    }
+    (bytes, held)
+}
+
+/// Whether a stored tensor is one that tools quantise: a matrix of whole blocks.
+fn is_matrix(tensor: &Stored) -> bool {
+    let wide = matches!(tensor.shape[..], [_, columns] if columns % 32 == 0);
+    wide && tensor.dtype == Dtype::F32 && !tensor.name.contains("embedding")
+}
+
+#[test]
+fn compressed_weights_give_what_their_numbers_give() {
+    let (case, dir) = (Case::load("single-sd1"), Dir::new());
+    let form = SingleForm {
+        dtype: Some(Dtype::F32),
+        ..SingleForm::default()
+    };
+    case.write_single_file(&dir.path("model.safetensors"), &form);
+    let mut held = read(&dir.path("model.safetensors"));
+    let mut packed = Gguf::plain(&held);
+    let mut eight = held.clone();
+    let mut of_eight = held.clone();
+    let mut count = 0;
+    for (i, tensor) in held.iter_mut().enumerate().filter(|(_, t)| is_matrix(t)) {
+        count += 1;
+        let bytes = tensor.bytes.as_chunks().0.iter();
+        let numbers: Vec<f32> = bytes.map(|b| f32::from_le_bytes(*b)).collect();
+        let (blocks, values) = q8_0(&numbers);
+        tensor.bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        (packed.tensors[i].2, packed.tensors[i].3) = (8, blocks);
+        // e5m2 is the upper half of an f16; the scale is a power of two and so exact
+        let scale = 0.0625f32;
+        let codes = numbers
+            .iter()
+            .map(|v| half::f16::from_f32(v / scale).to_le_bytes()[1]);
+        let codes: Vec<u8> = codes.collect();
+        let values = codes
+            .iter()
+            .map(|c| half::f16::from_le_bytes([0, *c]).to_f32() * scale);
+        of_eight[i].bytes = values.flat_map(f32::to_le_bytes).collect();
+        (eight[i].dtype, eight[i].bytes) = (Dtype::F8_E5M2, codes);
+        let stem = tensor.name.strip_suffix("weight").unwrap();
+        for (last, value) in [("scale_weight", scale), ("scale_input", 1.0)] {
+            eight.push(Stored {
+                name: format!("{stem}{last}"),
+                shape: vec![],
+                dtype: Dtype::F32,
+                bytes: value.to_le_bytes().to_vec(),
+            });
+        }
+    }
+    assert!(count > 30, "{count}");
+    eight.push(Stored {
+        name: "scaled_fp8".to_owned(),
+        shape: vec![2],
+        dtype: Dtype::F8_E5M2,
+        bytes: vec![0; 2],
+    });
+    std::fs::write(dir.path("model.gguf"), packed.bytes()).unwrap();
+    save(held.iter(), &dir.path("q8.safetensors"));
+    save(eight.iter(), &dir.path("fp8.safetensors"));
+    save(of_eight.iter(), &dir.path("of-fp8.safetensors"));
+    let run = |file: &str| latents(&engine(&dir.path(file)));
+    let values = |data: Vec<f32>| Values {
+        shape: vec![data.len()],
+        data,
+    };
+    let near = |what: &str, got: Vec<f32>, want: Vec<f32>, bound: f64| {
+        close(what, &tensor(values(got)), &values(want), bound);
+    };
+    // 16-bit copies of the weights round: by half a step of f16 where blocks are, and not at all for two bits of mantissa
+    near("Q8_0", run("model.gguf"), run("q8.safetensors"), 1e-3);
+    near(
+        "e5m2, scaled",
+        run("fp8.safetensors"),
+        run("of-fp8.safetensors"),
+        1e-6,
+    );
+    let apart = |a: &[f32], b: &[f32]| a.iter().zip(b).any(|(a, b)| (a - b).abs() > 1e-4);
+    assert!(apart(&run("model.safetensors"), &run("q8.safetensors")));
+}
+
 #[test]
 fn every_form_of_single_file() {
     let singles: Vec<_> = whole_models()
@@ -402,28 +575,6 @@ fn every_form_of_single_file() {
                 DType::F32,
             )
             .unwrap();
-            let latents = |engine: &Engine| {
-                let request = Request {
-                    prompt: "a (red:1.2) fox".to_owned(),
-                    negative_prompt: Some("blurry".to_owned()),
-                    width: Some(64),
-                    height: Some(72),
-                    steps: Some(3),
-                    seed: Some(5),
-                    sampler: Some("Euler".to_owned()),
-                    ..Request::default()
-                };
-                let plan = Plan::new(engine, &request).unwrap();
-                let mut latents = None;
-                let mut finish = |batch: sd_rs::pipeline::Batch| {
-                    latents = Some(flat(&batch.latents));
-                    Ok(())
-                };
-                engine
-                    .generate(&request, &plan, &mut |_| Control::Continue, &mut finish)
-                    .unwrap();
-                latents.unwrap()
-            };
             assert_eq!(latents(&engine), latents(&reference), "{what}");
             // plain reads give the same numbers as a mapping
             let options = ReadOptions {

@@ -9,14 +9,17 @@ use serde_json::Value;
 
 use super::ReadOptions;
 use super::printable::{printable, printable_to};
-use super::safetensors::{SafeTensors, open_plain_file};
+use super::tensor_file::{TensorFile, open_plain_file};
 use super::tensor_set::{TensorSet, file_name};
 use crate::error::{Error, Result};
 
 /// The largest JSON file that is read, in bytes.
 const MAX_JSON: u64 = 32 << 20;
-/// What diffusers and transformers call a component's weights.
-const STEMS: [&str; 2] = ["diffusion_pytorch_model", "model"];
+/// What diffusers and transformers call a component's weights: stems and ending; pickles only where there is nothing else.
+const FORMS: [([&str; 2], &str); 2] = [
+    (["diffusion_pytorch_model", "model"], "safetensors"),
+    (["diffusion_pytorch_model", "pytorch_model"], "bin"),
+];
 /// What they call its config.
 const CONFIGS: [&str; 4] = [
     "config.json",
@@ -119,13 +122,14 @@ fn quote_non_finite(text: &[u8]) -> Vec<u8> {
 
 /// Opens the component's weights; `None` when it has none (a tokenizer, a scheduler).
 fn open_tensors(folder: &Path, options: &ReadOptions) -> Result<Option<TensorSet>> {
-    for variant in variants(options) {
-        for stem in STEMS {
-            let [whole, index] = names(stem, variant);
+    for (stems, ending) in FORMS {
+        let variants = variants(options).into_iter();
+        for (variant, stem) in variants.flat_map(|v| stems.map(|stem| (v, stem))) {
+            let [whole, index] = names(stem, ending, variant);
             let (whole, index) = (folder.join(whole), folder.join(index));
             // a link into nothing counts as there: its own sentence says more than "no weights"
             if whole.symlink_metadata().is_ok() {
-                let file = SafeTensors::open(&whole, !options.no_mmap)?;
+                let file = TensorFile::open(&whole, !options.no_mmap)?;
                 return TensorSet::new(vec![file]).map(Some);
             }
             if index.symlink_metadata().is_ok() {
@@ -147,15 +151,15 @@ fn variants(options: &ReadOptions) -> Vec<Option<&str>> {
 }
 
 /// The file names of weights in one piece, and of the index of weights in shards.
-fn names(stem: &str, variant: Option<&str>) -> [String; 2] {
+fn names(stem: &str, ending: &str, variant: Option<&str>) -> [String; 2] {
     match variant {
         None => [
-            format!("{stem}.safetensors"),
-            format!("{stem}.safetensors.index.json"),
+            format!("{stem}.{ending}"),
+            format!("{stem}.{ending}.index.json"),
         ],
         Some(variant) => [
-            format!("{stem}.{variant}.safetensors"),
-            format!("{stem}.safetensors.index.{variant}.json"),
+            format!("{stem}.{variant}.{ending}"),
+            format!("{stem}.{ending}.index.{variant}.json"),
         ],
     }
 }
@@ -193,7 +197,7 @@ fn open_shards(folder: &Path, index: &Path, options: &ReadOptions) -> Result<Ten
                 "the index names the file `{shard}`, which is not in the folder; download it"
             )));
         }
-        let file = SafeTensors::open(&path, !options.no_mmap)?;
+        let file = TensorFile::open(&path, !options.no_mmap)?;
         let absent = map
             .iter()
             .find(|(name, place)| place.as_str() == Some(shard) && file.get(name).is_none());
@@ -231,18 +235,10 @@ fn refuse_others(folder: &Path) -> Result<()> {
             .iter()
             .find(|name| endings.iter().any(|ending| name.ends_with(ending)))
     };
-    if let Some(name) = ending(&[".safetensors"]) {
+    if let Some(name) = ending(&[".safetensors", ".bin", ".ckpt", ".pt", ".pth"]) {
         let reason = format!(
             "the weights are only there as `{}`, a variant that was not asked for, or under a name of its own; rename the file to \
-             `diffusion_pytorch_model.safetensors` or `model.safetensors`",
-            printable(name)
-        );
-        return Err(Error::bad_model(folder, reason));
-    }
-    if let Some(name) = ending(&[".bin", ".ckpt", ".pt", ".pth"]) {
-        let reason = format!(
-            "the weights are only there as `{}`, a Python pickle, which can run code when it is opened and so is not read; download the \
-             folder's .safetensors, or convert it (converting comes with another release)",
+             `diffusion_pytorch_model` or `model` (`pytorch_model` if it ends in .bin), with its ending",
             printable(name)
         );
         return Err(Error::bad_model(folder, reason));

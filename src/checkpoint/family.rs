@@ -196,7 +196,7 @@ pub struct Detection {
     pub missing: Vec<&'static str>,
     /// The sizes of the networks.
     pub structure: Structure,
-    /// What stands in the way of using a file whose family is fine: a sentence's end, such as "its weights are scaled fp8 …".
+    /// What stands in the way of using a file whose family is fine: a sentence's end, such as "its text tower is not CLIP …".
     pub obstacle: Option<String>,
 }
 
@@ -362,8 +362,6 @@ fn detect_single(tensors: &TensorSet) -> Detection {
     detection.missing = needed.filter(|name| !there(name)).collect();
     if tensors.info("scaled_fp8").is_some() {
         detection.evidence.push(key("scaled_fp8"));
-        detection.obstacle =
-            Some("its weights are scaled fp8, which is not supported yet".to_owned());
     }
     let averaged = tensors.names_below("model_ema.").count();
     if averaged > 0 && detection.structure.unet.is_some() {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
-use super::safetensors::open_plain_file;
+use super::tensor_file::open_plain_file;
 use crate::error::{Error, Result};
 
 /// How much is read at a time, in bytes.

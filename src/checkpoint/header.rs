@@ -7,52 +7,21 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
-use std::ops::Range;
 
-use safetensors::Dtype;
 use safetensors::tensor::TensorInfo as Entry;
 use serde::de::{Error as _, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 use super::printable::{printable, printable_to};
+use super::tensor_info::{TensorInfo, check_shape};
 
 /// Bytes in front of the header: its length.
 pub(super) const PREFIX: usize = 8;
 /// The longest header, in bytes: the format's own limit.
 pub(super) const MAX_HEADER: u64 = 100_000_000;
 /// The most tensors in a file; the largest models have a few thousand.
-const MAX_TENSORS: usize = 100_000;
-/// The highest rank of a tensor.
-const MAX_RANK: usize = 8;
-/// The largest dimension of a tensor.
-const MAX_DIM: usize = 1 << 31;
-
-/// What a file says of one tensor.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TensorInfo {
-    /// The name in the file. May hold any character: see [`printable`].
-    pub name: String,
-    /// The type of its elements.
-    pub dtype: Dtype,
-    /// Its dimensions, outermost first: at most 8, each at most 2³¹, their product checked.
-    pub shape: Vec<usize>,
-    /// Where its bytes lie in the file, counted from the file's beginning; checked to lie inside.
-    pub range: Range<usize>,
-}
-
-impl TensorInfo {
-    /// How many elements it has.
-    pub fn elements(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    /// How many bytes it takes in the file.
-    pub fn size(&self) -> usize {
-        self.range.len()
-    }
-}
-
-/// A header that was found good.
+pub(super) const MAX_TENSORS: usize = 100_000;
+/// A header that was found good, of whatever container.
 #[derive(Debug)]
 pub(super) struct Header {
     /// The tensors in the order of their bytes.
@@ -118,30 +87,15 @@ pub(super) fn parse(text: &[u8], file_size: u64) -> Result<Header, String> {
 /// One tensor by itself: its rank, dimensions, size and offsets.
 fn check_tensor(name: String, entry: Entry, data_start: usize) -> Result<TensorInfo, String> {
     let shown = printable(&name);
-    if entry.shape.len() > MAX_RANK {
-        let rank = entry.shape.len();
-        return Err(format!(
-            "tensor `{shown}` has {rank} dimensions, and {MAX_RANK} is the limit"
-        ));
-    }
-    if let Some(dim) = entry.shape.iter().find(|&&dim| dim > MAX_DIM) {
-        return Err(format!(
-            "tensor `{shown}` has a dimension of {dim}, and {MAX_DIM} is the limit"
-        ));
-    }
+    check_shape(&shown, &entry.shape)?;
     let (start, end) = entry.data_offsets;
     if end < start {
         return Err(format!(
             "tensor `{shown}` ends before it begins (offsets {start} to {end})"
         ));
     }
-    let Some(bits) = bit_size(&entry) else {
-        return Err(format!(
-            "tensor `{shown}` has the impossible shape {:?}",
-            entry.shape
-        ));
-    };
-    if bits % 8 != 0 {
+    let bits = entry.dtype.bitsize() * entry.shape.iter().product::<usize>();
+    if !bits.is_multiple_of(8) {
         return Err(format!("tensor `{shown}` does not end on a whole byte"));
     }
     if end - start != bits / 8 {
@@ -163,19 +117,11 @@ fn check_tensor(name: String, entry: Entry, data_start: usize) -> Result<TensorI
     };
     Ok(TensorInfo {
         name,
-        dtype: entry.dtype,
+        dtype: entry.dtype.into(),
         shape: entry.shape,
         range,
+        strides: None,
     })
-}
-
-/// Bits of a tensor's data; `None` when the product does not fit, also when a zero elsewhere would hide that.
-fn bit_size(entry: &Entry) -> Option<usize> {
-    let multiply = |bits: usize, &dim: &usize| bits.checked_mul(dim);
-    let unit = entry.dtype.bitsize();
-    let mut wide = entry.shape.iter().filter(|&&dim| dim != 0);
-    wide.try_fold(unit, multiply)?;
-    entry.shape.iter().try_fold(unit, multiply)
 }
 
 /// All tensors together: from the end of the header to the end of the file, each beginning where the last one ended.

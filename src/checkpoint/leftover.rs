@@ -41,8 +41,22 @@ const KNOWN: [(&[&str], &str); 5] = [
     ),
 ];
 
+/// Last parts of the names of what stands beside 8-bit weights: the file's mark, scales, ComfyUI's notes.
+const BESIDE_EIGHT_BITS: [&str; 6] = [
+    "scaled_fp8",
+    "scale_weight",
+    "weight_scale",
+    "scale_input",
+    "input_scale",
+    "comfy_quant",
+];
+
 /// What the tensor `name` of a single file is, if it is known and no network needs it.
 pub fn leftover(name: &str) -> Option<&'static str> {
+    let last = name.rsplit('.').next().unwrap_or(name);
+    if BESIDE_EIGHT_BITS.contains(&last) {
+        return Some("tensors that only say how 8-bit weights are kept");
+    }
     KNOWN
         .iter()
         .find(|(starts, _)| starts.iter().any(|start| name.starts_with(start)))

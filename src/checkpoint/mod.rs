@@ -2,7 +2,7 @@
 //! tells what a Stable Diffusion 2 predicts.
 //!
 //! ```text
-//! Checkpoint::open(path) ──► single file  ──► SafeTensors ─┐
+//! Checkpoint::open(path) ──► single file  ──► TensorFile ──┐
 //!                       └──► diffusers folder ─► components ┴─► TensorSet: names, shapes, bytes
 //! family::detect(&checkpoint) ──► Detection: which model, and why
 //! ```
@@ -10,16 +10,20 @@
 mod component;
 mod family;
 mod folder;
+mod gguf;
 mod hash;
 mod header;
+mod input;
 mod leftover;
 mod markers;
+mod pickle;
 mod prediction;
 mod printable;
 mod refusal;
-pub mod safetensors;
 mod sniff;
 mod structure;
+mod tensor_file;
+mod tensor_info;
 mod tensor_set;
 
 use std::collections::BTreeMap;
@@ -30,11 +34,11 @@ use serde_json::Value;
 
 pub use self::family::{Detection, Distilled, Family, Noise, Prediction, Variant, detect};
 pub use self::hash::{auto_v2, sha256_file};
-pub use self::header::TensorInfo;
 pub use self::leftover::leftover;
 pub use self::printable::{printable, printable_to};
-pub use self::safetensors::SafeTensors;
 pub use self::structure::{Place, Structure, TextStructure, UnetStructure, VaeStructure};
+pub use self::tensor_file::{Container, TensorFile};
+pub use self::tensor_info::{BlockType, TensorInfo, TensorType};
 pub use self::tensor_set::TensorSet;
 
 use self::component::{Component, parse_json, read_json};
@@ -101,7 +105,7 @@ pub struct EmbeddedComponent {
 }
 
 impl Checkpoint {
-    /// Opens a `.safetensors` file (whatever its name) or a diffusers folder.
+    /// Opens a file of tensors (safetensors, a PyTorch checkpoint or GGUF, whatever its name) or a diffusers folder.
     ///
     /// # Errors
     /// [`Error::NotFound`] when there is nothing at `path`; [`Error::BadModel`] with one sentence when it is not a checkpoint, or a broken
@@ -116,10 +120,10 @@ impl Checkpoint {
     /// As [`Checkpoint::open`].
     pub fn open_with(path: impl AsRef<Path>, options: &ReadOptions) -> Result<Self> {
         let path = path.as_ref();
-        if safetensors::look_at(path)?.is_dir() {
+        if tensor_file::look_at(path)?.is_dir() {
             return Self::open_folder(path, options);
         }
-        let file = SafeTensors::open(path, !options.no_mmap)?;
+        let file = TensorFile::open(path, !options.no_mmap)?;
         let tensors = TensorSet::new(vec![file])?;
         let mut checkpoint = Self::empty(path);
         checkpoint.warnings = mapping_warnings(&tensors);
@@ -339,7 +343,7 @@ impl Checkpoint {
     }
 
     /// All tensor files, in the order of their components.
-    pub fn files(&self) -> impl Iterator<Item = &SafeTensors> {
+    pub fn files(&self) -> impl Iterator<Item = &TensorFile> {
         let sets = self.components.values().filter_map(|c| c.tensors.as_ref());
         self.single
             .iter()
@@ -350,7 +354,7 @@ impl Checkpoint {
 
 fn mapping_warnings(tensors: &TensorSet) -> Vec<String> {
     let warning =
-        |file: &SafeTensors| Some(format!("{}: {}", file.path().display(), file.unmapped()?));
+        |file: &TensorFile| Some(format!("{}: {}", file.path().display(), file.unmapped()?));
     tensors.files().filter_map(warning).collect()
 }
 

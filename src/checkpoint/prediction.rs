@@ -5,6 +5,7 @@ use safetensors::Dtype;
 use super::family::{Detection, Family, Noise, Prediction, Variant};
 use super::printable::printable;
 use super::structure::{Below, UnetStructure};
+use super::tensor_info::TensorType;
 use super::tensor_set::TensorSet;
 
 /// ComfyUI's rule (`comfy/supported_models.py`, `SD20.model_type`): above this standard deviation of a norm's bias in the last
@@ -39,7 +40,7 @@ fn from_words(tensors: &TensorSet) -> Option<(Option<Prediction>, String)> {
     if tensors.info("v_pred").is_some() {
         return Some((Some(Prediction::V), "key `v_pred`: predicts v".to_owned()));
     }
-    let said = |file: &super::SafeTensors| {
+    let said = |file: &super::TensorFile| {
         let name = file.metadata().get("modelspec.prediction_type")?;
         Some((Prediction::from_name(name)?, printable(name)))
     };
@@ -149,25 +150,25 @@ fn values(tensors: &TensorSet, name: &str) -> Result<Vec<f64>, String> {
         .ok_or_else(|| format!("`{shown}` is missing"))?;
     let bytes = tensors.bytes(name).map_err(|e| e.to_string())?;
     Ok(match info.dtype {
-        Dtype::F64 => bytes
+        TensorType::Plain(Dtype::F64) => bytes
             .as_chunks()
             .0
             .iter()
             .map(|b| f64::from_le_bytes(*b))
             .collect(),
-        Dtype::F32 => bytes
+        TensorType::Plain(Dtype::F32) => bytes
             .as_chunks()
             .0
             .iter()
             .map(|b| f64::from(f32::from_le_bytes(*b)))
             .collect(),
-        Dtype::F16 => bytes
+        TensorType::Plain(Dtype::F16) => bytes
             .as_chunks()
             .0
             .iter()
             .map(|b| half::f16::from_le_bytes(*b).to_f64())
             .collect(),
-        Dtype::BF16 => bytes
+        TensorType::Plain(Dtype::BF16) => bytes
             .as_chunks()
             .0
             .iter()

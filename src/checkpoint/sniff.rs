@@ -1,4 +1,4 @@
-//! What a file is that is not safetensors, from its first bytes: each kind with its own sentence and advice.
+//! What a file is that holds no tensors in a known way, from its first bytes: each kind with its own sentence and advice.
 
 /// How many bytes of a file are enough to recognise it.
 pub(super) const SNIFF_LENGTH: usize = 4096;
@@ -18,12 +18,6 @@ const fn magic(offset: usize, bytes: &'static [u8], what: &'static str) -> Magic
     }
 }
 
-const GGUF: &str = "a GGUF file, which is not read yet; give the same model as .safetensors";
-const PICKLE: &str = "an old PyTorch checkpoint (a Python pickle, the usual .ckpt or .pt), which can run code when it is opened and so is not \
-     read; take the model's .safetensors, or convert it (converting comes with another release)";
-const PICKLE_ZIP: &str = "a PyTorch checkpoint (a Python pickle in a zip archive, the usual .ckpt or .pth), which can run code when it is \
-     opened and so is not read; take the model's .safetensors, or convert it (converting comes with another release)";
-const ZIP: &str = "a zip archive; unpack it and give the .safetensors file or the folder inside";
 const ARCHIVE: &str =
     "a packed archive; unpack it and give the .safetensors file or the folder inside";
 const PROGRAM: &str = "a program, not a model; give a .safetensors file";
@@ -33,7 +27,6 @@ const HDF5: &str = "an HDF5 file (Keras or older frameworks), which is not read;
 const GGML: &str = "a GGML file, which is not read; give the same model as .safetensors";
 
 const MAGICS: &[Magic] = &[
-    magic(0, b"GGUF", GGUF),
     magic(0, b"ggml", GGML),
     magic(0, b"lmgg", GGML),
     magic(0, b"tjgg", GGML),
@@ -64,14 +57,6 @@ const MAGICS: &[Magic] = &[
 ///
 /// `head` is the first [`SNIFF_LENGTH`] bytes, or all of them when there are fewer.
 pub(super) fn recognise(head: &[u8]) -> Option<&'static str> {
-    if head.starts_with(b"PK\x03\x04") {
-        let pickled = contains(head, b"data.pkl") || contains(head, b"archive/");
-        return Some(if pickled { PICKLE_ZIP } else { ZIP });
-    }
-    // a pickle begins with its protocol: 0x80, then 2 to 5
-    if let [0x80, 2..=5, ..] = head {
-        return Some(PICKLE);
-    }
     let fits = |m: &&Magic| {
         head.get(m.offset..)
             .is_some_and(|tail| tail.starts_with(m.bytes))
@@ -130,9 +115,6 @@ mod tests {
     #[test]
     fn kinds_are_told_apart() {
         let kind = |bytes: &[u8]| recognise(bytes).unwrap_or("unknown");
-        assert!(kind(b"PK\x03\x04....archive/data.pkl").contains("pickle in a zip"));
-        assert!(kind(b"PK\x03\x04....pictures/a.png").starts_with("a zip"));
-        assert!(kind(b"\x80\x02\x8a\x0al\xfc\x9c").contains("Python pickle"));
         assert!(kind(b"\n <!DOCTYPE HTML>\n<html>").contains("HTML"));
         assert!(
             kind(b"version https://git-lfs.github.com/spec/v1\noid sha256:0").contains("Git LFS")

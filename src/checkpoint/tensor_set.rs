@@ -7,15 +7,15 @@ use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::header::TensorInfo;
 use super::printable::printable;
-use super::safetensors::SafeTensors;
+use super::tensor_file::TensorFile;
+use super::tensor_info::TensorInfo;
 use crate::error::{Error, Result};
 
 /// Tensors of one file or several, each name once.
 #[derive(Debug)]
 pub struct TensorSet {
-    files: Vec<Arc<SafeTensors>>,
+    files: Vec<Arc<TensorFile>>,
     /// Name → file, and the tensor there.
     tensors: BTreeMap<String, (usize, TensorInfo)>,
 }
@@ -25,7 +25,7 @@ impl TensorSet {
     ///
     /// # Errors
     /// [`Error::BadModel`] when two files hold a tensor of the same name: which one is meant cannot be known.
-    pub fn new(files: Vec<SafeTensors>) -> Result<Self> {
+    pub fn new(files: Vec<TensorFile>) -> Result<Self> {
         let files: Vec<_> = files.into_iter().map(Arc::new).collect();
         let mut tensors = BTreeMap::new();
         for (index, file) in files.iter().enumerate() {
@@ -53,9 +53,9 @@ impl TensorSet {
     /// The tensors of a file inside the program; `name` stands for its path in messages.
     ///
     /// # Errors
-    /// [`Error::BadModel`] when the bytes are not a good safetensors file.
+    /// [`Error::BadModel`] when the bytes are not a good file of tensors.
     pub fn from_static(name: impl Into<PathBuf>, bytes: &'static [u8]) -> Result<Self> {
-        Self::new(vec![SafeTensors::from_static(name, bytes)?])
+        Self::new(vec![TensorFile::from_static(name, bytes)?])
     }
 
     /// The tensors whose names begin with `prefix`, under what follows it. The files are shared, not opened again.
@@ -70,7 +70,7 @@ impl TensorSet {
     }
 
     /// The files, in the order in which they were given.
-    pub fn files(&self) -> impl Iterator<Item = &SafeTensors> {
+    pub fn files(&self) -> impl Iterator<Item = &TensorFile> {
         self.files.iter().map(Arc::as_ref)
     }
 
@@ -113,10 +113,10 @@ impl TensorSet {
         self.info(name).map(|info| info.shape.as_slice())
     }
 
-    /// The bytes of a tensor: see [`SafeTensors::bytes`].
+    /// The bytes of a tensor: see [`TensorFile::bytes`].
     ///
     /// # Errors
-    /// [`Error::NotFound`] when there is no such tensor, and those of [`SafeTensors::bytes`].
+    /// [`Error::NotFound`] when there is no such tensor, and those of [`TensorFile::bytes`].
     pub fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>> {
         let missing = || Error::NotFound {
             what: format!("tensor `{}`", printable(name)),
@@ -129,14 +129,14 @@ impl TensorSet {
         file.bytes(info)
     }
 
-    /// The bytes of a tensor are not needed any more: see [`SafeTensors::release`].
+    /// The bytes of a tensor are not needed any more: see [`TensorFile::release`].
     pub fn release(&self, name: &str) {
         if let Some((file, info)) = self.place(name) {
             file.release(info);
         }
     }
 
-    fn place(&self, name: &str) -> Option<(&SafeTensors, &TensorInfo)> {
+    fn place(&self, name: &str) -> Option<(&TensorFile, &TensorInfo)> {
         let (file, info) = self.tensors.get(name)?;
         Some((self.files.get(*file)?.as_ref(), info))
     }

@@ -53,7 +53,7 @@ pub struct GenerateArgs {
     /// What not to show
     #[arg(short, long, allow_hyphen_values = true)]
     pub negative_prompt: Option<String>,
-    /// A .safetensors file or a diffusers folder [default: the demonstration checkpoint in this binary]
+    /// A .safetensors, .ckpt or .gguf file, or a diffusers folder [default: the demonstration checkpoint in this binary]
     #[arg(short, long)]
     pub model: Option<PathBuf>,
     /// Another autoencoder: a file or folder of one, a TAESD, or a checkpoint that has one

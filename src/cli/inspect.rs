@@ -30,7 +30,7 @@ pub(super) struct Report {
     pub file: String,
     /// Bytes of all tensor files.
     pub size_bytes: u64,
-    /// `safetensors` or `diffusers folder`.
+    /// `safetensors`, `PyTorch checkpoint`, `GGUF` or `diffusers folder`.
     pub format: &'static str,
     /// The family's short name, such as `sd1`.
     pub family: &'static str,
@@ -84,6 +84,8 @@ pub(super) struct Component {
 pub(super) struct FileReport {
     /// Its path below the folder.
     pub path: String,
+    /// Its container, as [`Report::format`].
+    pub format: &'static str,
     /// Its size.
     pub size_bytes: u64,
     /// Its SHA-256.
@@ -109,13 +111,13 @@ pub fn run(args: &InspectArgs, out: &mut dyn Write) -> Result<()> {
 impl Report {
     /// Everything but the hash.
     fn new(checkpoint: &Checkpoint, detection: &Detection) -> Self {
-        let size = |file: &crate::checkpoint::SafeTensors| file.size();
+        let size = |file: &crate::checkpoint::TensorFile| file.size();
         let mut report = Self {
             file: printable(&checkpoint.path().display().to_string()),
             size_bytes: checkpoint.files().map(size).sum(),
-            format: match checkpoint.is_folder() {
-                true => "diffusers folder",
-                false => "safetensors",
+            format: match checkpoint.files().next() {
+                Some(file) if !checkpoint.is_folder() => file.container().name(),
+                _ => "diffusers folder",
             },
             family: detection.family.id(),
             title: detection.title(),
@@ -143,6 +145,7 @@ impl Report {
                 let below = below.unwrap_or(file.path());
                 report.files.push(FileReport {
                     path: printable(&below.display().to_string()),
+                    format: file.container().name(),
                     size_bytes: file.size(),
                     sha256: None,
                 });
@@ -265,7 +268,12 @@ impl Report {
         }
         for file in &self.files {
             let sha256 = file.sha256.as_deref().unwrap_or_default();
-            let about = format!("{sha256}  {} ({})", file.path, bytes(file.size_bytes));
+            let about = format!(
+                "{sha256}  {} ({}, {})",
+                file.path,
+                bytes(file.size_bytes),
+                file.format
+            );
             text.push_str(&line("sha-256", &about));
         }
         out.write_all(text.as_bytes()).map_err(output_error)

@@ -40,10 +40,8 @@ impl Coverage {
         let towers = spec.text.iter().map(|tower| &tower.component);
         let text: Vec<_> = towers.clone().map(source).collect();
         let unet = source(&spec.unet);
-        let vae = match &spec.tiny {
-            Some(tiny) => source(tiny),
-            None => source(&spec.vae),
-        };
+        let vae = source(&spec.vae);
+        let decoder = spec.tiny.as_ref().map_or_else(|| Arc::clone(&vae), source);
         if coverage.sizes_are_possible(spec) {
             let ask = |name, source: &Arc<CheckpointSource>, load: &dyn Fn(&Weights)| {
                 let weights = weights(source);
@@ -59,7 +57,7 @@ impl Coverage {
                 .collect();
             problems.extend([
                 ask(UNET, &unet, &|w| drop(UNet::load(w, &spec.unet.config))),
-                ask(VAE, &vae, &|w| {
+                ask(VAE, &decoder, &|w| {
                     let tiny = spec.tiny.as_ref().map(|tiny| &tiny.config);
                     drop(AnyDecoder::load(w, &spec.vae.config, tiny));
                 }),
@@ -71,8 +69,7 @@ impl Coverage {
             }
             coverage.check_types(UNET, &unet.found(), &spec.unet.tensors);
             let tensors = spec.tiny.as_ref().map_or(&spec.vae.tensors, |t| &t.tensors);
-            coverage.check_types(VAE, &vae.found(), tensors);
-            let vae = source(&spec.vae);
+            coverage.check_types(VAE, &decoder.found(), tensors);
             let encoder = ask("encoder of the autoencoder", &vae, &|w| {
                 drop(Encoder::load(w, &spec.vae.config));
             });

@@ -5,11 +5,14 @@ pub(crate) mod diffusers_vae;
 pub mod layout;
 pub(crate) mod ldm_unet;
 pub(crate) mod ldm_vae;
+mod numbers;
+mod quantised;
 mod random;
 mod source;
 pub(crate) mod taesd;
 pub(crate) mod text_tower;
 
 pub use layout::{Layout, Part, Rename};
+pub use numbers::is_readable;
 pub use random::RandomSource;
-pub use source::{CheckpointSource, is_readable};
+pub use source::CheckpointSource;

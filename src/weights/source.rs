@@ -2,16 +2,27 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
-use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::DType;
-use half::slice::HalfFloatSliceExt;
 use safetensors::Dtype;
 use sd_kernels::{Reader, Result, Source};
 
 use super::layout::{Layout, Part};
-use crate::checkpoint::TensorSet;
+use super::numbers::{self, is_eight_bits, is_readable};
+use crate::checkpoint::{TensorInfo, TensorSet, TensorType};
+
+/// What a scale beside an 8-bit `….weight` is called: by ComfyUI's and others' tools.
+const SCALES: [&str; 2] = ["scale_weight", "weight_scale"];
+/// What else may stand beside it: scales of what goes in, where that is 8 bits wide too, and notes of ComfyUI's.
+const UNUSED: [&str; 3] = ["scale_input", "input_scale", "comfy_quant"];
+
+/// Names beside the weight `name`, whose last part is replaced.
+fn beside<const N: usize>(name: &str, last: [&'static str; N]) -> impl Iterator<Item = String> {
+    let stem = name.strip_suffix("weight").map(str::to_owned);
+    let stems = stem.into_iter();
+    stems.flat_map(move |stem| last.map(|last| format!("{stem}{last}")))
+}
 
 /// The tensors of one component under canonical names.
 pub struct CheckpointSource {
@@ -53,6 +64,39 @@ impl CheckpointSource {
         })
     }
 
+    /// The scale of the 8-bit tensor `stored`, if the file has one beside it.
+    fn scale(&self, stored: &str, dtype: TensorType) -> Option<(String, &TensorInfo)> {
+        let names = is_eight_bits(dtype).then(|| beside(stored, SCALES));
+        let mut names = names.into_iter().flatten();
+        names.find_map(|name| {
+            let info = self.tensors.info(&name)?;
+            Some((name, info))
+        })
+    }
+
+    /// One number for all of an 8-bit tensor, or one for each of its rows; none where it has no scale.
+    fn scales(&self, stored: &str, info: &TensorInfo) -> Result<Vec<f32>> {
+        let Some((name, scale)) = self.scale(stored, info.dtype) else {
+            return Ok(Vec::new());
+        };
+        let count = scale.elements();
+        let fits = count == 1 || (count > 0 && Some(&count) == info.shape.first());
+        if !fits || !is_readable(scale.dtype) {
+            let reason = format!(
+                "it is of type {} and shape {:?}, expected one float or one for each of the {} rows that it scales",
+                scale.dtype,
+                scale.shape,
+                info.shape.first().unwrap_or(&1)
+            );
+            return Err(Self::error(&name, reason));
+        }
+        let bytes = self.tensors.bytes(&name);
+        let bytes = bytes.map_err(|e| Self::error(&name, e))?;
+        let mut scales = vec![0.0; count];
+        numbers::read(scale.dtype, &bytes, 0, &mut scales);
+        Ok(scales)
+    }
+
     fn error(name: &str, reason: impl std::fmt::Display) -> sd_kernels::Error {
         sd_kernels::Error::Weights(format!("tensor `{name}` cannot be read: {reason}"))
     }
@@ -62,18 +106,33 @@ impl Source for CheckpointSource {
     fn shape(&self, name: &str, _wanted: &[usize]) -> Option<Vec<usize>> {
         let (part, shape) = self.locate(name)?;
         let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        let info = self.tensors.info(&part.stored);
+        if info.is_some_and(|info| is_eight_bits(info.dtype)) {
+            let helpers = beside(&part.stored, SCALES).chain(beside(&part.stored, UNUSED));
+            found.extend(helpers.filter(|name| self.tensors.info(name).is_some()));
+        }
         found.insert(part.stored);
         Some(shape)
     }
 
     fn dtype(&self, name: &str) -> DType {
         let stored = self.locate(name).map(|(part, _)| part.stored);
-        let info = stored.and_then(|stored| self.tensors.info(&stored));
-        match info.map(|info| info.dtype) {
-            // f16 holds all numbers of the 8-bit type
-            Some(Dtype::F16 | Dtype::F8_E4M3) => DType::F16,
-            Some(Dtype::BF16) => DType::BF16,
-            _ => DType::F32,
+        let info = stored.and_then(|stored| Some((self.tensors.info(&stored)?.dtype, stored)));
+        let Some((dtype, stored)) = info else {
+            return DType::F32;
+        };
+        match dtype {
+            // f16 holds all numbers of the 8-bit types
+            TensorType::Plain(Dtype::F8_E4M3 | Dtype::F8_E5M2)
+                if self.scale(&stored, dtype).is_none() =>
+            {
+                DType::F16
+            }
+            // a scale may be any number, so range comes first: rounding to bf16 is a sixteenth of what 8 bits have lost already
+            TensorType::Plain(Dtype::BF16 | Dtype::F8_E4M3 | Dtype::F8_E5M2) => DType::BF16,
+            // scales are f16 themselves; rounding to 11 bits is an eighth of the finest block type's steps, and half the room of f32
+            TensorType::Plain(Dtype::F16) | TensorType::Block(_) => DType::F16,
+            TensorType::Plain(_) => DType::F32,
         }
     }
 
@@ -85,33 +144,33 @@ impl Source for CheckpointSource {
             .tensors
             .info(&part.stored)
             .ok_or_else(|| Self::error(&part.stored, "it is not in the file"))?;
+        if !is_readable(info.dtype) {
+            let reason = format!("its type {} is not a float", info.dtype);
+            return Err(Self::error(&part.stored, reason));
+        }
+        let scales = self.scales(&part.stored, info)?;
         let bytes = self
             .tensors
             .bytes(&part.stored)
             .map_err(|e| Self::error(&part.stored, e))?;
-        let width = width(info.dtype).ok_or_else(|| {
-            let reason = format!("its type {:?} is not a float", info.dtype);
-            Self::error(&part.stored, reason)
-        })?;
-        let range = match part.rows {
-            Some(rows) => {
-                let size = bytes.len() / rows.count;
-                rows.index * size..(rows.index + 1) * size
-            }
-            None => 0..bytes.len(),
+        let all = info.elements();
+        let (start, count) = match part.rows {
+            Some(rows) => (all / rows.count * rows.index, all / rows.count),
+            None => (0, all),
         };
         let wanted: usize = shape.iter().product();
-        if range.len() != wanted * width {
-            let reason = format!("it has {} numbers, expected {wanted}", range.len() / width);
+        if count != wanted {
+            let reason = format!("it has {count} numbers, expected {wanted}");
             return Err(Self::error(&part.stored, reason));
         }
         let stored = StoredTensor {
             tensors: &self.tensors,
             dtype: info.dtype,
-            width,
+            scaled: all / scales.len().max(1),
+            scales,
             name: part.stored,
             bytes,
-            range,
+            start,
         };
         Ok(match *shape {
             [rows, columns] if part.transposed => Box::new(Transposed {
@@ -128,18 +187,29 @@ impl Source for CheckpointSource {
 struct StoredTensor<'a> {
     tensors: &'a TensorSet,
     name: String,
-    dtype: Dtype,
-    /// Bytes of a number.
-    width: usize,
+    dtype: TensorType,
     bytes: Cow<'a, [u8]>,
-    range: Range<usize>,
+    /// Its first number among those of the bytes.
+    start: usize,
+    /// What numbers are multiplied with; none if empty.
+    scales: Vec<f32>,
+    /// How many numbers share a scale.
+    scaled: usize,
 }
 
 impl Reader for StoredTensor<'_> {
     fn read(&self, first: usize, out: &mut [f32]) {
-        let bytes = &self.bytes[self.range.clone()];
-        let bytes = &bytes[first * self.width..][..out.len() * self.width];
-        to_f32(self.dtype, bytes, out);
+        let first = self.start + first;
+        numbers::read(self.dtype, &self.bytes, first, out);
+        match self.scales.as_slice() {
+            [] => {}
+            [scale] => out.iter_mut().for_each(|out| *out *= scale),
+            scales => {
+                for (i, out) in (first..).zip(out) {
+                    *out *= scales[i / self.scaled];
+                }
+            }
+        }
     }
 }
 
@@ -163,96 +233,5 @@ impl Reader for Transposed<'_> {
 impl Drop for StoredTensor<'_> {
     fn drop(&mut self) {
         self.tensors.release(&self.name);
-    }
-}
-
-/// Whether networks can be read from tensors of this type.
-pub fn is_readable(dtype: Dtype) -> bool {
-    width(dtype).is_some()
-}
-
-/// Bytes of a number of a float type; `None` for other types.
-fn width(dtype: Dtype) -> Option<usize> {
-    match dtype {
-        Dtype::F64 => Some(8),
-        Dtype::F32 => Some(4),
-        Dtype::F16 | Dtype::BF16 => Some(2),
-        Dtype::F8_E4M3 => Some(1),
-        _ => None,
-    }
-}
-
-/// Little-endian bytes of a float type as f32: as many as `out` has. Bytes need not be aligned; other types give no numbers.
-fn to_f32(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
-    match dtype {
-        Dtype::F32 => each(bytes, out, f32::from_le_bytes),
-        Dtype::F64 => each(bytes, out, |b| f64::from_le_bytes(b) as f32),
-        Dtype::BF16 => each(bytes, out, |b| {
-            f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)
-        }),
-        Dtype::F8_E4M3 => each(bytes, out, |[b]| e4m3(b)),
-        Dtype::F16 => {
-            // through a small aligned buffer, so that the conversion is vectorised whatever the alignment
-            let mut buffer = [half::f16::ZERO; 1024];
-            let blocks = bytes.chunks(2 * buffer.len());
-            for (out, bytes) in out.chunks_mut(buffer.len()).zip(blocks) {
-                let buffer = &mut buffer[..out.len()];
-                for (half, b) in buffer.iter_mut().zip(bytes.as_chunks().0) {
-                    *half = half::f16::from_le_bytes(*b);
-                }
-                buffer.convert_to_f32_slice(out);
-            }
-        }
-        _ => out.fill(f32::NAN),
-    }
-}
-
-fn each<const N: usize>(bytes: &[u8], out: &mut [f32], number: impl Fn([u8; N]) -> f32) {
-    for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
-        *out = number(*bytes);
-    }
-}
-
-/// One sign bit, four exponent bits (bias 7), three mantissa bits; no infinities (Micikevicius et al., arXiv 2209.05433).
-fn e4m3(bits: u8) -> f32 {
-    let (exponent, mantissa) = (i32::from(bits >> 3 & 15), f32::from(bits & 7));
-    let magnitude = match (exponent, bits & 7) {
-        (15, 7) => f32::NAN,
-        (0, _) => mantissa * 2f32.powi(-9),
-        _ => (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 7),
-    };
-    if bits & 0x80 == 0 {
-        magnitude
-    } else {
-        -magnitude
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_float_type_reads_unaligned() {
-        let mut bytes = vec![0u8];
-        bytes.extend(half::f16::from_f32(-1.5).to_le_bytes());
-        bytes.extend(half::bf16::from_f32(3.0).to_le_bytes());
-        bytes.extend(0.1f32.to_le_bytes());
-        bytes.extend(0.1f64.to_le_bytes());
-        let one = |dtype, bytes: &[u8]| {
-            let mut out = vec![0.0; bytes.len() / width(dtype).unwrap_or(8)];
-            to_f32(dtype, bytes, &mut out);
-            out
-        };
-        assert_eq!(one(Dtype::F16, &bytes[1..3]), [-1.5]);
-        assert_eq!(one(Dtype::BF16, &bytes[3..5]), [3.0]);
-        assert_eq!(one(Dtype::F32, &bytes[5..9]), [0.1]);
-        assert_eq!(one(Dtype::F64, &bytes[9..17]), [0.1]);
-        assert!(is_readable(Dtype::BF16) && !is_readable(Dtype::I64));
-        // from the paper's table: largest 448, smallest normal 2⁻⁶, smallest 2⁻⁹
-        assert_eq!(
-            one(Dtype::F8_E4M3, &[0x7e, 0x08, 0x81]),
-            [448.0, 0.015625, -0.001953125]
-        );
     }
 }

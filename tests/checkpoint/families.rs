@@ -677,9 +677,6 @@ fn parts_of_stable_diffusion() {
     let mut no_vae = sd1(&Sizes::sd1());
     no_vae.remove("first_stage_model.");
     refused(&no_vae, Family::Sd1, "its vae is missing");
-    let mut scaled = sd1(&Sizes::sd1());
-    scaled.add("scaled_fp8", &[2]);
-    refused(&scaled, Family::Sd1, "scaled fp8");
     let mut bert = Tensors::default();
     ldm_unet(&mut bert, "model.diffusion_model.", &Sizes::sd1());
     bert.add(

@@ -303,7 +303,7 @@ fn broken_folders() {
     fs::write(at("unet/diffusion_pytorch_model.bin"), b"PK").unwrap();
     refused(
         &bin,
-        "only there as `diffusion_pytorch_model.bin`, a Python pickle",
+        "diffusion_pytorch_model.bin: the file is 2 bytes, too small",
     );
     let json = folder();
     fs::write(json.path().join("unet/config.json"), "{").unwrap();

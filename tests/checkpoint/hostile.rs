@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use sd_rs::Error;
-use sd_rs::checkpoint::{Checkpoint, SafeTensors};
+use sd_rs::checkpoint::{Checkpoint, TensorFile};
 
 use super::build::{Tensors, file_of, with_header};
 
 fn refusal(path: &Path) -> String {
-    match SafeTensors::open(path, true) {
+    match TensorFile::open(path, true) {
         Err(error) => error.to_string(),
         Ok(_) => panic!("accepted"),
     }
@@ -18,7 +18,7 @@ fn refusal(path: &Path) -> String {
 
 fn refusal_of(bytes: &[u8]) -> String {
     let file = file_of(bytes);
-    match SafeTensors::open(&file.path, true) {
+    match TensorFile::open(&file.path, true) {
         Err(error) => {
             assert_eq!(error.code(), "bad-model", "{error}");
             let message = error.to_string();
@@ -298,19 +298,7 @@ fn other_files_are_named() {
         ),
         (
             b"PK\x03\x04\x00\x00\x08\x08\x00\x00\x00\x00\x00\x00archive/data.pkl",
-            "pickle in a zip archive",
-        ),
-        (
-            b"PK\x03\x04\x00\x00\x08\x08\x00\x00\x00\x00\x00\x00model/readme.txt",
-            "a zip archive; unpack it",
-        ),
-        (
-            b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.",
-            "a Python pickle",
-        ),
-        (
-            b"GGUF\x03\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00",
-            "a GGUF file",
+            "the end of its zip archive is missing",
         ),
         (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", "a picture"),
         (b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", "a picture"),
@@ -339,9 +327,9 @@ fn other_files_are_named() {
 fn what_is_legal_is_read() {
     let open = |bytes: &[u8]| {
         let file = file_of(bytes);
-        let mapped = SafeTensors::open(&file.path, true).unwrap();
-        let read = SafeTensors::open(&file.path, false).unwrap();
-        let bytes = |file: &SafeTensors| -> Vec<(String, Vec<usize>, Vec<u8>)> {
+        let mapped = TensorFile::open(&file.path, true).unwrap();
+        let read = TensorFile::open(&file.path, false).unwrap();
+        let bytes = |file: &TensorFile| -> Vec<(String, Vec<usize>, Vec<u8>)> {
             file.entries()
                 .map(|info| {
                     (
@@ -384,7 +372,7 @@ fn a_thousand_released_pages_come_back() {
     tensors.add_bytes("a", "U8", &[1_000_000], bytes[..1_000_000].to_vec());
     tensors.add_bytes("b", "U8", &[2_000_000], bytes[1_000_000..].to_vec());
     let file = tensors.file();
-    let open = SafeTensors::open(&file.path, true).unwrap();
+    let open = TensorFile::open(&file.path, true).unwrap();
     for _ in 0..2 {
         assert!(open.bytes(open.get("a").unwrap()).unwrap()[..] == bytes[..1_000_000]);
         assert!(open.bytes(open.get("b").unwrap()).unwrap()[..] == bytes[1_000_000..]);
@@ -422,7 +410,7 @@ fn released_bytes_leave_memory() {
     let mut tensors = Tensors::default();
     tensors.add_bytes("a", "U8", &[8 << 20], vec![1; 8 << 20]);
     tensors.write(&path);
-    let open = SafeTensors::open(&path, true).unwrap();
+    let open = TensorFile::open(&path, true).unwrap();
     let info = open.get("a").unwrap();
     let sum: u64 = open
         .bytes(info)
@@ -440,7 +428,7 @@ fn released_bytes_leave_memory() {
 fn a_file_that_changes_is_noticed() {
     let file = file_of(&with_header(ONE, b"1234"));
     for mapped in [true, false] {
-        let open = SafeTensors::open(&file.path, mapped).unwrap();
+        let open = TensorFile::open(&file.path, mapped).unwrap();
         let info = open.get("a").unwrap();
         assert_eq!(&open.bytes(info).unwrap()[..], b"1234");
         let handle = std::fs::File::options()
@@ -471,7 +459,7 @@ fn plain_reads_outlive_a_file_that_is_cut_and_grown() {
     tensors.add_bytes("a", "U8", &[4 << 20], vec![7; 4 << 20]);
     let file = tensors.file();
     let size = std::fs::metadata(&file.path).unwrap().len();
-    let open = SafeTensors::open(&file.path, false).unwrap();
+    let open = TensorFile::open(&file.path, false).unwrap();
     let other = std::fs::File::options()
         .write(true)
         .open(&file.path)
@@ -547,7 +535,7 @@ fn a_large_file_opens_at_once() {
     let file = tensors.file();
     assert!(std::fs::metadata(&file.path).unwrap().len() > 8_000_000_000);
     let started = Instant::now();
-    let open = SafeTensors::open(&file.path, true).unwrap();
+    let open = TensorFile::open(&file.path, true).unwrap();
     assert!(
         started.elapsed() < Duration::from_secs(1),
         "{:?}",
@@ -622,7 +610,7 @@ fn good() -> Vec<u8> {
 /// Whatever is accepted lies in the file, without gaps, and the reference reader accepts it too.
 fn check(bytes: &[u8]) {
     let file = file_of(bytes);
-    let Ok(open) = SafeTensors::open(&file.path, true) else {
+    let Ok(open) = TensorFile::open(&file.path, true) else {
         return;
     };
     let mut position = 0;
@@ -632,7 +620,7 @@ fn check(bytes: &[u8]) {
         }
         position = info.range.end;
         assert!(position <= bytes.len());
-        assert_eq!(info.elements() * info.dtype.bitsize(), info.size() * 8);
+        assert_eq!(info.dtype.bytes(info.elements()), Some(info.size()));
         assert_eq!(open.bytes(info).unwrap()[..], bytes[info.range.clone()]);
     }
     assert_eq!(position, bytes.len());

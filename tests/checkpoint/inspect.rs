@@ -115,7 +115,30 @@ fn the_text_fits_a_screen_and_is_clean() {
 
 #[test]
 fn other_files_are_refused_in_a_sentence() {
-    let file = file_of(b"GGUF\x03\0\0\0\0\0\0\0");
+    let file = file_of(b"\x89HDF\r\n\x1a\n\0\0\0\0");
     let error = run(&args(&file.path, false), &mut Vec::new()).unwrap_err();
-    assert!(error.to_string().contains("a GGUF file"));
+    assert!(error.to_string().contains("an HDF5 file"));
+}
+
+#[test]
+fn containers_and_quantised_types_are_told() {
+    let json = |name: &str| -> Value {
+        let text = output(&super::containers::fixture(name), true);
+        serde_json::from_str(&text).unwrap()
+    };
+    let checkpoint = json("lightning.ckpt");
+    assert_eq!(checkpoint["format"], "PyTorch checkpoint");
+    assert_eq!(checkpoint["metadata"]["epoch"], "4");
+    assert_eq!(checkpoint["components"]["tensors"]["dtypes"]["BF16"], 1);
+    assert_eq!(checkpoint["sha256"].as_str().unwrap().len(), 64);
+    let blocks = json("types.gguf");
+    assert_eq!(blocks["format"], "GGUF");
+    for (dtype, count) in [("Q8_0", 3), ("Q4_K", 1), ("F32", 1)] {
+        assert_eq!(blocks["components"]["tensors"]["dtypes"][dtype], count);
+    }
+    let text = output(&super::containers::fixture("types.gguf"), false);
+    assert!(
+        text.contains("GGUF)") && text.contains("2 Q4_0, ") && !text.contains('\u{1b}'),
+        "{text}"
+    );
 }

@@ -20,7 +20,7 @@ use json::{dtype_named, law, rows, sizes, text};
 
 pub(crate) use folder::FolderForm;
 pub(crate) use single::{SingleForm, linear_projection};
-pub(crate) use values::{Law, Stored, Values, edit, encode, uniform};
+pub(crate) use values::{Law, Stored, Values, edit, encode, read, save, uniform};
 
 /// One model with what diffusers computes with it.
 #[derive(Debug, Clone)]

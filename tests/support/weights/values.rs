@@ -101,7 +101,7 @@ pub(crate) struct Values {
 }
 
 /// Writes a safetensors file as PyTorch's users do.
-pub(super) fn save<'a>(tensors: impl Iterator<Item = &'a Stored>, path: &Path) {
+pub(crate) fn save<'a>(tensors: impl Iterator<Item = &'a Stored>, path: &Path) {
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     safetensors::serialize_to_file(
         tensors.map(|tensor| (&tensor.name, tensor)),
@@ -111,8 +111,8 @@ pub(super) fn save<'a>(tensors: impl Iterator<Item = &'a Stored>, path: &Path) {
     .unwrap();
 }
 
-/// Reads the safetensors file at `path`, lets `change` change its tensors, and writes it anew.
-pub(crate) fn edit(path: &Path, change: impl FnOnce(&mut Vec<Stored>)) {
+/// The tensors of the safetensors file at `path`.
+pub(crate) fn read(path: &Path) -> Vec<Stored> {
     let bytes = std::fs::read(path).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let stored = |(name, view): (String, safetensors::tensor::TensorView<'_>)| Stored {
@@ -121,7 +121,12 @@ pub(crate) fn edit(path: &Path, change: impl FnOnce(&mut Vec<Stored>)) {
         dtype: view.dtype(),
         bytes: view.data().to_vec(),
     };
-    let mut tensors = file.tensors().into_iter().map(stored).collect();
+    file.tensors().into_iter().map(stored).collect()
+}
+
+/// Reads the safetensors file at `path`, lets `change` change its tensors, and writes it anew.
+pub(crate) fn edit(path: &Path, change: impl FnOnce(&mut Vec<Stored>)) {
+    let mut tensors = read(path);
     change(&mut tensors);
     save(tensors.iter(), path);
 }

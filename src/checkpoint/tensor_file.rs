@@ -1,31 +1,59 @@
-//! One safetensors file: opened only when it is a plain file and its header is good. Its tensors are looked at where they lie in a mapping,
+//! One file of tensors: opened only when it is a plain file and its header is good. Its tensors are looked at where they lie in a mapping,
 //! or, where that is not wanted or the file system cannot do it, each is read when it is asked for.
 //!
-//! Nothing but the header is read when a file is opened, so a file of any size opens in milliseconds. This is the one file of the crate
-//! with `unsafe`: mapping a file, and giving mapped pages back.
+//! The container (safetensors, a PyTorch checkpoint, GGUF) is told by the file's first bytes, whatever its name, and matters no more once its
+//! header is read. Nothing but the header is read when a file is opened, so a file of any size opens in milliseconds. This is the one file
+//! of the crate with `unsafe`: mapping a file, and giving mapped pages back.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, Metadata};
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use memmap2::Mmap;
 
-use super::header::{self, Header, PREFIX, TensorInfo};
+use super::gguf;
+use super::header::{self, Header, PREFIX};
+use super::input::Bytes;
+use super::pickle;
 use super::printable::printable;
 use super::sniff::{self, SNIFF_LENGTH};
+use super::tensor_info::TensorInfo;
 use crate::error::{Error, Result};
 
 /// The smallest page of any machine; ranges are given back from a multiple of it.
 const PAGE: usize = 4096;
 
-/// An open safetensors file.
+/// How tensors are kept in a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Container {
+    /// <https://github.com/huggingface/safetensors>
+    SafeTensors,
+    /// What `torch.save` writes: a pickle and numbers in a zip archive, or behind each other as before torch 1.6.
+    PyTorch,
+    /// <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>
+    Gguf,
+}
+
+impl Container {
+    /// What it is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::SafeTensors => "safetensors",
+            Self::PyTorch => "PyTorch checkpoint",
+            Self::Gguf => "GGUF",
+        }
+    }
+}
+
+/// An open file of tensors.
 #[derive(Debug)]
-pub struct SafeTensors {
+pub struct TensorFile {
     path: PathBuf,
     size: u64,
+    container: Container,
     tensors: Vec<TensorInfo>,
     by_name: HashMap<String, usize>,
     metadata: BTreeMap<String, String>,
@@ -52,21 +80,22 @@ struct Opened {
     modified: Option<SystemTime>,
 }
 
-impl SafeTensors {
+impl TensorFile {
     /// Opens `path`; `mapped` says whether to map it (else, and where mapping fails, each tensor is read when asked for).
     ///
     /// # Errors
-    /// [`Error::NotFound`] when there is no such file; [`Error::BadModel`] with one sentence when it is not a plain file, not safetensors
-    /// (the sentence says what it is instead), damaged, or cut short; [`Error::Disk`] when it cannot be read.
+    /// [`Error::NotFound`] when there is no such file; [`Error::BadModel`] with one sentence when it is not a plain file, of no known
+    /// container (the sentence says what it is instead), damaged, or cut short; [`Error::Disk`] when it cannot be read.
     pub fn open(path: &Path, mapped: bool) -> Result<Self> {
         let mut file = open_plain_file(path)?;
         let about = file.metadata().map_err(|e| Error::disk(path, "read", e))?;
         let size = about.len();
-        let header = read_header(&mut file, path, size)?;
+        let (container, header) = read_header(&mut file, path, size)?;
         let modified = about.modified().ok();
         let (store, unmapped) = Store::new(Opened { file, modified }, mapped);
         Ok(Self {
             unmapped,
+            container,
             ..Self::assemble(path, size, header, store)
         })
     }
@@ -74,13 +103,16 @@ impl SafeTensors {
     /// The bytes of a file inside the program; `name` stands for its path in messages.
     ///
     /// # Errors
-    /// [`Error::BadModel`] as [`SafeTensors::open`].
+    /// [`Error::BadModel`] as [`TensorFile::open`].
     pub fn from_static(name: impl Into<PathBuf>, bytes: &'static [u8]) -> Result<Self> {
         let path = name.into();
         let size = bytes.len() as u64;
         let mut reader = io::Cursor::new(bytes);
-        let header = read_header(&mut reader, &path, size)?;
-        Ok(Self::assemble(&path, size, header, Store::Static(bytes)))
+        let (container, header) = read_header(&mut reader, &path, size)?;
+        Ok(Self {
+            container,
+            ..Self::assemble(&path, size, header, Store::Static(bytes))
+        })
     }
 
     fn assemble(path: &Path, size: u64, header: Header, store: Store) -> Self {
@@ -93,6 +125,7 @@ impl SafeTensors {
         Self {
             path: path.to_owned(),
             size,
+            container: Container::SafeTensors,
             tensors: header.tensors,
             by_name,
             metadata: header.metadata,
@@ -111,7 +144,12 @@ impl SafeTensors {
         self.size
     }
 
-    /// The texts of the header's `__metadata__`. They may hold any character: see [`printable`].
+    /// How it keeps tensors.
+    pub fn container(&self) -> Container {
+        self.container
+    }
+
+    /// What the header says in words: `__metadata__` of safetensors, the single values beside a checkpoint's weights, a GGUF's keys. They may hold any character: see [`printable`].
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
     }
@@ -131,7 +169,7 @@ impl SafeTensors {
         self.unmapped.as_deref()
     }
 
-    /// The bytes of a tensor of this file, little endian, not aligned: borrowed from the mapping, or read.
+    /// The bytes of a tensor of this file, dense, row-major, little endian, not aligned: borrowed from the mapping, or read.
     ///
     /// The file's size and time are looked at first: a mapped file that somebody cut short since would otherwise end the process.
     ///
@@ -139,17 +177,26 @@ impl SafeTensors {
     /// [`Error::BadModel`] when the file has changed since it was opened or `info` is of another file; [`Error::Disk`] when reading fails.
     pub fn bytes(&self, info: &TensorInfo) -> Result<Cow<'_, [u8]>> {
         self.check_unchanged()?;
-        let outside = || {
-            let name = printable(&info.name);
-            Error::bad_model(
-                &self.path,
-                format!("tensor `{name}` does not lie in this file"),
-            )
+        let bytes = self.spanned(info)?;
+        let Some(strides) = &info.strides else {
+            return Ok(bytes);
         };
+        let dense = info.gather(strides, &bytes);
+        dense.map(Cow::Owned).ok_or_else(|| self.outside(info))
+    }
+
+    fn outside(&self, info: &TensorInfo) -> Error {
+        let name = printable(&info.name);
+        let reason = format!("tensor `{name}` does not lie in this file");
+        Error::bad_model(&self.path, reason)
+    }
+
+    /// The bytes of a tensor's range as they lie.
+    fn spanned(&self, info: &TensorInfo) -> Result<Cow<'_, [u8]>> {
         let held: &[u8] = match &self.store {
             Store::Mapped(map, _) => map,
             Store::Static(bytes) => bytes,
-            Store::Plain(_) if info.range.end as u64 > self.size => return Err(outside()),
+            Store::Plain(_) if info.range.end as u64 > self.size => return Err(self.outside(info)),
             Store::Plain(opened) => {
                 let mut bytes = vec![0; info.range.len()];
                 read_exact_at(&opened.file, &mut bytes, info.range.start as u64)
@@ -159,7 +206,7 @@ impl SafeTensors {
         };
         held.get(info.range.clone())
             .map(Cow::Borrowed)
-            .ok_or_else(outside)
+            .ok_or_else(|| self.outside(info))
     }
 
     /// Tells the system that the bytes of a tensor are not needed any more: they leave this process's memory and come back from the file
@@ -248,21 +295,45 @@ pub(super) fn look_at(path: &Path) -> Result<Metadata> {
     }
 }
 
-/// Reads and checks the header. Its length is found possible before memory is taken for it.
-fn read_header(file: &mut (impl Read + Seek), path: &Path, size: u64) -> Result<Header> {
-    let bad = |reason: String| Error::bad_model(path, reason);
-    let broken = |e: io::Error| Error::disk(path, "read", e);
+/// Reads and checks the header of whatever container the first bytes show.
+fn read_header(file: &mut impl Bytes, path: &Path, size: u64) -> Result<(Container, Header)> {
     if size == 0 {
-        return Err(bad("this is an empty file; download it again".to_owned()));
+        let reason = "this is an empty file; download it again";
+        return Err(Error::bad_model(path, reason));
     }
     let mut head = Vec::new();
     file.by_ref()
         .take(SNIFF_LENGTH as u64)
         .read_to_end(&mut head)
-        .map_err(broken)?;
+        .map_err(|e| Error::disk(path, "read", e))?;
+    const END: &str =
+        "the file ends in the middle of its header; the download is incomplete: download it again";
+    let told = match head.as_slice() {
+        [b'P', b'K', 3, 4, ..] => {
+            pickle::read_archive(file, size).map(|header| (Container::PyTorch, header))
+        }
+        // a pickle begins with its protocol
+        [0x80, 2..=5, ..] => {
+            pickle::read_stream(file, size).map(|header| (Container::PyTorch, header))
+        }
+        [b'G', b'G', b'U', b'F', ..] => {
+            gguf::read(file, size).map(|header| (Container::Gguf, header))
+        }
+        _ => {
+            let header = read_safetensors(file, path, &head, size)?;
+            return Ok((Container::SafeTensors, header));
+        }
+    };
+    told.map_err(|fault| fault.about(path, END))
+}
+
+/// Reads and checks the header of what should be safetensors and begins with `head`. Its length is found possible before memory is taken for it.
+fn read_safetensors(file: &mut impl Bytes, path: &Path, head: &[u8], size: u64) -> Result<Header> {
+    let bad = |reason: String| Error::bad_model(path, reason);
+    let broken = |e: io::Error| Error::disk(path, "read", e);
     let Some((prefix, text)) = head.split_first_chunk::<PREFIX>() else {
         let what =
-            sniff::recognise(&head).map_or_else(String::new, |what| format!(": it is {what}"));
+            sniff::recognise(head).map_or_else(String::new, |what| format!(": it is {what}"));
         return Err(bad(format!(
             "the file is {} bytes, too small for a safetensors file, which has a header of at least 8{what}",
             head.len()
@@ -271,8 +342,8 @@ fn read_header(file: &mut (impl Read + Seek), path: &Path, size: u64) -> Result<
     let length = header::header_length(*prefix, size);
     // a possible length followed by the beginning of an object is taken at its word; everything else may be another kind of file
     let plausible = length.is_ok() && text.trim_ascii_start().starts_with(b"{");
-    if let Some(what) = sniff::recognise(&head).filter(|_| !plausible) {
-        return Err(bad(format!("not a safetensors file: this is {what}")));
+    if let Some(what) = sniff::recognise(head).filter(|_| !plausible) {
+        return Err(bad(format!("not a file of tensors: this is {what}")));
     }
     let length = length.map_err(bad)?;
     if text.len() < length && text.first().is_some_and(|b| !b.is_ascii()) {
@@ -328,7 +399,7 @@ fn read_exact_at(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Resu
 
 #[allow(unsafe_code)]
 fn map(file: &File) -> io::Result<Mmap> {
-    // SAFETY: the mapping is read-only and private to `SafeTensors`, which hands out slices for as long as it lives. A mapped file must not
+    // SAFETY: the mapping is read-only and private to `TensorFile`, which hands out slices for as long as it lives. A mapped file must not
     // be changed by others meanwhile: nobody can guarantee that, as for every program that maps files. The bytes are only ever copied or
     // converted as numbers, for which every bit pattern is valid; `bytes` looks at size and time before each use, so that a file that
     // was cut short ends in an error and not in SIGBUS, but for the moment between look and use.
