@@ -11,7 +11,8 @@ use sd_models::{clip, unet, vae};
 use serde_json::{Value, json};
 
 use super::args::{BenchArgs, RandomFamily};
-use super::{interrupt, kernels, open_model, print_line, set_threads};
+use super::fetch::open_model;
+use super::{interrupt, kernels, print_line, set_threads};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::memory::peak_resident;
@@ -152,7 +153,8 @@ fn check_stopped() -> Result<()> {
 
 fn load(args: &BenchArgs, device: &Device, dtype: DType) -> Result<(String, Networks, usize)> {
     let Some(family) = args.random_weights else {
-        let checkpoint = open_model(args.model.as_deref(), args.no_mmap)?;
+        let model = open_model(args.model.as_deref(), &args.library, args.no_mmap)?;
+        let checkpoint = model.checkpoint;
         let spec = ModelSpec::read(&checkpoint, &crate::checkpoint::detect(&checkpoint))?;
         let (networks, _) = Networks::load(&checkpoint, &spec, device, dtype)?;
         return Ok((spec.family.id().to_owned(), networks, spec.defaults.size));

@@ -8,7 +8,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::args::GenerateArgs;
-use super::{interrupt, model_name, open_model, print_line, set_threads};
+use super::fetch::open_model;
+use super::{interrupt, print_line, set_threads};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::memory::peak_resident;
@@ -18,6 +19,7 @@ use crate::pipeline::{Batch, Control, Engine, Event, Plan, Request, Rng};
 /// What does not change from picture to picture.
 struct Job<'a> {
     args: &'a GenerateArgs,
+    model: &'a str,
     engine: &'a Engine,
     plan: &'a Plan,
     request: &'a Request,
@@ -37,11 +39,12 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     let device = device::open(args.device)?;
     let dtype = device::dtype(args.dtype, &device)?;
     output::check_target(&args.output, args.save_latents.as_deref(), args.overwrite)?;
-    let checkpoint = open_model(args.model.as_deref(), args.no_mmap)?;
-    let engine = Engine::load(&checkpoint, &device, dtype)?;
+    let model = open_model(args.model.as_deref(), &args.library, args.no_mmap)?;
+    let engine = Engine::load(&model.checkpoint, &device, dtype)?;
     let plan = Plan::new(&engine, &request)?;
     let job = Job {
         args,
+        model: &model.name,
         engine: &engine,
         plan: &plan,
         request: &request,
@@ -223,7 +226,7 @@ impl Job<'_> {
             "cfg_scale": self.plan.cfg_scale,
             "sampler": self.plan.sampler,
             "schedule": self.plan.schedule,
-            "model": model_name(self.args.model.as_deref()),
+            "model": self.model,
             "family": self.engine.spec().family.id(),
             "dtype": device::dtype_name(self.engine.networks().dtype()),
             "device": "cpu",
@@ -267,7 +270,7 @@ impl Job<'_> {
             size: u32::try_from(self.plan.width)
                 .ok()
                 .zip(u32::try_from(self.plan.height).ok()),
-            model: Some(model_name(self.args.model.as_deref())),
+            model: Some(self.model.to_owned()),
             clip_skip: u32::try_from(self.plan.clip_skip).unwrap_or(1),
             rng: match self.plan.rng {
                 Rng::Cpu => NoiseSource::Cpu,
