@@ -72,6 +72,7 @@ impl Stage {
             offline: false,
             timeout: Duration::from_secs(5),
             backoff: Duration::from_millis(1),
+            certificates: None,
         };
         Self {
             hub,

@@ -340,32 +340,29 @@ fn verify_repo(name: &RepoName, repair: bool) -> Result<Vec<String>> {
 }
 
 fn remove(library: &Library, args: &RmArgs) -> Result<()> {
-    let named = named(library, &args.name)?;
-    match named {
+    match named(library, &args.name)? {
         Named::Entry(entry) => {
+            let path = &entry.path;
             check_inside(library.root(), &entry)?;
-            confirm(&entry.path.display().to_string(), entry.size, args.yes)?;
-            let is_folder = fs::symlink_metadata(&entry.path).is_ok_and(|about| about.is_dir());
+            if !confirmed(&path.display().to_string(), entry.size, args.yes)? {
+                return Ok(());
+            }
             // a link is removed, not what it leads to
+            let is_folder = fs::symlink_metadata(path).is_ok_and(|about| about.is_dir());
             let removed = if is_folder {
-                fs::remove_dir_all(&entry.path)
+                fs::remove_dir_all(path)
             } else {
-                fs::remove_file(&entry.path)
+                fs::remove_file(path)
             };
-            removed.map_err(|e| Error::disk(&entry.path, "remove", e))
+            removed.map_err(|e| Error::disk(path, "remove", e))
         }
         Named::Repo(name) => {
             let cache = Cache::new(Settings::from_env()?.cache);
-            let size = cache
-                .repos()
-                .into_iter()
-                .find(|repo| repo.name == name)
-                .map_or(0, |repo| repo.size);
-            confirm(
-                &format!("{} in {}", name.id(), cache.repo(&name).display()),
-                size,
-                args.yes,
-            )?;
+            let repo = cache.repos().into_iter().find(|repo| repo.name == name);
+            let what = format!("{} in {}", name.id(), cache.repo(&name).display());
+            if !confirmed(&what, repo.map_or(0, |repo| repo.size), args.yes)? {
+                return Ok(());
+            }
             cache.remove(&name)
         }
     }
@@ -394,10 +391,10 @@ fn check_inside(root: &Path, entry: &Entry) -> Result<()> {
     ))
 }
 
-/// Asks on a terminal; elsewhere `--yes` must say it.
-fn confirm(what: &str, size: u64, yes: bool) -> Result<()> {
+/// Asks on a terminal whether to remove it; elsewhere `--yes` must say so.
+fn confirmed(what: &str, size: u64, yes: bool) -> Result<bool> {
     if yes {
-        return Ok(());
+        return Ok(true);
     }
     let (stdin, mut stderr) = (std::io::stdin(), std::io::stderr());
     if !stdin.is_terminal() || !stderr.is_terminal() {
@@ -413,10 +410,7 @@ fn confirm(what: &str, size: u64, yes: bool) -> Result<()> {
         .lock()
         .read_line(&mut answer)
         .map_err(|e| Error::disk("stdin", "read", e))?;
-    if ["y", "yes"].contains(&answer.trim().to_ascii_lowercase().as_str()) {
-        return Ok(());
-    }
-    Err(Error::Interrupted)
+    Ok(["y", "yes"].contains(&answer.trim().to_ascii_lowercase().as_str()))
 }
 
 fn print_path(library: &Library, name: Option<&str>) -> Result<()> {

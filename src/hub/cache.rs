@@ -93,7 +93,8 @@ impl Cache {
 
     /// Notes which commit the name's revision stands for.
     pub(super) fn set_commit(&self, name: &RepoName, commit: &str) -> Result<()> {
-        if name.revision() == commit {
+        // a cache that is already right may be one that cannot be written to
+        if self.commit(name).as_deref() == Some(commit) {
             return Ok(());
         }
         let path = self.reference(name);
@@ -266,7 +267,7 @@ impl Cache {
     /// Removes a repository from the cache, and nothing else: links are removed, not what they lead to.
     ///
     /// # Errors
-    /// [`Error::NotFound`] when it is not there, [`Error::Usage`] never; [`Error::Disk`] when a process fetches it or it cannot be removed.
+    /// [`Error::NotFound`] when it is not there; [`Error::Disk`] when a process fetches it or it cannot be removed.
     pub fn remove(&self, name: &RepoName) -> Result<()> {
         let path = self.repo(name);
         let about = fs::symlink_metadata(&path).map_err(|_| Error::NotFound {

@@ -2,11 +2,12 @@
 //! Hub's own address and nowhere else.
 
 use std::io::Read;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ureq::http::{HeaderMap, Method, Request};
 use ureq::{Agent, Body};
 
+use super::agent::{agent, unreached};
 use super::listing::{Listing, read_listing, strange_etag};
 use super::name::{RepoName, is_etag};
 use super::plan::Remote;
@@ -81,22 +82,10 @@ impl Answer {
 impl<'a> Client<'a> {
     /// A client for these settings; no connection is opened yet.
     pub(super) fn new(settings: &'a Settings) -> Result<Self> {
-        let timeout = Some(settings.timeout);
-        let agent = Agent::config_builder()
-            .user_agent(concat!("sd-rs/", env!("CARGO_PKG_VERSION")))
-            .accept_encoding("identity")
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .timeout_resolve(timeout)
-            .timeout_connect(timeout)
-            .timeout_send_request(timeout)
-            .timeout_recv_response(timeout.map(|t| t * 3))
-            .timeout_per_read(timeout)
-            .build();
         let endpoint = Url::parse(&settings.endpoint)
             .map_err(|reason| Error::Network(format!("HF_ENDPOINT: {reason}")))?;
         Ok(Self {
-            agent: agent.new_agent(),
+            agent: agent(settings, &endpoint)?,
             settings,
             endpoint,
         })
@@ -177,17 +166,21 @@ impl<'a> Client<'a> {
         )
     }
 
-    /// Tries until it works, fails for good, or has failed too often; the pauses double, or are as long as the server asks for.
+    /// Tries until it works, fails for good, or has failed too often or too long; the pauses double, or are as long as the server asks for.
     pub(super) fn retry<T>(
         &self,
         listener: &dyn Listener,
         mut what: impl FnMut() -> Try<T>,
     ) -> Result<T> {
-        let mut tries = 0;
+        let (mut tries, start) = (0, Instant::now());
         loop {
             match what() {
                 Ok(done) => return Ok(done),
                 Err(Failure::Final(error)) => return Err(error),
+                // who waits for a first word should not wait long
+                Err(Failure::Passing(error, None)) if start.elapsed() >= self.settings.timeout => {
+                    return Err(error);
+                }
                 Err(Failure::Passing(error, wait)) => {
                     tries += 1;
                     self.pause(tries, error, wait, listener)?;
@@ -214,12 +207,12 @@ impl<'a> Client<'a> {
             .map_or(0, |t| t.subsec_micros() % 1000);
         let wait = wait.unwrap_or(doubled / 2 + doubled / 2 * chance / 1000);
         listener.event(Event::Retrying(&error.to_string(), wait));
-        let end = std::time::Instant::now() + wait;
+        let end = Instant::now() + wait;
         loop {
             if listener.stopped() {
                 return Err(Error::Interrupted);
             }
-            let left = end.saturating_duration_since(std::time::Instant::now());
+            let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Ok(());
             }
@@ -254,7 +247,7 @@ impl<'a> Client<'a> {
             let answer = self
                 .agent
                 .run(request)
-                .map_err(|e| self.unreached(&url, &e))?;
+                .map_err(|e| unreached(self.settings, &url, &e))?;
             let (head, body) = answer.into_parts();
             let status = head.status.as_u16();
             if at_home {
@@ -349,25 +342,6 @@ impl<'a> Client<'a> {
             wait,
         };
         failure(&asked, &refusal)
-    }
-
-    /// No answer at all.
-    fn unreached(&self, url: &Url, error: &ureq::Error) -> Failure {
-        let host = printable(url.host());
-        let reason = match error {
-            ureq::Error::HostNotFound => "its name is not known; is there a connection?".to_owned(),
-            ureq::Error::Timeout(_) => format!(
-                "it did not answer within {} s",
-                self.settings.timeout.as_secs_f64()
-            ),
-            other => printable(&other.to_string()),
-        };
-        Failure::Passing(
-            Error::Network(format!(
-                "{host} cannot be reached: {reason}; HF_HUB_OFFLINE=1 works with what is here"
-            )),
-            None,
-        )
     }
 
     /// The connection broke while an answer was read.

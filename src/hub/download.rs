@@ -221,7 +221,14 @@ impl Job<'_> {
                 return Err(self.short(wanted, part.len, "almost nothing comes"));
             }
         }
-        Ok(())
+        // reading to the end gives the connection back, and shows what is too much
+        match reader.read(&mut chunk) {
+            Ok(count) if count > 0 => {
+                self.restart(wanted, part).map_err(Failure::Final)?;
+                Err(self.sized(wanted, "more bytes"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Looks at an answer before a byte of it is kept.

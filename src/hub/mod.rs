@@ -7,6 +7,7 @@
 //! Nothing that a server says becomes part of a path before it was looked at: commits and etags are hexadecimal, file names go nowhere
 //! but down. A blob gets its name when its length and its hash are right; a snapshot appears when all its blobs are there.
 
+mod agent;
 mod cache;
 mod client;
 mod download;

@@ -54,6 +54,11 @@ pub fn pull(
     variant: Option<&str>,
     listener: &dyn Listener,
 ) -> Result<Pulled> {
+    if settings.offline
+        && let Some(found) = cached(settings, name, true)
+    {
+        return Ok(found);
+    }
     online(settings, name)?;
     let client = Client::new(settings)?;
     let listing = client.listing(name, listener)?;

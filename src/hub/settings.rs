@@ -63,6 +63,8 @@ pub struct Settings {
     pub timeout: Duration,
     /// The first pause before something is tried again.
     pub backoff: Duration,
+    /// `SSL_CERT_FILE`: certificates that are trusted in place of Mozilla's.
+    pub certificates: Option<PathBuf>,
 }
 
 impl Settings {
@@ -124,6 +126,7 @@ impl Settings {
                 .filter(|s| *s > 0)
                 .map_or(TIMEOUT, Duration::from_secs),
             backoff: BACKOFF,
+            certificates: path("SSL_CERT_FILE"),
         })
     }
 }

@@ -85,6 +85,13 @@ impl Url {
         self.0.clone()
     }
 
+    /// Whether the host is this machine.
+    pub(super) fn is_here(&self) -> bool {
+        let host = self.host();
+        let address = host.trim_matches(['[', ']']).parse::<IpAddr>();
+        host.eq_ignore_ascii_case("localhost") || address.is_ok_and(|ip| ip.is_loopback())
+    }
+
     /// Whether the host is written as one of this machine or this network.
     fn is_private(&self) -> bool {
         let host = self.host().to_ascii_lowercase();

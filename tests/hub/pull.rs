@@ -380,4 +380,10 @@ fn offline_asks_nobody() {
     assert!(hub::cached(&stage.settings, &name("o/n:README.md"), false).is_some());
     assert!(hub::cached(&stage.settings, &name("o/n"), true).is_none());
     assert!(stage.hub.log().is_empty());
+    stage.settings.offline = false;
+    let whole = stage.pull("o/n").unwrap();
+    stage.hub.log();
+    stage.settings.offline = true;
+    assert_eq!(stage.pull("o/n").unwrap(), whole);
+    assert!(stage.hub.log().is_empty());
 }
