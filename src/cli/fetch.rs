@@ -125,7 +125,7 @@ impl Listener for Progress {
                 tracing::info!("{files} files, {}", human(bytes));
                 bar.set_length(bytes);
                 if std::io::stderr().is_terminal() && tracing::enabled!(tracing::Level::WARN) {
-                    let template = "fetching {wide_bar} {bytes}/{total_bytes}  {binary_bytes_per_sec}  {eta} left";
+                    let template = "fetching {wide_bar} {decimal_bytes}/{decimal_total_bytes}  {decimal_bytes_per_sec}  {eta} left";
                     if let Ok(style) = ProgressStyle::with_template(template) {
                         bar.set_style(style);
                     }

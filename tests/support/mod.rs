@@ -73,6 +73,7 @@ impl Dir {
         // no test reads or writes the user's own models, and none leaves this machine
         command
             .env("HF_HUB_OFFLINE", "1")
+            .env("HF_ENDPOINT", "http://127.0.0.1:9")
             .env("HF_HOME", self.path(".hf"))
             .env("XDG_CACHE_HOME", self.path(".cache"))
             .env("SD_RS_MODELS", self.path(".models"));
