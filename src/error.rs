@@ -45,6 +45,9 @@ pub enum Error {
     /// Known, named, and not built.
     #[error("{0}")]
     Unsupported(String),
+    /// A server could not be reached, refuses, or sent something else than was asked for.
+    #[error("{0}")]
+    Network(String),
     /// The user asked to stop.
     #[error("interrupted")]
     Interrupted,
@@ -90,6 +93,7 @@ impl Error {
             Self::Disk { .. } => "disk",
             Self::Numeric(_) => "numeric",
             Self::Unsupported(_) => "unsupported",
+            Self::Network(_) => "network",
             Self::Interrupted => "interrupted",
             Self::Kernel(_) | Self::Candle(_) => "other",
         }

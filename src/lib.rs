@@ -5,6 +5,8 @@ pub mod cli;
 pub mod demo;
 pub mod device;
 pub mod error;
+pub mod hub;
+pub mod library;
 pub mod memory;
 pub mod output;
 pub mod pipeline;

@@ -16,6 +16,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "checkpoint",
             "demo",
             "device",
+            "hub",
+            "library",
             "memory",
             "output",
             "pipeline",
@@ -31,6 +33,11 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("demo", &["checkpoint"]),
     ("device", &["sd_kernels", "candle_core"]),
     ("error", &["candle_core", "sd_kernels"]),
+    (
+        "hub",
+        &["checkpoint::printable", "checkpoint::printable_to"],
+    ),
+    ("library", &["checkpoint", "hub"]),
     ("memory", &[]),
     ("output", &[]),
     (

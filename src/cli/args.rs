@@ -42,6 +42,8 @@ pub enum Command {
     Bench(BenchArgs),
     /// Say what this machine can do
     Doctor(DoctorArgs),
+    /// List, fetch, check and remove models
+    Models(ModelsArgs),
 }
 
 /// Arguments of `generate`.
@@ -53,12 +55,16 @@ pub struct GenerateArgs {
     /// What not to show
     #[arg(short, long, allow_hyphen_values = true)]
     pub negative_prompt: Option<String>,
-    /// A .safetensors, .ckpt or .gguf file, or a diffusers folder [default: the demonstration checkpoint in this binary]
+    /// A .safetensors, .ckpt or .gguf file, a diffusers folder, a name or hash in the models folder, or a Hub repository
+    /// owner/name[@revision][:file] [default: the demonstration checkpoint in this binary]
     #[arg(short, long)]
     pub model: Option<PathBuf>,
-    /// Another autoencoder: a file or folder of one, a TAESD, or a checkpoint that has one
+    /// Another autoencoder: a file or folder of one, a TAESD, or a checkpoint that has one; by the same names
     #[arg(long, value_name = "FILE")]
     pub vae: Option<PathBuf>,
+    /// Where names are looked up
+    #[command(flatten)]
+    pub library: LibraryArgs,
     /// Read model files instead of mapping them into memory: for network file systems, and files that others write to
     #[arg(long)]
     pub no_mmap: bool,
@@ -166,14 +172,106 @@ pub struct GenerateArgs {
 /// Arguments of `inspect`.
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// A model file or folder
+    /// A model file or folder, or what else `generate --model` takes
     pub file: PathBuf,
+    /// Where names are looked up
+    #[command(flatten)]
+    pub library: LibraryArgs,
     /// Read model files instead of mapping them into memory: for network file systems, and files that others write to
     #[arg(long)]
     pub no_mmap: bool,
     /// One JSON object
     #[arg(long)]
     pub json: bool,
+}
+
+/// Where models are looked for by name.
+#[derive(Debug, Clone, Default, Args)]
+pub struct LibraryArgs {
+    /// The models folder [default: sd-rs/models in the platform's data folder]
+    #[arg(long, global = true, value_name = "FOLDER", env = "SD_RS_MODELS")]
+    pub models_dir: Option<PathBuf>,
+    /// The folder of A1111's program, whose models are used, too
+    #[arg(long, global = true, value_name = "FOLDER", env = "SD_RS_A1111_DIR")]
+    pub a1111_dir: Option<PathBuf>,
+    /// ComfyUI's file of folders [default: extra_model_paths.yaml in the models folder]
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        env = "SD_RS_EXTRA_MODEL_PATHS"
+    )]
+    pub extra_model_paths: Option<PathBuf>,
+}
+
+/// Arguments of `models`.
+#[derive(Debug, Args)]
+pub struct ModelsArgs {
+    /// What to do
+    #[command(subcommand)]
+    pub command: ModelsCommand,
+    /// Where names are looked up
+    #[command(flatten)]
+    pub library: LibraryArgs,
+}
+
+/// What `models` can do.
+#[derive(Debug, Subcommand)]
+pub enum ModelsCommand {
+    /// Show the models that are here
+    List(ListArgs),
+    /// Fetch repositories from the Hugging Face Hub: only the files that are needed, each checked
+    Pull(PullArgs),
+    /// Read models again and compare their hashes
+    Verify {
+        /// Names of models or repositories [default: all]
+        names: Vec<String>,
+        /// Remove damaged files of repositories, so that pulling fetches them again
+        #[arg(long)]
+        repair: bool,
+    },
+    /// Remove a repository from the Hub's cache, or a model from the models folder
+    Rm(RmArgs),
+    /// Print where a model is; nothing is fetched
+    Path {
+        /// A name, hash or repository [default: the models folder itself]
+        name: Option<String>,
+    },
+}
+
+/// Arguments of `models list`.
+#[derive(Debug, Args)]
+pub struct ListArgs {
+    /// One JSON object a model
+    #[arg(long)]
+    pub json: bool,
+    /// Compute the hashes that are not known yet
+    #[arg(long)]
+    pub hash: bool,
+}
+
+/// Arguments of `models pull`.
+#[derive(Debug, Args)]
+pub struct PullArgs {
+    /// owner/name[@revision][:file]
+    #[arg(required = true, value_name = "REPOSITORY")]
+    pub names: Vec<String>,
+    /// The precision of a diffusers folder, such as fp16 [default: the plain files, then fp16]
+    #[arg(long)]
+    pub variant: Option<String>,
+    /// Print which files would be fetched
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// Arguments of `models rm`.
+#[derive(Debug, Args)]
+pub struct RmArgs {
+    /// A repository, or a name in the models folder
+    pub name: String,
+    /// Do not ask
+    #[arg(short, long)]
+    pub yes: bool,
 }
 
 /// Arguments of `doctor`.
@@ -190,6 +288,9 @@ pub struct BenchArgs {
     /// A model to measure [default: the demonstration checkpoint in this binary]
     #[arg(short, long, conflicts_with = "random_weights")]
     pub model: Option<PathBuf>,
+    /// Where names are looked up
+    #[command(flatten)]
+    pub library: LibraryArgs,
     /// A full-size network with made-up weights, no file needed
     #[arg(long, value_enum, value_name = "FAMILY")]
     pub random_weights: Option<RandomFamily>,

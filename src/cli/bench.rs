@@ -10,8 +10,9 @@ use sd_kernels::profile;
 use serde_json::{Value, json};
 
 use super::args::BenchArgs;
+use super::fetch::open_model;
 use super::full_size::{self, Model};
-use super::{interrupt, kernels, open_model, print_line, set_threads};
+use super::{interrupt, kernels, print_line, set_threads};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::memory::peak_resident;
@@ -180,7 +181,7 @@ fn load(args: &BenchArgs, device: &Device, dtype: DType) -> Result<Model> {
     if let Some(family) = args.random_weights {
         return full_size::random(family, device, dtype);
     }
-    let checkpoint = open_model(args.model.as_deref(), args.no_mmap)?;
+    let checkpoint = open_model(args.model.as_deref(), &args.library, args.no_mmap)?.checkpoint;
     let spec = ModelSpec::read(&checkpoint, &crate::checkpoint::detect(&checkpoint))?;
     let (networks, _) = Networks::load(&checkpoint, &spec, device, dtype)?;
     Ok(Model {

@@ -8,8 +8,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::args::GenerateArgs;
-use super::{interrupt, model_name, open_model, print_line, read_options, set_threads};
-use crate::checkpoint::Checkpoint;
+use super::fetch::{open_model, open_part};
+use super::{interrupt, print_line, set_threads};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::memory::peak_resident;
@@ -19,6 +19,9 @@ use crate::pipeline::{Batch, Control, Engine, Event, Plan, Request, Rng, SizeCon
 /// What does not change from picture to picture.
 struct Job<'a> {
     args: &'a GenerateArgs,
+    model: &'a str,
+    vae: Option<&'a str>,
+    refiner: Option<&'a str>,
     engine: &'a Engine,
     plan: &'a Plan,
     request: &'a Request,
@@ -38,24 +41,26 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     let device = device::open(args.device)?;
     let dtype = device::dtype(args.dtype, &device)?;
     output::check_target(&args.output, args.save_latents.as_deref(), args.overwrite)?;
-    let checkpoint = open_model(args.model.as_deref(), args.no_mmap)?;
+    let model = open_model(args.model.as_deref(), &args.library, args.no_mmap)?;
     let vae = match &args.vae {
-        Some(path) => Some(Checkpoint::open_part(
-            path,
-            "vae",
-            &read_options(args.no_mmap),
-        )?),
+        Some(path) => Some(open_part(path, "vae", &args.library, args.no_mmap)?),
         None => None,
     };
-    let mut engine = Engine::load_with(&checkpoint, vae.as_ref(), &device, dtype)?;
+    let other = vae.as_ref().map(|vae| &vae.checkpoint);
+    let mut engine = Engine::load_with(&model.checkpoint, other, &device, dtype)?;
+    let mut refiner_name = None;
     if let Some(refiner) = &args.refiner {
-        let refiner = open_model(Some(refiner), args.no_mmap)?;
-        let refiner = Engine::load(&refiner, &device, dtype)?;
+        let refiner = open_model(Some(refiner), &args.library, args.no_mmap)?;
+        refiner_name = Some(refiner.name);
+        let refiner = Engine::load(&refiner.checkpoint, &device, dtype)?;
         engine = engine.with_refiner(refiner, args.refiner_switch)?;
     }
     let plan = Plan::new(&engine, &request)?;
     let job = Job {
         args,
+        model: &model.name,
+        vae: vae.as_ref().map(|vae| vae.name.as_str()),
+        refiner: refiner_name.as_deref(),
         engine: &engine,
         plan: &plan,
         request: &request,
@@ -249,7 +254,7 @@ impl Job<'_> {
             "cfg_scale": self.plan.cfg_scale,
             "sampler": self.plan.sampler,
             "schedule": self.plan.schedule,
-            "model": model_name(self.args.model.as_deref()),
+            "model": self.model,
             "family": self.engine.spec().family.id(),
             "dtype": device::dtype_name(self.engine.networks().dtype()),
             "device": "cpu",
@@ -269,11 +274,10 @@ impl Job<'_> {
                 "negative_prompt".to_owned(),
                 json!(self.request.negative_prompt),
             );
-            if let Some(vae) = &self.args.vae {
-                fields.insert("vae".to_owned(), json!(model_name(Some(vae))));
+            if let Some(vae) = self.vae {
+                fields.insert("vae".to_owned(), json!(vae));
             }
-            if let Some(refiner) = &self.args.refiner {
-                let refiner = model_name(Some(refiner));
+            if let Some(refiner) = self.refiner {
                 fields.insert("refiner".to_owned(), json!(refiner));
                 let switch = json!(self.args.refiner_switch);
                 fields.insert("refiner_switch".to_owned(), switch);
@@ -302,7 +306,7 @@ impl Job<'_> {
             size: u32::try_from(self.plan.width)
                 .ok()
                 .zip(u32::try_from(self.plan.height).ok()),
-            model: Some(model_name(self.args.model.as_deref())),
+            model: Some(self.model.to_owned()),
             clip_skip: u32::try_from(self.plan.clip_skip).unwrap_or(1),
             rng: match self.plan.rng {
                 Rng::Cpu => NoiseSource::Cpu,
@@ -317,12 +321,12 @@ impl Job<'_> {
     /// A1111's keys of what else takes part.
     fn other_models(&self) -> Vec<(String, String)> {
         let mut pairs = Vec::new();
-        if let Some(vae) = &self.args.vae {
-            pairs.push(("VAE".to_owned(), model_name(Some(vae))));
+        if let Some(vae) = self.vae {
+            pairs.push(("VAE".to_owned(), vae.to_owned()));
         }
-        if let Some(refiner) = &self.args.refiner {
+        if let Some(refiner) = self.refiner {
             let switch = self.args.refiner_switch.to_string();
-            pairs.push(("Refiner".to_owned(), model_name(Some(refiner))));
+            pairs.push(("Refiner".to_owned(), refiner.to_owned()));
             pairs.push(("Refiner switch at".to_owned(), switch));
         }
         pairs

@@ -6,7 +6,7 @@ use std::io::Write;
 use serde::Serialize;
 
 use super::args::InspectArgs;
-use super::open_model;
+use super::fetch::open_model;
 use crate::checkpoint::{
     Checkpoint, Detection, Structure, TensorInfo, TensorSet, auto_v2, detect, leftover, printable,
     printable_to, sha256_file,
@@ -97,7 +97,7 @@ pub(super) struct FileReport {
 /// # Errors
 /// Those of [`Checkpoint::open`], with a sentence that says what the file is instead; [`Error::Disk`] when `out` cannot be written.
 pub fn run(args: &InspectArgs, out: &mut dyn Write) -> Result<()> {
-    let checkpoint = open_model(Some(&args.file), args.no_mmap)?;
+    let checkpoint = open_model(Some(&args.file), &args.library, args.no_mmap)?.checkpoint;
     let mut report = Report::new(&checkpoint, &detect(&checkpoint));
     if args.json {
         report.hash(&checkpoint)?;

@@ -1,11 +1,17 @@
 //! Ctrl-C: the first asks the run to stop, the second ends the process at once.
 
+use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 static STOP: AtomicBool = AtomicBool::new(false);
 
 /// Begins to listen for SIGINT, SIGTERM and SIGHUP.
 pub(super) fn listen() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(begin);
+}
+
+fn begin() {
     let handler = || {
         if STOP.swap(true, Ordering::SeqCst) {
             std::process::exit(130);

@@ -3,18 +3,18 @@
 pub mod args;
 mod bench;
 mod doctor;
+mod fetch;
 mod full_size;
 mod generate;
 pub mod inspect;
 mod interrupt;
 mod kernels;
+mod models;
 
 use std::io::Write;
-use std::path::Path;
 
 use args::{Cli, Command};
 
-use crate::checkpoint::{Checkpoint, ReadOptions};
 use crate::error::{Error, Result};
 
 /// Runs the command.
@@ -28,38 +28,8 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Inspect(args) => inspect::run(&args, stdout),
         Command::Bench(args) => bench::run(&args, cli.quiet),
         Command::Doctor(args) => doctor::run(stdout, args.json),
+        Command::Models(args) => models::run(&args),
     }
-}
-
-/// The checkpoint that `--model` names, or the one in this binary.
-fn open_model(model: Option<&Path>, no_mmap: bool) -> Result<Checkpoint> {
-    match model {
-        Some(path) => Checkpoint::open_with(path, &read_options(no_mmap)),
-        None => crate::demo::checkpoint(),
-    }
-}
-
-fn read_options(no_mmap: bool) -> ReadOptions {
-    ReadOptions {
-        no_mmap,
-        ..ReadOptions::default()
-    }
-}
-
-/// The name of a model in reports: the file's stem or the folder's name.
-fn model_name(model: Option<&Path>) -> String {
-    let Some(path) = model else {
-        return "demo".to_owned();
-    };
-    let stem = if path.is_dir() {
-        path.file_name()
-    } else {
-        path.file_stem()
-    };
-    stem.map_or_else(
-        || path.display().to_string(),
-        |stem| stem.to_string_lossy().into_owned(),
-    )
 }
 
 /// Sets the number of threads of every parallel loop; must come before the first of them.

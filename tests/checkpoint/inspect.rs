@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use sd_rs::cli::args::InspectArgs;
+use sd_rs::cli::args::{InspectArgs, LibraryArgs};
 use sd_rs::cli::inspect::run;
 use serde_json::Value;
 
@@ -11,6 +11,7 @@ use super::build::{Sizes, Tensors, file_of, sd1};
 fn args(path: &Path, json: bool) -> InspectArgs {
     InspectArgs {
         file: path.to_owned(),
+        library: LibraryArgs::default(),
         no_mmap: false,
         json,
     }

@@ -63,10 +63,21 @@ impl Dir {
             .current_dir(self.root())
             .env("NO_COLOR", "1");
         for (name, _) in std::env::vars_os() {
-            if name.to_string_lossy().starts_with("SD_RS_") || name == "RUST_LOG" {
-                command.env_remove(name);
+            let name = name.to_string_lossy();
+            let ours = ["SD_RS_", "HF_", "HUGGING", "TRANSFORMERS_"]
+                .iter()
+                .any(|start| name.starts_with(start));
+            if ours || name == "RUST_LOG" {
+                command.env_remove(&*name);
             }
         }
+        // no test reads or writes the user's own models, and none leaves this machine
+        command
+            .env("HF_HUB_OFFLINE", "1")
+            .env("HF_ENDPOINT", "http://127.0.0.1:9")
+            .env("HF_HOME", self.path(".hf"))
+            .env("XDG_CACHE_HOME", self.path(".cache"))
+            .env("SD_RS_MODELS", self.path(".models"));
         command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
