@@ -268,17 +268,17 @@ fn broken_archives_are_told_apart() {
         (
             "cut",
             good[..good.len() - 30].to_vec(),
-            "the end of its zip archive is missing",
+            "the end of its zip archive is missing,",
         ),
         (
             "half",
             good[..good.len() / 2].to_vec(),
-            "the end of its zip archive is missing",
+            "the end of its zip archive is missing,",
         ),
         (
             "start",
             b"PK\x03\x04".to_vec(),
-            "the end of its zip archive is missing",
+            "the end of its zip archive is missing,",
         ),
         (
             "deflated",
@@ -320,6 +320,14 @@ fn broken_archives_are_told_apart() {
         refused(what, &bytes, expected);
     }
     let end = good.len() - 22;
+    refused(
+        "more",
+        &[&good[..], b"GGUF"].concat(),
+        "or something was appended to it",
+    );
+    let mut comment = [&good[..], b"a comment"].concat();
+    comment[end + 20] = 9;
+    TensorFile::open(&file_of(&comment).path, true).unwrap();
     let mut outside = good.clone();
     outside[end + 12..end + 16].fill(0x7f);
     refused("outside", &outside, "has no room for it there");
