@@ -14,7 +14,8 @@ pub trait Source: Send + Sync {
     /// The shape of a tensor, or `None` when there is none of that name. A source that makes weights up gives the `wanted` shape.
     fn shape(&self, name: &str, wanted: &[usize]) -> Option<Vec<usize>>;
 
-    /// A type that holds every number of a tensor as it is read: the one that it is stored as, or a wider one. F32 where nothing is known.
+    /// A type that holds every number of a tensor as it is read: the one that it is stored as, or a wider one; for compressed numbers one that
+    /// rounds far less than they did already. F32 where nothing is known.
     fn dtype(&self, name: &str) -> DType;
 
     /// Opens a tensor to be read as `shape`, which holds as many numbers.

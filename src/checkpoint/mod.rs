@@ -320,7 +320,7 @@ impl Checkpoint {
     fn missing(&self, component: &str) -> String {
         if self.components.contains_key(component) {
             format!(
-                "the component `{component}` has no .safetensors file; download the folder again"
+                "the component `{component}` has no .safetensors or .bin file; download the folder again"
             )
         } else {
             format!("the folder has no component `{component}`; download the whole checkpoint")
@@ -358,6 +358,9 @@ fn mapping_warnings(tensors: &TensorSet) -> Vec<String> {
     tensors.files().filter_map(warning).collect()
 }
 
+/// What single files of models end in.
+const FILES: [&str; 3] = [".safetensors", ".ckpt", ".gguf"];
+
 /// What a folder is that is not a diffusers checkpoint, and what to give instead.
 fn what_folder(path: &Path) -> String {
     let mut names: Vec<String> = std::fs::read_dir(path)
@@ -393,16 +396,16 @@ fn what_folder(path: &Path) -> String {
     }
     let files: Vec<String> = names
         .iter()
-        .filter(|name| name.ends_with(".safetensors"))
+        .filter(|name| FILES.iter().any(|ending| name.ends_with(ending)))
         .map(|name| printable(name))
         .collect();
     match files.split_first() {
         Some((only, [])) => format!("this folder is not a diffusers checkpoint; give the file `{only}` in it"),
         Some((first, rest)) => format!(
-            "this folder is not a diffusers checkpoint but holds {} .safetensors files; give one of them, such as `{first}`",
+            "this folder is not a diffusers checkpoint but holds {} model files; give one of them, such as `{first}`",
             rest.len() + 1
         ),
-        None => "this folder is not a diffusers checkpoint: it has neither model_index.json nor unet/; give a .safetensors file or such a folder"
+        None => "this folder is not a diffusers checkpoint: it has neither model_index.json nor unet/; give a model file or such a folder"
             .to_owned(),
     }
 }

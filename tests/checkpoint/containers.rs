@@ -4,8 +4,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use sd_kernels::Source;
-use sd_rs::checkpoint::{BlockType, Container, TensorFile, TensorSet, TensorType};
+use sd_rs::checkpoint::{
+    BlockType, Checkpoint, Container, Family, TensorFile, TensorSet, TensorType, detect,
+};
 use sd_rs::weights::{CheckpointSource, Layout};
+
+use super::build::file_of;
+use crate::support::containers::{Pickle, zip};
 
 /// A file of `tests/fixtures/containers`.
 pub(super) fn fixture(name: &str) -> PathBuf {
@@ -149,4 +154,68 @@ fn gguf_of_every_type_gives_the_references_numbers() {
         assert_eq!(source.dtype("q4_0.weight"), candle_core::DType::F16);
         assert_eq!(source.dtype("bf16.weight"), candle_core::DType::BF16);
     }
+}
+
+#[test]
+fn weights_are_found_in_what_tools_wrap_them_in() {
+    let tensor = |pickle: Pickle, name: &str| {
+        let pickle = pickle.text(name);
+        pickle
+            .tensor(("0", "Float", 128), 0, &[2, 64], &[64, 1])
+            .raw(b"s")
+    };
+    let open = |pickle: Pickle| {
+        let entries = [
+            ("m/data.pkl".to_owned(), pickle.end()),
+            ("m/data/0".to_owned(), vec![0; 512]),
+        ];
+        let file = file_of(&zip(&entries));
+        let checkpoint = Checkpoint::open(&file.path).unwrap();
+        let names: Vec<String> = checkpoint
+            .single()
+            .unwrap()
+            .names()
+            .map(str::to_owned)
+            .collect();
+        (names, detect(&checkpoint).family)
+    };
+    let root = || Pickle::new().raw(b"}");
+    // a step counter that is a tensor, two wrappers, an averaged copy that is preferred
+    let inside = tensor(tensor(root().text("state_dict").raw(b"}"), "a"), "b").raw(b"s");
+    assert_eq!(open(tensor(inside, "global_step")).0, ["a", "b"]);
+    let twice = tensor(root().text("model").raw(b"}").text("params").raw(b"}"), "a").raw(b"ss");
+    assert_eq!(open(twice).0, ["a"]);
+    let pair = tensor(root().text("params").raw(b"}"), "old").raw(b"s");
+    let pair = tensor(pair.text("params_ema").raw(b"}"), "new").raw(b"s");
+    assert_eq!(open(pair).0, ["new"]);
+    // kinds other than whole models keep the names by which they are known
+    let embedding = tensor(root().text("string_to_param").raw(b"}"), "*").raw(b"s");
+    assert_eq!(
+        open(embedding),
+        (vec!["string_to_param.*".to_owned()], Family::Embedding)
+    );
+    let lora = tensor(
+        root(),
+        "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight",
+    );
+    assert_eq!(open(lora).1, Family::Lora);
+    // a hypernetwork: two dicts in a tuple, under a number
+    let two = tensor(
+        Pickle(
+            tensor(root().int(768).raw(b"(}"), "linear.0.weight")
+                .raw(b"}")
+                .0,
+        ),
+        "linear.0.weight",
+    );
+    assert_eq!(
+        open(two.raw(b"ts")),
+        (
+            vec![
+                "768.0.linear.0.weight".to_owned(),
+                "768.1.linear.0.weight".to_owned()
+            ],
+            Family::Hypernetwork
+        )
+    );
 }

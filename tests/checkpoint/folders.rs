@@ -11,6 +11,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::build::{Tensors, clip_l};
+use crate::support::containers::torch_archive;
+use crate::support::weights::Stored;
 
 fn write_json(path: &Path, value: &Value) {
     fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -117,7 +119,7 @@ fn a_folder_opens() {
             .require("tokenizer")
             .unwrap_err()
             .to_string()
-            .contains("`tokenizer` has no .safetensors")
+            .contains("`tokenizer` has no .safetensors or .bin file")
     );
     assert!(
         checkpoint
@@ -296,6 +298,39 @@ fn shards() {
 }
 
 #[test]
+fn pickles_stand_in_where_there_is_nothing_else() {
+    let folder = folder();
+    let at = |name: &str| folder.path().join("text_encoder").join(name);
+    let tensors = |name: &str| {
+        let values = [1.0f32, 2.0].iter().flat_map(|v| v.to_le_bytes());
+        torch_archive(&[Stored {
+            name: name.to_owned(),
+            shape: vec![2],
+            dtype: safetensors::Dtype::F32,
+            bytes: values.collect(),
+        }])
+    };
+    let names = || -> Vec<String> {
+        let opened = Checkpoint::open(folder.path()).unwrap_or_else(|e| panic!("{e}"));
+        let tensors = opened.tensors("text_encoder").unwrap();
+        tensors.names().map(str::to_owned).collect()
+    };
+    let plain = names();
+    fs::write(at("pytorch_model.bin"), tensors("a")).unwrap();
+    assert_eq!(names(), plain);
+    fs::remove_file(at("model.safetensors")).unwrap();
+    assert_eq!(names(), ["a"]);
+    fs::rename(at("pytorch_model.bin"), at("pytorch_model.fp16.bin")).unwrap();
+    assert_eq!(names(), ["a"]);
+    fs::rename(at("pytorch_model.fp16.bin"), at("part-1.bin")).unwrap();
+    refused(&folder, "only there as `part-1.bin`");
+    fs::write(at("part-2.bin"), tensors("b")).unwrap();
+    let map = json!({ "weight_map": { "a": "part-1.bin", "b": "part-2.bin" } });
+    write_json(&at("pytorch_model.bin.index.json"), &map);
+    assert_eq!(names(), ["a", "b"]);
+}
+
+#[test]
 fn broken_folders() {
     let bin = folder();
     let at = |name: &str| bin.path().join(name);
@@ -364,7 +399,7 @@ fn folders_that_are_something_else() {
     unet_file(empty.path(), "a.safetensors");
     assert!(sentence(empty.path()).contains("give the file `a.safetensors` in it"));
     unet_file(empty.path(), "b.safetensors");
-    assert!(sentence(empty.path()).contains("holds 2 .safetensors files"));
+    assert!(sentence(empty.path()).contains("holds 2 model files"));
     write_json(
         &empty.path().join("config.json"),
         &json!({ "_class_name": "ControlNetModel" }),

@@ -213,12 +213,12 @@ fn broken_pickles_are_told_apart() {
 
 #[test]
 fn bombs_stay_small() {
-    // 3,000,000 lists in each other, a list in itself, and eleven levels of ten references each
-    let mut deep = Pickle::new().raw(&vec![b']'; 3_000_000]);
-    deep = deep.raw(&vec![b'a'; 2_999_999]);
-    let many = "more than 4000000 instructions";
+    // 1,500,000 lists in each other, a list in itself, and eleven levels of ten references each
+    let mut deep = Pickle::new().raw(&vec![b']'; 1_500_000]);
+    deep = deep.raw(&vec![b'a'; 1_499_999]);
+    let many = "more than 2000000 instructions";
     refused("deep", &archive(deep), many);
-    let marks = Pickle::new().raw(&vec![b'('; 3_999_000]);
+    let marks = Pickle::new().raw(&vec![b'('; 1_999_000]);
     refused("marks", &archive(marks), "values that were never given");
     refused(
         "itself",
@@ -241,7 +241,7 @@ fn bombs_stay_small() {
     pairs = pairs.global("collections.OrderedDict").raw(b"q\x01");
     pairs = pairs.raw(&b"h\x01h\0\x85R0".repeat(1000));
     refused("copies", &archive(pairs), many);
-    let endless = Pickle::new().raw(&b"N0".repeat(2_100_000));
+    let endless = Pickle::new().raw(&b"N0".repeat(1_100_000));
     refused("endless", &archive(endless), many);
 }
 
@@ -268,17 +268,17 @@ fn broken_archives_are_told_apart() {
         (
             "cut",
             good[..good.len() - 30].to_vec(),
-            "the end of its zip archive is missing",
+            "the end of its zip archive is missing,",
         ),
         (
             "half",
             good[..good.len() / 2].to_vec(),
-            "the end of its zip archive is missing",
+            "the end of its zip archive is missing,",
         ),
         (
             "start",
             b"PK\x03\x04".to_vec(),
-            "the end of its zip archive is missing",
+            "the end of its zip archive is missing,",
         ),
         (
             "deflated",
@@ -320,6 +320,14 @@ fn broken_archives_are_told_apart() {
         refused(what, &bytes, expected);
     }
     let end = good.len() - 22;
+    refused(
+        "more",
+        &[&good[..], b"GGUF"].concat(),
+        "or something was appended to it",
+    );
+    let mut comment = [&good[..], b"a comment"].concat();
+    comment[end + 20] = 9;
+    TensorFile::open(&file_of(&comment).path, true).unwrap();
     let mut outside = good.clone();
     outside[end + 12..end + 16].fill(0x7f);
     refused("outside", &outside, "has no room for it there");
@@ -664,7 +672,7 @@ fn mutated(good: &[u8], edits: &[(usize, u8, u8, u8)]) -> Vec<u8> {
 
 proptest! {
     // always the same mutations, so that a failure is everybody's
-    #![proptest_config(ProptestConfig { rng_seed: prop::test_runner::RngSeed::Fixed(7), failure_persistence: None, ..ProptestConfig::with_cases(1500) })]
+    #![proptest_config(ProptestConfig { rng_seed: prop::test_runner::RngSeed::Fixed(7), failure_persistence: None, ..ProptestConfig::with_cases(1000) })]
 
     #[test]
     fn mutated_containers_never_lead_outside(

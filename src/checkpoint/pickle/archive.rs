@@ -104,15 +104,14 @@ impl Archive {
 fn find_directory(file: &mut dyn Bytes, size: u64) -> Outcome<Range<u64>> {
     let start = size.saturating_sub(TAIL);
     let tail = Input::new(file, start, size)?.bytes(size - start)?;
-    let at = tail
-        .windows(22)
-        .rposition(|window| {
-            window.starts_with(b"PK\x05\x06")
-                && usize::from(u16::from_le_bytes([window[20], window[21]])) <= tail.len()
-        })
-        .ok_or_else(|| {
-            Fault::Bad("the end of its zip archive is missing; the download is incomplete: download it again".to_owned())
-        })?;
+    // it ends with the file: what is appended to an archive is no part of it, and other readers may take another directory
+    let ends = |(at, window): &(usize, &[u8])| {
+        let comment = usize::from(u16::from_le_bytes([window[20], window[21]]));
+        window.starts_with(b"PK\x05\x06") && at + window.len() + comment == tail.len()
+    };
+    let (at, _) = tail.windows(22).enumerate().rfind(ends).ok_or_else(|| {
+        Fault::Bad("the end of its zip archive is missing, or something was appended to it; the download is incomplete or damaged: download it again".to_owned())
+    })?;
     let end_record = start + at as u64;
     let mut input = Input::new(file, end_record, size)?;
     input.skip(4)?;

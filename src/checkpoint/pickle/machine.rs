@@ -12,8 +12,8 @@ use super::value::{Heap, Value};
 use crate::checkpoint::input::{Fault, Input, Outcome};
 use crate::checkpoint::printable::printable;
 
-/// The most opcodes of a program: a checkpoint of a thousand tensors with its optimizer's state has some 100,000.
-pub(super) const MAX_STEPS: usize = 4_000_000;
+/// The most opcodes of a program: a checkpoint of a thousand tensors with its optimizer's state has some 200,000.
+pub(super) const MAX_STEPS: usize = 2_000_000;
 /// The longest text that is kept, in bytes; longer ones are passed over.
 const MAX_TEXT: u64 = 1 << 20;
 /// The longest name of a module or class.

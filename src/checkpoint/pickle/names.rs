@@ -53,24 +53,23 @@ pub(super) fn below(heap: &Heap, root: &Value) -> Outcome<(Named, BTreeMap<Strin
     Ok((walk.found, metadata))
 }
 
-/// The dict of weights inside a dict that has no tensors of its own.
+/// The dict of weights inside a dict that has no more tensors of its own.
 fn inner<'a>(heap: &'a Heap, root: &'a Value) -> Option<&'a Value> {
-    let Value::Dict(place) = root else {
-        return None;
+    let count = |value: &Value, counts: fn(&Value) -> bool| match value {
+        Value::Dict(place) => {
+            let values = heap.pairs(*place).iter();
+            values.filter(|(_, value)| counts(value)).count()
+        }
+        _ => 0,
     };
-    let own = |(_, value): &(Value, Value)| matches!(value, Value::Tensor(_));
-    if heap.pairs(*place).iter().any(own) {
-        return None;
-    }
-    let holds_any = |value: &&Value| match value {
-        Value::Dict(place) => heap
-            .pairs(*place)
-            .iter()
-            .any(|(_, value)| matches!(value, Value::Tensor(_) | Value::Dict(_))),
-        _ => false,
-    };
+    let is_tensor = |value: &Value| matches!(value, Value::Tensor(_));
+    let is_dict = |value: &Value| matches!(value, Value::Dict(_));
+    let own = count(root, is_tensor);
     let mut inner = ROOTS.iter().filter_map(|name| heap.get(root, name));
-    inner.find(holds_any)
+    inner.find(|value| {
+        let tensors = count(value, is_tensor);
+        tensors > own || (own == 0 && count(value, is_dict) > 0)
+    })
 }
 
 /// Keeps what single values say: epochs, steps, versions, names.
