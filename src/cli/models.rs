@@ -282,7 +282,7 @@ fn verify_entry(library: &Library, entry: &Entry) -> Result<Option<String>> {
         ))?;
         return Ok(None);
     }
-    if entry.format != "diffusers"
+    if matches!(entry.format.as_str(), "safetensors" | "gguf")
         && let Err(error) = TensorFile::open(&entry.path, true)
     {
         print_line(&format!("damaged  {error}"))?;
