@@ -61,7 +61,7 @@ pub struct GenerateArgs {
         allow_hyphen_values = true
     )]
     pub negative_prompt: String,
-    /// A .safetensors file, a diffusers folder, a name or hash in the models folder, or a Hub repository owner/name[@revision][:file]
+    /// A .safetensors file, a diffusers folder, a name or hash in the models folder, or a Hub repository `owner/name[@revision][:file]`
     /// [default: the demonstration checkpoint in this binary]
     #[arg(short, long)]
     pub model: Option<PathBuf>,
@@ -220,7 +220,7 @@ pub struct ListArgs {
 /// Arguments of `models pull`.
 #[derive(Debug, Args)]
 pub struct PullArgs {
-    /// owner/name[@revision][:file]
+    /// `owner/name[@revision][:file]`
     #[arg(required = true, value_name = "REPOSITORY")]
     pub names: Vec<String>,
     /// The precision of a diffusers folder, such as fp16 [default: the plain files, then fp16]
