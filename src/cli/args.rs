@@ -56,7 +56,7 @@ pub struct GenerateArgs {
     #[arg(short, long, allow_hyphen_values = true)]
     pub negative_prompt: Option<String>,
     /// A .safetensors, .ckpt or .gguf file, a diffusers folder, a name or hash in the models folder, or a Hub repository
-    /// owner/name[@revision][:file] [default: the demonstration checkpoint in this binary]
+    /// `owner/name[@revision][:file]` [default: the demonstration checkpoint in this binary]
     #[arg(short, long)]
     pub model: Option<PathBuf>,
     /// Another autoencoder: a file or folder of one, a TAESD, or a checkpoint that has one; by the same names
@@ -253,7 +253,7 @@ pub struct ListArgs {
 /// Arguments of `models pull`.
 #[derive(Debug, Args)]
 pub struct PullArgs {
-    /// owner/name[@revision][:file]
+    /// `owner/name[@revision][:file]`
     #[arg(required = true, value_name = "REPOSITORY")]
     pub names: Vec<String>,
     /// The precision of a diffusers folder, such as fp16 [default: the plain files, then fp16]

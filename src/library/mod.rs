@@ -248,18 +248,23 @@ fn from_hub(text: &str, listener: &dyn Listener) -> Result<Model> {
     if let Some(found) = hub::cached(&settings, &name, settings.offline) {
         return Ok(Model::of_hub(&name, found.path));
     }
-    match hub::pull(&settings, &name, None, listener) {
-        Ok(pulled) => Ok(Model::of_hub(&name, pulled.path)),
-        Err(Error::Network(reason)) => match hub::cached(&settings, &name, true) {
-            Some(found) => {
-                listener.event(Event::Note(&format!(
-                    "{reason}; the copy of {name} in the cache is used"
-                )));
-                Ok(Model::of_hub(&name, found.path))
-            }
-            None => Err(Error::Network(reason)),
-        },
-        Err(error) => Err(error),
+    let error = match hub::pull(&settings, &name, None, listener) {
+        Ok(pulled) => return Ok(Model::of_hub(&name, pulled.path)),
+        Err(error) => error,
+    };
+    // a Hub that does not answer, or that has lost the repository, does not take away what is here
+    let gone = match &error {
+        Error::Network(_) => true,
+        Error::NotFound { what, .. } => what == name.id(),
+        _ => false,
+    };
+    match hub::cached(&settings, &name, true).filter(|_| gone) {
+        Some(found) => {
+            let text = format!("{error}; the copy of {name} in the cache is used");
+            listener.event(Event::Note(&text));
+            Ok(Model::of_hub(&name, found.path))
+        }
+        None => Err(error),
     }
 }
 

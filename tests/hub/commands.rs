@@ -128,14 +128,23 @@ fn an_unreachable_hub_and_a_copy_in_the_cache() {
     hub.add("o/one", &[("a.safetensors", &body)]);
     let path = ok(&dir, &hub, &["models", "pull", "o/one"]);
     assert!(path.trim().ends_with("a.safetensors"));
-    hub.hook(|_, _| Reply::new(401).with("X-Error-Code", "GatedRepo"));
-    // not named by its file, the Hub might have more: it is asked, and its copy is used when it does not answer
-    let outcome = run(&dir, &hub, &["inspect", "o/one"]);
+    // not named by its file, the Hub might have more: it is asked, and its copy is used when it does not answer or has it no more
+    for code in ["GatedRepo", "RepoNotFound"] {
+        hub.hook(move |_, _| Reply::new(401).with("X-Error-Code", code));
+        let outcome = run(&dir, &hub, &["inspect", "o/one"]);
+        let words = "the copy of o/one in the cache is used";
+        assert!(outcome.stderr.contains(words), "{outcome:?}");
+    }
+    // but which of two files is meant the Hub must tell
+    hub.behave();
+    hub.add(
+        "o/one",
+        &[("a.safetensors", &body), ("b.safetensors", b"b")],
+    );
     assert!(
-        outcome
+        run(&dir, &hub, &["inspect", "o/one"])
             .stderr
-            .contains("the copy of o/one in the cache is used"),
-        "{outcome:?}"
+            .contains("2 model files")
     );
     hub.log();
     let named = run(&dir, &hub, &["inspect", "o/one:a.safetensors"]);
