@@ -1,4 +1,5 @@
-"""Times sd-rs beside PyTorch and OpenVINO on this machine: one UNet step with guidance and one VAE decode of Stable Diffusion 1.5.
+"""Times sd-rs beside PyTorch and OpenVINO on this machine: one UNet step with guidance and one VAE decode of Stable Diffusion 1.5, and with
+`--cases unet-xl:1024` one UNet step of Stable Diffusion XL.
 
     pip install torch diffusers==0.42.1 transformers==5.23.0 openvino        # once
     python examples/peers/compare.py --sd-rs target/release/sd-rs
@@ -17,6 +18,12 @@ import time
 from pathlib import Path
 
 UNET = dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280))
+UNET_XL = dict(
+    sample_size=128, cross_attention_dim=2048, attention_head_dim=(5, 10, 20), block_out_channels=(320, 640, 1280), use_linear_projection=True,
+    transformer_layers_per_block=(1, 2, 10), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time", addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
 VAE = dict(
     block_out_channels=(128, 256, 512, 512),
     down_block_types=("DownEncoderBlock2D",) * 4,
@@ -25,13 +32,22 @@ VAE = dict(
 )
 
 
-def networks(part):
+def networks(part, kind=None):
+    """A network with random weights, made in the type `kind`: the large one would not fit twice."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     torch.manual_seed(0)
+    torch.set_default_dtype(kind or torch.float32)
     with torch.no_grad():
-        return UNet2DConditionModel(**UNET).eval() if part == "unet" else AutoencoderKL(**VAE).eval()
+        made = {"unet": lambda: UNet2DConditionModel(**UNET), "unet-xl": lambda: UNet2DConditionModel(**UNET_XL), "vae": lambda: AutoencoderKL(**VAE)}
+        network = made[part]().eval()
+    torch.set_default_dtype(torch.float32)
+    if part == "unet-xl":
+        whole = network.forward
+        network.forward = lambda sample, timestep, context, text, ids, return_dict=True: whole(
+            sample, timestep, context, added_cond_kwargs=dict(text_embeds=text, time_ids=ids), return_dict=return_dict)
+    return network
 
 
 def inputs(part, size):
@@ -40,6 +56,9 @@ def inputs(part, size):
     latent = size // 8
     if part == "unet":
         return torch.randn(2, 4, latent, latent), torch.tensor(500.0), torch.randn(2, 77, 768)
+    if part == "unet-xl":
+        ids = torch.tensor([[size, size, 0.0, 0.0, size, size]] * 2)
+        return torch.randn(2, 4, latent, latent), torch.tensor(500.0), torch.randn(2, 77, 2048), torch.randn(2, 1280), ids
     return (torch.randn(1, 4, latent, latent),)
 
 
@@ -56,9 +75,9 @@ def torch_times(part, size, dtype, calls, _cache):
     import torch
 
     kind = dict(f32=torch.float32, bf16=torch.bfloat16)[dtype]
-    network = networks(part).to(kind).to(memory_format=torch.channels_last)
+    network = networks(part, kind).to(memory_format=torch.channels_last)
     given = [x.to(kind) if x.ndim else x for x in inputs(part, size)]
-    run = network if part == "unet" else network.decode
+    run = network.decode if part == "vae" else network
     with torch.no_grad():
         return timed(lambda: run(*given, return_dict=False), calls)
 
@@ -87,10 +106,11 @@ def openvino_times(part, size, dtype, calls, cache):
 
 
 def our_times(part, size, dtype, calls, binary):
-    command = [binary, "bench", "--random-weights", "sd15", "--size", str(size), "--dtype", dtype, "--json", "--quiet"]
-    command += ["--steps", str(calls if part == "unet" else 1), "--decodes", str(calls if part == "vae" else 1)]
+    family = "sdxl" if part == "unet-xl" else "sd15"
+    command = [binary, "bench", "--random-weights", family, "--size", str(size), "--dtype", dtype, "--json", "--quiet"]
+    command += ["--steps", str(1 if part == "vae" else calls), "--decodes", str(calls if part == "vae" else 1)]
     timings = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["timings"]
-    return timings["step_s"] if part == "unet" else timings["decodes_s"]
+    return timings["decodes_s"] if part == "vae" else timings["step_s"]
 
 
 PEERS = dict(torch=torch_times, openvino=openvino_times)
