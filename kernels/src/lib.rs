@@ -18,13 +18,20 @@
 //! | `Linear` | `[.., i]` → `[.., o]` |
 //! | `GroupNorm` (+ activation) | `[b, c, h, w]` → same |
 //! | `LayerNorm` | `[.., c]` → same |
+//! | `AdaptiveNorm` | `[b, s, c]`, `[b, n · c]` → `[b, s, c]` |
+//! | `RmsNorm` | `[.., c]` → same |
 //! | `Attention` | `q [b, s, c]`, `k, v [b, t, c]` → `[b, s, c]` |
+//! | `Rotate` | `[b, s, c]` → same |
+//! | `Gate` | `[b, s, c]`, `[b, n · c]` → `[b, s, c]` |
+//! | `Join` | `[b, s, c]`, `[b, t, c]` → `[b, s + t, c]` |
+//! | `Tokens` | `[b, s, c]` → `[b, count, c]` |
+//! | `Patchify`, `Unpatchify` | `[b, c, h · p, w · p]` ↔ `[b, h · w, c · p · p]` |
 //! | `Geglu` | `[.., 2c]` → `[.., c]` |
 //! | `Activate` | any → same |
-//! | `Add` | two of the same shape → same |
+//! | `Add`, `Multiply` | two of the same shape → same |
 //! | `AddChannels`, `ScaleShift` | `[b, c, h, w]`, `[b, c]` or `[b, 2c]` → `[b, c, h, w]` |
 //! | `Affine` | any → same (`x · scale + shift`) |
-//! | `Concat` | `[b, c, h, w]`, `[b, d, h, w]` → `[b, c + d, h, w]` |
+//! | `Concat` | `[b, c, h, w]`, `[b, d, h, w]` → `[b, c + d, h, w]`; `[b, s, c]`, `[b, s, d]` → `[b, s, c + d]` |
 //! | `Upsample` | `[b, c, h, w]` → `[b, c, H, W]`, nearest |
 //! | `Flatten`, `Unflatten` | `[b, c, h, w]` ↔ `[b, h·w, c]` |
 //! | `Sinusoid` | `[b]` → `[b, width]` |
@@ -42,7 +49,7 @@ pub mod profile;
 mod tensor;
 
 pub use graph::Graph;
-pub use op::{Activation, Op, Padding};
+pub use op::{Activation, Op, Padding, PatchOrder, Relative, Turns};
 pub use param::{Param, Reader, Source, Weights};
 pub use tensor::Tensor;
 

@@ -1,5 +1,7 @@
 //! The operations as values: what they are called, what shapes they take and give, and what they cost.
 
+use std::sync::Arc;
+
 use crate::{Error, Param, Result};
 
 /// A pointwise non-linearity.
@@ -9,6 +11,8 @@ pub enum Activation {
     Silu,
     /// Exact: `x/2 · (1 + erf(x/√2))`.
     Gelu,
+    /// The approximation `x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))`.
+    GeluTanh,
     /// `x · sigmoid(1.702 x)`, as OpenAI's CLIP uses.
     QuickGelu,
     /// `x · tanh(softplus(x))`.
@@ -23,6 +27,7 @@ impl Activation {
         Some(match name.to_ascii_lowercase().as_str() {
             "silu" | "swish" => Self::Silu,
             "gelu" => Self::Gelu,
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu-approximate" => Self::GeluTanh,
             "quick_gelu" => Self::QuickGelu,
             "mish" => Self::Mish,
             "relu" => Self::Relu,
@@ -48,6 +53,44 @@ impl Padding {
             after: pixels,
         }
     }
+}
+
+/// T5's bias of scores by the distance of key and query, instead of a scale (Raffel et al., "Exploring the Limits of Transfer Learning with a
+/// Unified Text-to-Text Transformer", arXiv 1910.10683; transformers 5.23 `T5Attention`).
+#[derive(Debug, Clone)]
+pub struct Relative {
+    /// `[buckets, heads]`: half of the buckets are for keys up to the query, half for those behind it.
+    pub table: Param,
+    /// The distance from which on all share the last bucket.
+    pub max_distance: usize,
+}
+
+impl Relative {
+    /// The bucket of a key `distance` places behind the query.
+    pub(crate) fn bucket(&self, distance: isize) -> usize {
+        let half = self.table.shape().first().map_or(0, |n| n / 2);
+        let side = if distance > 0 { half } else { 0 };
+        let (n, exact) = (distance.unsigned_abs(), half / 2);
+        if n < exact {
+            return side + n;
+        }
+        // in f32, as the reference computes it
+        let far = (n as f32 / exact as f32).ln() / (self.max_distance as f32 / exact as f32).ln();
+        let bucket = exact + (far * (half - exact) as f32) as usize;
+        side + bucket.min(half.saturating_sub(1))
+    }
+}
+
+/// Cosines and sines by which pairs of numbers are turned (Su et al., "RoFormer", arXiv 2104.09864): `[s, width / 2]` of both, for one head.
+pub type Turns = Arc<Vec<[f32; 2]>>;
+
+/// How the numbers of a patch follow each other in a token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PatchOrder {
+    /// `[c, y, x]`, as FLUX packs latents.
+    ChannelsFirst,
+    /// `[y, x, c]`, as diffusion transformers put them out.
+    ChannelsLast,
 }
 
 /// One operation with its weights and constants; its tensor inputs come beside it.
@@ -77,8 +120,41 @@ pub enum Op {
         bias: Param,
         eps: f64,
     },
+    /// The same without weights, then `· (1 + scale) + shift` by the sequence's own vector `[b, n · c]`: `shift` and `scale` are places
+    /// in it, counted in widths (Peebles & Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748).
+    AdaptiveNorm {
+        eps: f64,
+        shift: usize,
+        scale: usize,
+    },
+    /// `x / √(mean x² + eps) · weight` in each slice of the last axis that is as wide as the weight.
+    RmsNorm { weight: Param, eps: f64 },
     /// `softmax(q kᵀ / √d) v` in each of `heads` slices of the last axis; `causal`: a position sees itself and what is before it.
-    Attention { heads: usize, causal: bool },
+    /// `relative`: `softmax(q kᵀ + bias) v` instead.
+    Attention {
+        heads: usize,
+        causal: bool,
+        relative: Option<Relative>,
+    },
+    /// Turns pairs of neighbouring numbers in each of `heads` slices of the last axis.
+    Rotate { heads: usize, turns: Turns },
+    /// `x · values`, `x [b, s, c]`, by the sequence's own vector `[b, n · c]`, of which `slot` is the place counted in widths.
+    Gate { slot: usize },
+    /// Product of two tensors of one shape, number by number.
+    Multiply,
+    /// Two sequences one behind the other.
+    Join,
+    /// `count` tokens of a sequence, from `first` on.
+    Tokens { first: usize, count: usize },
+    /// `[b, c, h · p, w · p]` → `[b, h · w, c · p · p]`, channels first.
+    Patchify { patch: usize },
+    /// `[b, h · w, c · p · p]` → `[b, c, h · p, w · p]`.
+    Unpatchify {
+        h: usize,
+        w: usize,
+        patch: usize,
+        order: PatchOrder,
+    },
     /// First half × gelu(second half), exact gelu (Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202).
     Geglu,
     /// A pointwise non-linearity.
@@ -91,7 +167,7 @@ pub enum Op {
     ScaleShift,
     /// `x · scale + shift`.
     Affine { scale: f64, shift: f64 },
-    /// Joins along the channels.
+    /// Joins along the channels, those of pictures or of tokens.
     Concat,
     /// Nearest-neighbour resampling to `h × w`: pixel `(y, x)` reads `(⌊y·H/h⌋, ⌊x·W/w⌋)`.
     Upsample { h: usize, w: usize },
@@ -107,8 +183,11 @@ pub enum Op {
     },
     /// Rows of a table `[vocabulary, c]`.
     Embed { table: Param },
-    /// Adds the first `s` rows of a table `[positions, c]`.
-    AddPositions { table: Param },
+    /// Adds rows of a table `[positions, c]`: the first `s`, or those named.
+    AddPositions {
+        table: Param,
+        rows: Option<Arc<Vec<usize>>>,
+    },
 }
 
 /// The kinds of layers that a cost report tells apart.
@@ -156,7 +235,16 @@ impl Op {
             Self::Linear { .. } => "linear",
             Self::GroupNorm { .. } => "group_norm",
             Self::LayerNorm { .. } => "layer_norm",
+            Self::AdaptiveNorm { .. } => "adaptive_norm",
+            Self::RmsNorm { .. } => "rms_norm",
             Self::Attention { .. } => "attention",
+            Self::Rotate { .. } => "rotate",
+            Self::Gate { .. } => "gate",
+            Self::Multiply => "multiply",
+            Self::Join => "join",
+            Self::Tokens { .. } => "tokens",
+            Self::Patchify { .. } => "patchify",
+            Self::Unpatchify { .. } => "unpatchify",
             Self::Geglu => "geglu",
             Self::Activate(_) => "activate",
             Self::Add => "add",
@@ -179,7 +267,10 @@ impl Op {
             Self::Conv2d { weight, .. } if weight.shape()[2..] != [1, 1] => LayerClass::Conv3x3,
             Self::Conv2d { .. } | Self::Linear { .. } => LayerClass::Linear,
             Self::Attention { .. } => LayerClass::Attention,
-            Self::GroupNorm { .. } | Self::LayerNorm { .. } => LayerClass::Norm,
+            Self::GroupNorm { .. }
+            | Self::LayerNorm { .. }
+            | Self::AdaptiveNorm { .. }
+            | Self::RmsNorm { .. } => LayerClass::Norm,
             _ => LayerClass::Other,
         }
     }
@@ -193,7 +284,12 @@ impl Op {
             Self::GroupNorm { weight, bias, .. } | Self::LayerNorm { weight, bias, .. } => {
                 vec![weight, bias]
             }
-            Self::Embed { table } | Self::AddPositions { table } => vec![table],
+            Self::RmsNorm { weight, .. } => vec![weight],
+            Self::Embed { table } | Self::AddPositions { table, .. } => vec![table],
+            Self::Attention {
+                relative: Some(relative),
+                ..
+            } => vec![&relative.table],
             _ => Vec::new(),
         }
     }
@@ -254,6 +350,53 @@ impl Op {
             (Self::LayerNorm { weight, .. }, [x]) if x.last() == weight.shape().first() => {
                 Ok(x.to_vec())
             }
+            (Self::AdaptiveNorm { shift, scale, .. }, [x @ [b, _, c], values])
+                if fits_slots(values, (*b, *c), (*shift).max(*scale)) =>
+            {
+                Ok(x.to_vec())
+            }
+            (Self::Gate { slot }, [x @ [b, _, c], values])
+                if fits_slots(values, (*b, *c), *slot) =>
+            {
+                Ok(x.to_vec())
+            }
+            (Self::RmsNorm { weight, .. }, [x]) if matches!((weight.shape(), x.last()), ([n], Some(c)) if *n > 0 && c % n == 0) => {
+                Ok(x.to_vec())
+            }
+            (Self::Rotate { heads, turns }, [x @ [_, s, c]])
+                if *heads > 0 && c % (2 * heads) == 0 && turns.len() == s * (c / heads / 2) =>
+            {
+                Ok(x.to_vec())
+            }
+            (Self::Join, [[b, s, c], [b2, t, c2]]) if (b, c) == (b2, c2) => Ok(vec![*b, s + t, *c]),
+            (Self::Tokens { first, count }, [[b, s, c]])
+                if first.checked_add(*count).is_some_and(|end| end <= *s) =>
+            {
+                Ok(vec![*b, *count, *c])
+            }
+            (Self::Patchify { patch }, [[b, c, h, w]])
+                if *patch > 0 && h % patch == 0 && w % patch == 0 =>
+            {
+                Ok(vec![*b, h / patch * (w / patch), c * patch * patch])
+            }
+            (Self::Unpatchify { h, w, patch, .. }, [[b, s, c]])
+                if *s == h * w && *patch > 0 && c % (patch * patch) == 0 =>
+            {
+                Ok(vec![*b, c / (patch * patch), h * patch, w * patch])
+            }
+            (
+                Self::Attention {
+                    heads,
+                    relative: Some(relative),
+                    ..
+                },
+                _,
+            ) if !matches!(relative.table.shape(), [n, h] if n % 4 == 0 && *n > 0 && h == heads) => {
+                Err(wrong(format!(
+                    "a table of 4n buckets for {heads} heads, not {}",
+                    relative.table
+                )))
+            }
             (Self::Attention { heads, .. }, [[b, s, c], [bk, t, ck], v])
                 if b == bk && c == ck && *v == [*bk, *t, *ck] && *heads > 0 && c % heads == 0 =>
             {
@@ -270,7 +413,7 @@ impl Op {
                 Ok(shape)
             }
             (Self::Activate(_) | Self::Affine { .. }, [x]) => Ok(x.to_vec()),
-            (Self::Add, [x, y]) if x == y => Ok(x.to_vec()),
+            (Self::Add | Self::Multiply, [x, y]) if x == y => Ok(x.to_vec()),
             (Self::AddChannels, [x @ [b, c, _, _], [tb, tc]]) if b == tb && c == tc => {
                 Ok(x.to_vec())
             }
@@ -280,6 +423,9 @@ impl Op {
             (Self::Concat, [[b, c, h, w], [b2, d, h2, w2]]) if (b, h, w) == (b2, h2, w2) => {
                 Ok(vec![*b, c + d, *h, *w])
             }
+            (Self::Concat, [[b, s, c], [b2, s2, d]]) if (b, s) == (b2, s2) => {
+                Ok(vec![*b, *s, c + d])
+            }
             (Self::Upsample { h, w }, [[b, c, _, _]]) => Ok(vec![*b, *c, *h, *w]),
             (Self::Flatten, [[b, c, h, w]]) => Ok(vec![*b, h * w, *c]),
             (Self::Unflatten { h, w }, [[b, s, c]]) if *s == h * w => Ok(vec![*b, *c, *h, *w]),
@@ -287,8 +433,15 @@ impl Op {
             (Self::Embed { table }, [[b, s]]) if table.shape().len() == 2 => {
                 Ok(vec![*b, *s, table.shape()[1]])
             }
-            (Self::AddPositions { table }, [x @ [_, s, c]])
-                if table.shape().len() == 2 && *s <= table.shape()[0] && *c == table.shape()[1] =>
+            (Self::AddPositions { table, rows }, [x @ [_, s, c]])
+                if table.shape().len() == 2
+                    && *c == table.shape()[1]
+                    && match rows {
+                        None => *s <= table.shape()[0],
+                        Some(rows) => {
+                            rows.len() == *s && rows.iter().all(|row| *row < table.shape()[0])
+                        }
+                    } =>
             {
                 Ok(x.to_vec())
             }
@@ -306,9 +459,24 @@ impl Op {
             Self::Conv2d { weight, .. } => 2 * elements * count(&weight.shape()[1..]),
             Self::Linear { weight, .. } => 2 * elements * weight.shape()[1] as u64,
             Self::Attention { .. } => 4 * elements * inputs[1][1] as u64,
-            Self::GroupNorm { .. } | Self::LayerNorm { .. } => 8 * elements,
-            Self::Flatten | Self::Unflatten { .. } | Self::Concat | Self::Upsample { .. } => 0,
+            Self::GroupNorm { .. }
+            | Self::LayerNorm { .. }
+            | Self::AdaptiveNorm { .. }
+            | Self::RmsNorm { .. } => 8 * elements,
+            Self::Flatten
+            | Self::Unflatten { .. }
+            | Self::Concat
+            | Self::Join
+            | Self::Tokens { .. }
+            | Self::Patchify { .. }
+            | Self::Unpatchify { .. }
+            | Self::Upsample { .. } => 0,
             _ => elements,
         }
     }
+}
+
+/// Whether `values [b, n · c]` has a place `slot` for sequences `[b, _, c]`.
+fn fits_slots(values: &[usize], (b, c): (usize, usize), slot: usize) -> bool {
+    matches!(values, [vb, vc] if *vb == b && c > 0 && vc % c == 0 && slot < vc / c)
 }

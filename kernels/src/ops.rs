@@ -32,7 +32,7 @@ pub fn apply(op: Op, inputs: &[&Tensor]) -> Result<Tensor> {
     Ok(out.into())
 }
 
-/// Joins two pictures along their channels.
+/// Joins two pictures, or two sequences of one length, along their channels.
 ///
 /// # Errors
 /// As [`apply`].
@@ -96,7 +96,44 @@ pub fn geglu(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`apply`].
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool) -> Result<Tensor> {
-    apply(Op::Attention { heads, causal }, &[q, k, v])
+    let op = Op::Attention {
+        heads,
+        causal,
+        relative: None,
+    };
+    apply(op, &[q, k, v])
+}
+
+/// Product of two tensors of one shape, number by number.
+///
+/// # Errors
+/// As [`apply`].
+pub fn multiply(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    apply(Op::Multiply, &[x, y])
+}
+
+/// Two sequences one behind the other: `[b, s, c]`, `[b, t, c]` → `[b, s + t, c]`.
+///
+/// # Errors
+/// As [`apply`].
+pub fn join(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    apply(Op::Join, &[x, y])
+}
+
+/// `count` tokens of `x [b, s, c]`, from `first` on.
+///
+/// # Errors
+/// As [`apply`].
+pub fn tokens(x: &Tensor, first: usize, count: usize) -> Result<Tensor> {
+    apply(Op::Tokens { first, count }, &[x])
+}
+
+/// `x [b, s, c]` times place `slot`, counted in widths, of `values [b, n · c]`.
+///
+/// # Errors
+/// As [`apply`].
+pub fn gate(x: &Tensor, values: &Tensor, slot: usize) -> Result<Tensor> {
+    apply(Op::Gate { slot }, &[x, values])
 }
 
 /// Nearest-neighbour resampling to `h × w`.
@@ -144,6 +181,7 @@ pub fn add_positions(x: &Tensor, table: &Param) -> Result<Tensor> {
     apply(
         Op::AddPositions {
             table: table.clone(),
+            rows: None,
         },
         &[x],
     )

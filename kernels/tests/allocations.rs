@@ -79,6 +79,7 @@ fn network(w: &Weights, x: &Tensor) -> Result<Tensor> {
     let attention = Op::Attention {
         heads: 2,
         causal: false,
+        relative: None,
     };
     let seen = ops::apply(attention, &[&tokens, &tokens, &tokens])?;
     let seen = ops::apply(Op::Unflatten { h: 20, w: 18 }, &[&seen])?;

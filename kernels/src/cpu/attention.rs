@@ -117,6 +117,9 @@ impl Shape {
 
 /// `out[b, i, head] = Σ_j softmax_j(q[b, i, head] · k[b, j, head] / √width) v[b, j, head]`; `out` is `[batch, queries, heads · width]`.
 ///
+/// With a bias there is no scale: the score of key `j` for query `i` of a head is `q · k + bias[head][keys − 1 + i − j]`, of
+/// `queries + keys − 1` numbers a head.
+///
 /// Work goes to the threads of the current rayon pool; bits do not depend on how many they are. The workspace, of
 /// [`Shape::workspace_bytes`] for [`rayon::current_num_threads`], begins at a multiple of 64 bytes. Without keys there is nothing to
 /// attend to, and `out` is zeros.
@@ -125,7 +128,7 @@ impl Shape {
 /// When sizes do not fit, or a level has no products of `T`: a planner's mistake, never a user's.
 pub(crate) fn attention<T: Element>(
     level: Level,
-    shape: &Shape,
+    (shape, bias): (&Shape, Option<&[f32]>),
     (q, k, v): (View<'_, T>, View<'_, T>, View<'_, T>),
     out: &mut [T],
     workspace: &mut [u8],
@@ -158,6 +161,10 @@ pub(crate) fn attention<T: Element>(
         "keys and values"
     );
 
+    assert!(
+        bias.is_none_or(|bias| bias.len() == shape.heads * (shape.queries + shape.keys - 1)),
+        "biases"
+    );
     let plan = Plan::new::<T>(shape);
     let (packed, scratch) = workspace.split_at_mut(plan.packed_bytes::<T>());
     let scratch = &mut scratch[..rayon::current_num_threads() * plan.scratch_bytes::<T>()];
@@ -172,6 +179,7 @@ pub(crate) fn attention<T: Element>(
         level,
         plan,
         q,
+        bias,
         keys,
         values,
         target,
@@ -322,6 +330,7 @@ struct Job<'a, T> {
     level: Level,
     plan: Plan,
     q: View<'a, T>,
+    bias: Option<&'a [f32]>,
     keys: &'a [T],
     values: &'a [T],
     target: Target<T>,
@@ -343,7 +352,15 @@ impl<T: Element> Job<'_, T> {
             shape.width,
         );
         pack::queries(self.level, q, queries.clone(), (scratch.queries, lanes));
-        let mut softmax = Softmax::new(lanes, shape.width);
+        let bias = self.bias.map(|bias| {
+            let each = shape.queries + shape.keys - 1;
+            &bias[head * each..][..each]
+        });
+        let scale = match bias {
+            None => 1.0 / (shape.width as f64).sqrt(),
+            Some(_) => 1.0,
+        };
+        let mut softmax = Softmax::new(lanes, scale);
         let end = if shape.causal {
             queries.end.min(shape.keys)
         } else {
@@ -362,6 +379,7 @@ impl<T: Element> Job<'_, T> {
                 let all_seen = !shape.causal || first + at + n <= queries.start + 1;
                 if first + at > 0
                     && all_seen
+                    && bias.is_none()
                     && softmax.weigh_at_once(self.level, (keys, key, n), scratch.queries, weights)
                 {
                     continue;
@@ -374,6 +392,10 @@ impl<T: Element> Job<'_, T> {
                     scratch.queries,
                     (scores, lanes, false),
                 );
+                if let Some(bias) = bias {
+                    let before = shape.keys - 1 + queries.start - (first + at);
+                    add_bias(scores, (lanes, queries.len()), bias, before);
+                }
                 if !all_seen {
                     hide(scores, lanes, (first + at, queries.start));
                 }
@@ -467,6 +489,15 @@ impl<T: Element> Job<'_, T> {
                 }
             },
         );
+    }
+}
+
+/// Adds the biases of `count` queries; that of the first query and key is number `before`.
+fn add_bias(scores: &mut [f32], (lanes, count): (usize, usize), bias: &[f32], before: usize) {
+    for (i, scores) in scores.chunks_exact_mut(lanes).enumerate() {
+        for (score, bias) in scores[..count].iter_mut().zip(&bias[before - i..]) {
+            *score += bias;
+        }
     }
 }
 

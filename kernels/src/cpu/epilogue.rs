@@ -8,7 +8,7 @@ use super::simd;
 use super::view::Numbers;
 use crate::Activation;
 
-/// `out = activation(sum + bias + image) + residual`, or a gated pair of columns.
+/// `out = activation(sum + bias + image) · gate + residual`, or a gated pair of columns.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Epilogue<'a> {
     /// One value a column.
@@ -17,6 +17,8 @@ pub(crate) struct Epilogue<'a> {
     pub(crate) image: Option<PerImage<'a>>,
     /// Applied to the sum so far.
     pub(crate) activation: Option<Activation>,
+    /// One factor a column and picture, after the activation.
+    pub(crate) gate: Option<PerImage<'a>>,
     /// Added at the end: rows as those of the result, read modulo its own length.
     pub(crate) residual: Option<Numbers<'a>>,
     /// The panel holds values and then as many gates: half as many results, value × gelu(gate). Packed by [`super::panels::geglu_column`].
@@ -26,10 +28,42 @@ pub(crate) struct Epilogue<'a> {
 /// Values for each picture of a batch, such as the projected time embedding.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PerImage<'a> {
-    /// `[pictures, columns]`; picture `i` reads entry `i` modulo their number.
+    /// `[pictures, n · columns]`; picture `i` reads entry `i` modulo their number.
     pub(crate) values: &'a [f32],
+    /// How many times as wide as the columns an entry is, and the place in it.
+    pub(crate) place: (usize, usize),
     /// Rows of the result that belong to one picture.
     pub(crate) rows: usize,
+}
+
+impl<'a> PerImage<'a> {
+    /// Entries of exactly the columns.
+    pub(crate) fn plain(values: &'a [f32], rows: usize) -> Self {
+        Self {
+            values,
+            place: (1, 0),
+            rows,
+        }
+    }
+
+    /// Whether the sizes fit a result of that many columns.
+    pub(crate) fn fits(&self, columns: usize) -> bool {
+        let (entry, slot) = self.place;
+        self.rows > 0
+            && slot < entry
+            && columns > 0
+            && !self.values.is_empty()
+            && self.values.len().is_multiple_of(entry * columns)
+    }
+
+    /// What belongs to columns `column ..` of a row.
+    #[inline(always)]
+    fn of(&self, row: usize, columns: usize, (column, width): (usize, usize)) -> &'a [f32] {
+        let (entry, slot) = self.place;
+        let wide = entry * columns;
+        let picture = row / self.rows % (self.values.len() / wide);
+        &self.values[picture * wide + slot * columns + column..][..width]
+    }
 }
 
 /// A type that results are stored as.
@@ -168,11 +202,12 @@ unsafe fn body<O: Stored, const NATIVE: bool>(epilogue: &Epilogue<'_>, tile: &Fi
         let line = Line {
             sums,
             bias: epilogue.bias.map(|bias| &bias[column..][..width]),
-            image: epilogue.image.map(|image| {
-                let pictures = image.values.len() / tile.columns;
-                let picture = row / image.rows % pictures;
-                &image.values[picture * tile.columns + column..][..width]
-            }),
+            image: epilogue
+                .image
+                .map(|image| image.of(row, tile.columns, (column, width))),
+            gate: epilogue
+                .gate
+                .map(|gate| gate.of(row, tile.columns, (column, width))),
             residual: epilogue.residual.map(|more| match more {
                 Numbers::F32(more) => Numbers::F32(&more[within(place, more.len())..][..results]),
                 Numbers::Bf16(more) => Numbers::Bf16(&more[within(place, more.len())..][..results]),
@@ -214,6 +249,7 @@ struct Line<'a> {
     sums: &'a [f32],
     bias: Option<&'a [f32]>,
     image: Option<&'a [f32]>,
+    gate: Option<&'a [f32]>,
     residual: Option<Numbers<'a>>,
     activation: Option<Activation>,
     /// How far behind its value a gate is.
@@ -233,9 +269,14 @@ impl Line<'_> {
             None => {}
             Some(Activation::Silu) => each(&mut x, |_, x| *x = simd::silu(*x)),
             Some(Activation::Gelu) => each(&mut x, |_, x| *x = simd::gelu(*x)),
+            Some(Activation::GeluTanh) => each(&mut x, |_, x| *x = simd::gelu_tanh(*x)),
             Some(Activation::QuickGelu) => each(&mut x, |_, x| *x = simd::quick_gelu(*x)),
             Some(Activation::Mish) => each(&mut x, |_, x| *x = simd::mish(*x)),
             Some(Activation::Relu) => each(&mut x, |_, x| *x = x.max(0.0)),
+        }
+        if let Some(gate) = self.gate {
+            let gate = &gate[first..][..N];
+            each(&mut x, |i, x| *x *= gate[i]);
         }
         match self.residual {
             None => {}

@@ -301,6 +301,7 @@ multiversion! {
             None => affine(x, factors, out, place, |x| x),
             Some(Activation::Silu) => affine(x, factors, out, place, simd::silu),
             Some(Activation::Gelu) => affine(x, factors, out, place, simd::gelu),
+            Some(Activation::GeluTanh) => affine(x, factors, out, place, simd::gelu_tanh),
             Some(Activation::QuickGelu) => affine(x, factors, out, place, simd::quick_gelu),
             Some(Activation::Mish) => affine(x, factors, out, place, simd::mish),
             Some(Activation::Relu) => affine(x, factors, out, place, |x| x.max(0.0)),
@@ -404,6 +405,9 @@ fn lanes<I: Number>(x: &[I], f: impl Fn(f32) -> f32) -> f64 {
     let tail: f64 = rest.iter().map(|x| f64::from(f(x.f32()))).sum();
     sums.iter().map(|&s| f64::from(s)).sum::<f64>() + tail
 }
+
+mod adaptive;
+pub(crate) use adaptive::{AdaptiveNorm, rms_norm, rotate};
 
 #[cfg(test)]
 mod tests {

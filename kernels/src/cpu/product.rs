@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Level;
 use super::aligned::Plain;
-use super::epilogue::{self, Epilogue, Finish, PerImage, ROWS, Stored, Target};
+use super::epilogue::{self, Epilogue, Finish, ROWS, Stored, Target};
 use super::micro::{Kernel, MR, NR, Tile, Weight};
 use super::panels::{Group, Panels};
 use super::view::Numbers;
@@ -159,13 +159,9 @@ fn check<W: Weight>(
     );
     assert!(grid.place.1 < step && grid.place.2 < step);
     assert!(epilogue.bias.is_none_or(|bias| bias.len() == columns));
-    assert!(
-        epilogue
-            .image
-            .is_none_or(|PerImage { values, rows }| rows > 0
-                && !values.is_empty()
-                && values.len().is_multiple_of(columns))
-    );
+    for values in [epilogue.image, epilogue.gate].into_iter().flatten() {
+        assert!(values.fits(columns));
+    }
     assert!(epilogue.residual.is_none_or(|more| {
         let len = match more {
             Numbers::F32(more) => more.len(),

@@ -98,6 +98,13 @@ pub(crate) fn quick_gelu(x: f32) -> f32 {
     x / (1.0 + exp(-1.702 * x))
 }
 
+/// `x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³)))`: (1 + tanh y) / 2 is sigmoid(2y).
+#[inline(always)]
+pub(crate) fn gelu_tanh(x: f32) -> f32 {
+    const SCALE: f32 = -2.0 * 0.797_884_6;
+    x / (1.0 + exp(SCALE * (x + 0.044_715 * x * x * x)))
+}
+
 /// `x · tanh(ln(1 + eˣ))`: with n = eˣ the tanh is (n² + 2n) / (n² + 2n + 2).
 #[inline(always)]
 pub(crate) fn mish(x: f32) -> f32 {
@@ -165,11 +172,15 @@ mod tests {
                 0.5 * x * (1.0 + e),
                 x / (1.0 + (-1.702 * x).exp()),
                 x * x.exp().ln_1p().tanh(),
+                0.5 * x
+                    * (1.0
+                        + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3)))
+                            .tanh()),
             ]
         };
         for i in -60_000..60_000 {
             let x = i as f32 / 2000.0;
-            for (got, want) in [silu(x), gelu(x), quick_gelu(x), mish(x)]
+            for (got, want) in [silu(x), gelu(x), quick_gelu(x), mish(x), gelu_tanh(x)]
                 .into_iter()
                 .zip(f64s(f64::from(x)))
             {

@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rayon::prelude::*;
 
 use super::Level;
-use super::epilogue::{Epilogue, PerImage, Stored, Target};
+use super::epilogue::{Epilogue, Stored, Target};
 use super::micro::{LANES, MR, NR, Tile};
 use super::product::MOST_CHANNELS;
 use super::view::Numbers;
@@ -154,13 +154,9 @@ fn check<T: Kept, I: Kept>(
     );
     assert_eq!(out, batch * h * w * columns, "the result's size");
     assert!(!epilogue.gated && epilogue.bias.is_none_or(|bias| bias.len() == columns));
-    assert!(
-        epilogue
-            .image
-            .is_none_or(|PerImage { values, rows }| rows > 0
-                && !values.is_empty()
-                && values.len().is_multiple_of(columns))
-    );
+    for values in [epilogue.image, epilogue.gate].into_iter().flatten() {
+        assert!(values.fits(columns));
+    }
     assert!(epilogue.residual.is_none_or(|more| {
         let len = match more {
             Numbers::F32(more) => more.len(),

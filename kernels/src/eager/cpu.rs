@@ -16,6 +16,10 @@ fn gelu(x: f32) -> f32 {
     0.5 * x * (1.0 + libm::erff(x * std::f32::consts::FRAC_1_SQRT_2))
 }
 
+fn gelu_tanh(x: f32) -> f32 {
+    0.5 * x * (1.0 + (0.797_884_6 * (x + 0.044_715 * x * x * x)).tanh())
+}
+
 fn quick_gelu(x: f32) -> f32 {
     x / (1.0 + (-1.702 * x).exp())
 }
@@ -28,6 +32,7 @@ fn pointwise(activation: Activation) -> fn(f32) -> f32 {
     match activation {
         Activation::Silu => silu,
         Activation::Gelu => gelu,
+        Activation::GeluTanh => gelu_tanh,
         Activation::QuickGelu => quick_gelu,
         Activation::Mish => mish,
         Activation::Relu => |x| x.max(0.0),

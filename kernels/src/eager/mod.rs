@@ -8,6 +8,7 @@ mod attention;
 #[allow(unsafe_code)]
 mod conv;
 mod cpu;
+mod sequence;
 
 use candle_core::{D, DType, Device, Tensor};
 
@@ -57,12 +58,14 @@ pub fn run(op: &Op, inputs: &[&Tensor]) -> Result<Tensor> {
             let x = x.contiguous()?;
             candle_nn::ops::layer_norm(&x, &weight.value()?, &bias.value()?, *eps as f32)?
         }
-        Op::Attention { heads, causal } => {
-            match attention::attention((x, inputs[1], inputs[2]), *heads, *causal)? {
-                Some(y) => y,
-                None => attention(x, inputs[1], inputs[2], *heads, *causal)?,
-            }
-        }
+        Op::Attention {
+            heads,
+            causal,
+            relative: None,
+        } => match attention::attention((x, inputs[1], inputs[2]), *heads, *causal)? {
+            Some(y) => y,
+            None => attention(x, inputs[1], inputs[2], *heads, *causal)?,
+        },
         Op::Geglu => {
             if let Some(y) = cpu::geglu(x)? {
                 y
@@ -86,7 +89,10 @@ pub fn run(op: &Op, inputs: &[&Tensor]) -> Result<Tensor> {
                 .broadcast_add(&scale_shift.narrow(1, 1, 1)?.squeeze(1)?)?
         }
         Op::Affine { scale, shift } => x.affine(*scale, *shift)?,
-        Op::Concat => Tensor::cat(inputs, 1)?,
+        Op::Concat if x.rank() == 3 => Tensor::cat(inputs, 2)?,
+        Op::Concat | Op::Join => Tensor::cat(inputs, 1)?,
+        Op::Multiply => (x * inputs[1])?,
+        Op::Tokens { first, count } => x.narrow(1, *first, *count)?.contiguous()?,
         Op::Upsample { h, w } => x.contiguous()?.upsample_nearest2d(*h, *w)?,
         Op::Flatten => x.flatten_from(2)?.transpose(1, 2)?.contiguous()?,
         Op::Unflatten { h, w } => {
@@ -105,10 +111,19 @@ pub fn run(op: &Op, inputs: &[&Tensor]) -> Result<Tensor> {
                 .embedding(&x.flatten_all()?)?
                 .reshape((b, s, ()))?
         }
-        Op::AddPositions { table } => {
+        Op::AddPositions { table, rows: None } => {
             let s = x.dim(1)?;
             x.broadcast_add(&table.value()?.narrow(0, 0, s)?)?
         }
+        Op::AddPositions {
+            table,
+            rows: Some(rows),
+        } => {
+            let rows: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
+            let rows = Tensor::new(rows, x.device())?;
+            x.broadcast_add(&table.value()?.index_select(&rows, 0)?)?
+        }
+        _ => sequence::run(op, inputs)?,
     })
 }
 
@@ -184,6 +199,7 @@ fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
     Ok(match activation {
         Activation::Silu => x.silu()?,
         Activation::Gelu => x.gelu_erf()?,
+        Activation::GeluTanh => x.gelu()?,
         Activation::QuickGelu => (x * candle_nn::ops::sigmoid(&(x * 1.702)?)?)?,
         // softplus(x) = max(x, 0) + ln(1 + e^−|x|) does not overflow
         Activation::Mish => {

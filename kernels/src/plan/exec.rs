@@ -12,7 +12,7 @@ use crate::cpu::aligned::Plain;
 use crate::cpu::attention::{self, Shape, attention};
 use crate::cpu::epilogue::{Epilogue, PerImage, Stored};
 use crate::cpu::micro::Weight;
-use crate::cpu::norm::{GroupNorm, Side, layer_norm};
+use crate::cpu::norm::{AdaptiveNorm, GroupNorm, Side, layer_norm, rms_norm, rotate};
 use crate::cpu::panels::Panels;
 use crate::cpu::product::{Grid, Source, product};
 use crate::cpu::view::NumbersMut;
@@ -71,16 +71,22 @@ impl Memory<'_> {
                     taps,
                 },
             ) => {
+                let rows = product.size.0 * product.size.1;
                 let epilogue = Epilogue {
                     bias: bias.as_ref().map(|b| b.as_slice()),
                     image: match product.image {
-                        Some(image) => Some(PerImage {
-                            values: self.read_f32(image)?,
-                            rows: product.size.0 * product.size.1,
-                        }),
+                        Some(image) => Some(PerImage::plain(self.read_f32(image)?, rows)),
                         None => None,
                     },
                     activation: product.activation,
+                    gate: match product.gate {
+                        Some((values, slot)) => Some(PerImage {
+                            values: self.read_f32(values)?,
+                            place: (self.channels(values) / product.columns.max(1), slot),
+                            rows,
+                        }),
+                        None => None,
+                    },
                     residual: product.residual.map(|r| self.read(r)),
                     gated: product.form == Form::Gated,
                 };
@@ -118,21 +124,26 @@ impl Memory<'_> {
                     v,
                     heads,
                     causal,
+                    ..
                 },
-                _,
+                prepared,
             ) => {
                 let shape = self.attention_shape((*q, *k), step.out, *heads, *causal);
+                let bias = match prepared {
+                    Prepared::Table(bias) => Some(bias.as_slice()),
+                    _ => None,
+                };
                 match out {
                     NumbersMut::F32(out) => attention(
                         level,
-                        &shape,
+                        (&shape, bias),
                         (self.vectors(*q), self.vectors(*k), self.vectors(*v)),
                         out,
                         workspace,
                     ),
                     NumbersMut::Bf16(out) => attention(
                         level,
-                        &shape,
+                        (&shape, bias),
                         (self.vectors(*q), self.vectors(*k), self.vectors(*v)),
                         out,
                         workspace,
@@ -142,6 +153,43 @@ impl Memory<'_> {
             }
             (Work::LayerNorm { source, eps, .. }, Prepared::Affine { weight, bias }) => {
                 layer_norm(level, self.read(*source), (weight, bias, *eps), out);
+                Ok(())
+            }
+            (Work::RmsNorm { source, eps, .. }, Prepared::Table(weight)) => {
+                rms_norm(level, self.read(*source), (weight, *eps), out);
+                Ok(())
+            }
+            (
+                Work::AdaptiveNorm {
+                    source,
+                    values,
+                    eps,
+                    shift,
+                    scale,
+                },
+                _,
+            ) => {
+                let channels = self.channels(step.out);
+                let norm = AdaptiveNorm {
+                    channels,
+                    rows: self.pixels(step.out),
+                    values: self.read_f32(*values)?,
+                    place: (self.channels(*values) / channels.max(1), *shift, *scale),
+                    eps: *eps,
+                };
+                norm.run(level, self.read(*source), out);
+                Ok(())
+            }
+            (
+                Work::Rotate {
+                    source,
+                    heads,
+                    turns,
+                },
+                _,
+            ) => {
+                let how = (turns.as_slice(), *heads, self.channels(step.out));
+                rotate(level, self.read(*source), how, out);
                 Ok(())
             }
             (

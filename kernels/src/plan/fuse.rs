@@ -140,15 +140,13 @@ impl<'a> Fuser<'a> {
             Op::Flatten | Op::Unflatten { .. } => State::Alias(x),
             Op::Conv2d { .. } => self.convolution(id, op, x)?,
             Op::Linear { weight, bias } => {
-                let value = self.ready(x)?;
-                let value = View {
-                    value,
-                    h: 1,
-                    w: self.program.values[value].pixels,
-                };
+                let sources = self.sources(x)?;
+                let pixels = |value: ValueId| self.program.values[value].pixels;
+                let w = sources.first().map_or(0, |&value| pixels(value));
+                let view = |value| View { value, h: 1, w };
                 let part = Part {
                     weight: weight.clone(),
-                    sources: vec![value],
+                    sources: sources.into_iter().map(view).collect(),
                     kernel: (1, 1),
                     stride: 1,
                     padding: crate::Padding::same(0),
@@ -158,9 +156,10 @@ impl<'a> Fuser<'a> {
                     parts: vec![part],
                     biases: bias.iter().cloned().collect(),
                     form: Form::Direct,
-                    size: (1, value.w),
+                    size: (1, w),
                     image: None,
                     activation: None,
+                    gate: None,
                     residual: None,
                 }))
             }
@@ -200,6 +199,7 @@ impl<'a> Fuser<'a> {
             Op::AddChannels => match self.absorb(x, |p| {
                 p.image.is_none()
                     && p.activation.is_none()
+                    && p.gate.is_none()
                     && p.residual.is_none()
                     && p.form != Form::Gated
             }) {
@@ -213,7 +213,10 @@ impl<'a> Fuser<'a> {
                 }
             },
             Op::Activate(activation) => match self.absorb(x, |p| {
-                p.activation.is_none() && p.residual.is_none() && p.form != Form::Gated
+                p.activation.is_none()
+                    && p.gate.is_none()
+                    && p.residual.is_none()
+                    && p.form != Form::Gated
             }) {
                 Some(mut product) => {
                     product.activation = Some(*activation);
@@ -226,6 +229,7 @@ impl<'a> Fuser<'a> {
             },
             Op::Geglu => match self.absorb(x, |p| {
                 p.activation.is_none()
+                    && p.gate.is_none()
                     && p.residual.is_none()
                     && p.image.is_none()
                     && p.form == Form::Direct
@@ -240,6 +244,26 @@ impl<'a> Fuser<'a> {
                 }
             },
             Op::Add => self.add(id, inputs[0], inputs[1])?,
+            Op::Gate { slot } => match self.absorb(x, |p| {
+                p.gate.is_none() && p.residual.is_none() && p.form == Form::Direct
+            }) {
+                Some(mut product) => {
+                    product.gate = Some((self.ready(inputs[1])?, *slot));
+                    State::Pending(product)
+                }
+                None => {
+                    let (source, values) = (self.ready(x)?, self.ready(inputs[1])?);
+                    let slot = *slot;
+                    self.emit(
+                        id,
+                        Work::Gate {
+                            source,
+                            values,
+                            slot,
+                        },
+                    )
+                }
+            },
             _ => {
                 let work = self.plain(op, inputs)?;
                 self.emit(id, work)
@@ -271,12 +295,55 @@ impl<'a> Fuser<'a> {
                 bias: bias.clone(),
                 eps: *eps,
             },
-            Op::Attention { heads, causal } => Work::Attention {
+            Op::AdaptiveNorm { eps, shift, scale } => Work::AdaptiveNorm {
+                source: self.ready(x)?,
+                values: self.ready(inputs[1])?,
+                eps: *eps,
+                shift: *shift,
+                scale: *scale,
+            },
+            Op::RmsNorm { weight, eps } => Work::RmsNorm {
+                source: self.ready(x)?,
+                weight: weight.clone(),
+                eps: *eps,
+            },
+            Op::Attention {
+                heads,
+                causal,
+                relative,
+            } => Work::Attention {
                 q: self.ready(x)?,
                 k: self.ready(inputs[1])?,
                 v: self.ready(inputs[2])?,
                 heads: *heads,
                 causal: *causal,
+                relative: relative.clone(),
+            },
+            Op::Rotate { heads, turns } => Work::Rotate {
+                source: self.ready(x)?,
+                heads: *heads,
+                turns: turns.clone(),
+            },
+            Op::Multiply => Work::Multiply(self.ready(x)?, self.ready(inputs[1])?),
+            Op::Join => Work::Join(self.ready(x)?, self.ready(inputs[1])?),
+            Op::Tokens { first, .. } => Work::Tokens {
+                source: self.ready(x)?,
+                first: *first,
+            },
+            Op::Patchify { patch } => Work::Patchify {
+                source: self.view(x)?,
+                patch: *patch,
+            },
+            Op::Unpatchify {
+                h, w, patch, order, ..
+            } => Work::Unpatchify {
+                source: View {
+                    value: self.ready(x)?,
+                    h: *h,
+                    w: *w,
+                },
+                patch: *patch,
+                order: *order,
             },
             Op::ScaleShift => Work::ScaleShift(self.ready(x)?, self.ready(inputs[1])?),
             Op::Affine { scale, shift } => Work::Affine {
@@ -297,9 +364,10 @@ impl<'a> Fuser<'a> {
                 ids: self.ready(x)?,
                 table: table.clone(),
             },
-            Op::AddPositions { table } => Work::AddPositions {
+            Op::AddPositions { table, rows } => Work::AddPositions {
                 source: self.ready(x)?,
                 table: table.clone(),
+                rows: rows.clone(),
             },
             other => return Err(rank(other)),
         })
@@ -352,6 +420,7 @@ impl<'a> Fuser<'a> {
             columns: *columns,
             image: None,
             activation: None,
+            gate: None,
             residual: None,
         })))
     }
@@ -377,11 +446,13 @@ impl<'a> Fuser<'a> {
                     p.form == Form::Direct
                         && p.image.is_none()
                         && p.activation.is_none()
+                        && p.gate.is_none()
                         && p.residual.is_none()
                         && p.parts.iter().all(|part| part.stride == 1)
                 };
                 let same = product.form == Form::Direct
                     && product.activation.is_none()
+                    && product.gate.is_none()
                     && self.pending(other).is_some_and(|p| p.size == product.size);
                 match self.absorb(other, |p| same && foldable(p)) {
                     Some(shortcut) => {
@@ -480,6 +551,15 @@ impl<'a> Fuser<'a> {
         }
     }
 
+    /// A node that is one picture.
+    fn view(&mut self, id: NodeId) -> Result<View> {
+        let [_, _, h, w] = *self.nodes[id].shape else {
+            return Err(Error::Mixed { op: "patchify" });
+        };
+        let value = self.ready(id)?;
+        Ok(View { value, h, w })
+    }
+
     fn views(&mut self, id: NodeId) -> Result<Vec<View>> {
         let [_, _, h, w] = *self.nodes[id].shape else {
             return Err(Error::Mixed { op: "conv2d" });
@@ -518,7 +598,10 @@ impl<'a> Fuser<'a> {
             }
             Work::Product(_) => LayerClass::Linear,
             Work::Attention { .. } => LayerClass::Attention,
-            Work::GroupNorm { .. } | Work::LayerNorm { .. } => LayerClass::Norm,
+            Work::GroupNorm { .. }
+            | Work::LayerNorm { .. }
+            | Work::AdaptiveNorm { .. }
+            | Work::RmsNorm { .. } => LayerClass::Norm,
             _ => LayerClass::Other,
         };
         self.program.steps.push(Step { work, out, class });
@@ -570,7 +653,14 @@ fn choose_types(program: &mut Program, options: &Options) {
     }
     only_norms[program.output] = false;
     for step in &program.steps {
-        if !matches!(step.work, Work::GroupNorm { .. } | Work::LayerNorm { .. }) {
+        let norm = matches!(
+            step.work,
+            Work::GroupNorm { .. }
+                | Work::LayerNorm { .. }
+                | Work::AdaptiveNorm { .. }
+                | Work::RmsNorm { .. }
+        );
+        if !norm {
             for value in step.work.reads() {
                 only_norms[value] = false;
             }
@@ -579,6 +669,31 @@ fn choose_types(program: &mut Program, options: &Options) {
     for (value, only) in program.values.iter_mut().zip(only_norms) {
         if only && value.rate != Rate::Timestep {
             value.kind = Type::Bf16;
+        }
+    }
+    copied_as_read(program);
+}
+
+/// What is only read to be copied into operands is rounded where it is made: to the same numbers, in half the room.
+fn copied_as_read(program: &mut Program) {
+    let mut readers = vec![0usize; program.values.len()];
+    for value in program.steps.iter().flat_map(|step| step.work.reads()) {
+        readers[value] += 1;
+    }
+    readers[program.output] += 1;
+    for step in program.steps.iter().rev() {
+        let copies = match step.work {
+            Work::Join(a, b) => vec![a, b],
+            Work::Tokens { source, .. } => vec![source],
+            _ => continue,
+        };
+        if program.values[step.out].kind == Type::Bf16 {
+            for value in copies {
+                let value_of = &mut program.values[value];
+                if readers[value] == 1 && value_of.rate != Rate::Timestep {
+                    value_of.kind = Type::Bf16;
+                }
+            }
         }
     }
 }

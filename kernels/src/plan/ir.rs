@@ -1,6 +1,9 @@
 //! What a plan is made of: values with their places, and the steps that make them.
 
+use std::sync::Arc;
+
 use crate::cpu::winograd;
+use crate::op::{PatchOrder, Relative, Turns};
 use crate::{Activation, Padding, Param};
 
 /// The place of a value in [`Program::values`].
@@ -70,6 +73,8 @@ pub(super) struct Product {
     pub columns: usize,
     pub image: Option<ValueId>,
     pub activation: Option<Activation>,
+    /// A factor a column and sequence: a value, and the place in it counted in columns.
+    pub gate: Option<(ValueId, usize)>,
     pub residual: Option<ValueId>,
 }
 
@@ -124,12 +129,51 @@ pub(super) enum Work {
         bias: Param,
         eps: f64,
     },
+    AdaptiveNorm {
+        source: ValueId,
+        values: ValueId,
+        eps: f64,
+        /// Places in `values`, counted in widths.
+        shift: usize,
+        scale: usize,
+    },
+    RmsNorm {
+        source: ValueId,
+        weight: Param,
+        eps: f64,
+    },
     Attention {
         q: ValueId,
         k: ValueId,
         v: ValueId,
         heads: usize,
         causal: bool,
+        relative: Option<Relative>,
+    },
+    Rotate {
+        source: ValueId,
+        heads: usize,
+        turns: Turns,
+    },
+    Gate {
+        source: ValueId,
+        values: ValueId,
+        slot: usize,
+    },
+    Multiply(ValueId, ValueId),
+    Join(ValueId, ValueId),
+    Tokens {
+        source: ValueId,
+        first: usize,
+    },
+    Patchify {
+        source: View,
+        patch: usize,
+    },
+    Unpatchify {
+        source: View,
+        patch: usize,
+        order: PatchOrder,
     },
     Geglu(ValueId),
     Activate(ValueId, Activation),
@@ -159,6 +203,7 @@ pub(super) enum Work {
     AddPositions {
         source: ValueId,
         table: Param,
+        rows: Option<Arc<Vec<usize>>>,
     },
 }
 
@@ -173,6 +218,7 @@ impl Work {
                     .flat_map(|p| p.sources.iter().map(|s| s.value));
                 sources
                     .chain(product.image)
+                    .chain(product.gate.map(|gate| gate.0))
                     .chain(product.residual)
                     .collect()
             }
@@ -181,15 +227,25 @@ impl Work {
             Self::Add(a, b)
             | Self::AddChannels(a, b)
             | Self::ScaleShift(a, b)
+            | Self::Multiply(a, b)
+            | Self::Join(a, b)
             | Self::Concat(a, b) => vec![*a, *b],
+            Self::AdaptiveNorm { source, values, .. } | Self::Gate { source, values, .. } => {
+                vec![*source, *values]
+            }
             Self::LayerNorm { source, .. }
+            | Self::RmsNorm { source, .. }
+            | Self::Rotate { source, .. }
+            | Self::Tokens { source, .. }
             | Self::Affine { source, .. }
             | Self::Sinusoid { source, .. }
             | Self::AddPositions { source, .. }
             | Self::Embed { ids: source, .. }
             | Self::Geglu(source)
             | Self::Activate(source, _) => vec![*source],
-            Self::Upsample { source, .. } => vec![source.value],
+            Self::Upsample { source, .. }
+            | Self::Patchify { source, .. }
+            | Self::Unpatchify { source, .. } => vec![source.value],
         }
     }
 

@@ -7,8 +7,9 @@ use super::ir::{ValueId, View, Work};
 use super::memory::Memory;
 use super::run::Prepared;
 use crate::cpu::epilogue::Stored;
-use crate::cpu::simd;
+use crate::cpu::simd::{self, Number};
 use crate::cpu::view::{Numbers, NumbersMut};
+use crate::op::PatchOrder;
 use crate::{Activation, Error, Result};
 
 /// Numbers a task.
@@ -36,10 +37,43 @@ fn fill(out: NumbersMut<'_>, channels: usize, f: impl Fn(usize, usize) -> f32 + 
     }
 }
 
+/// Writes rows that lie elsewhere: `from(row)` says where, modulo the length.
+fn copy_rows<'a>(
+    out: NumbersMut<'_>,
+    channels: usize,
+    from: impl Fn(usize) -> (Numbers<'a>, usize) + Sync,
+) {
+    fn into<'a, O: Number>(
+        out: &mut [O],
+        channels: usize,
+        from: impl Fn(usize) -> (Numbers<'a>, usize) + Sync,
+    ) {
+        let rows = out.par_chunks_mut(channels.max(1)).enumerate();
+        rows.with_min_len((CHUNK / channels.max(1)).max(1))
+            .for_each(|(row, out)| match from(row) {
+                (Numbers::F32(x), row) => {
+                    let x = &x[row * channels % x.len()..][..channels];
+                    out.iter_mut().zip(x).for_each(|(out, &x)| *out = O::of(x));
+                }
+                (Numbers::Bf16(x), row) => {
+                    let x = &x[row * channels % x.len()..][..channels];
+                    out.iter_mut()
+                        .zip(x)
+                        .for_each(|(out, x)| *out = O::of(Number::f32(*x)));
+                }
+            });
+    }
+    match out {
+        NumbersMut::F32(out) => into(out, channels, from),
+        NumbersMut::Bf16(out) => into(out, channels, from),
+    }
+}
+
 fn activate(activation: Activation, x: f32) -> f32 {
     match activation {
         Activation::Silu => simd::silu(x),
         Activation::Gelu => simd::gelu(x),
+        Activation::GeluTanh => simd::gelu_tanh(x),
         Activation::QuickGelu => simd::quick_gelu(x),
         Activation::Mish => simd::mish(x),
         Activation::Relu => x.max(0.0),
@@ -130,10 +164,79 @@ impl Memory<'_> {
                         .unwrap_or(f32::NAN)
                 });
             }
-            (Work::AddPositions { source, .. }, Prepared::Table(table)) => {
+            (Work::AddPositions { source, rows, .. }, Prepared::Table(table)) => {
                 let x = self.read(*source);
+                let place = |pixel: usize| rows.as_ref().map_or(pixel, |rows| rows[pixel]);
                 fill(out, c, |row, j| {
-                    at(x, row * c + j) + table[row % pixels * c + j]
+                    at(x, row * c + j) + table[place(row % pixels) * c + j]
+                });
+            }
+            (Work::Multiply(a, b), _) => {
+                let (a, b) = (self.read(*a), self.read(*b));
+                fill(out, c, |row, j| at(a, row * c + j) * at(b, row * c + j));
+            }
+            (
+                Work::Gate {
+                    source,
+                    values,
+                    slot,
+                },
+                _,
+            ) => {
+                let (x, wide) = (self.read(*source), self.channels(*values));
+                let values = self.read(*values);
+                fill(out, c, |row, j| {
+                    at(x, row * c + j) * at(values, row / pixels * wide + slot * c + j)
+                });
+            }
+            (Work::Join(a, b), _) => {
+                let (first, second) = (self.pixels(*a), self.pixels(*b));
+                let (a, b) = (self.read(*a), self.read(*b));
+                let from = |row: usize| match (row / pixels, row % pixels) {
+                    (sequence, token) if token < first => (a, sequence * first + token),
+                    (sequence, token) => (b, sequence * second + token - first),
+                };
+                copy_rows(out, c, from);
+            }
+            (Work::Tokens { source, first }, _) => {
+                let all = self.pixels(*source);
+                let x = self.read(*source);
+                copy_rows(out, c, |row| (x, row / pixels * all + first + row % pixels));
+            }
+            (Work::Patchify { source, patch }, _) => {
+                let x = self.read(source.value);
+                let (w, channels) = (source.w, self.channels(source.value));
+                let across = w / patch;
+                fill(out, c, |row, j| {
+                    let (picture, token) = (row / pixels, row % pixels);
+                    let (channel, dy, dx) = (j / (patch * patch), j / patch % patch, j % patch);
+                    let y = picture * source.h + token / across * patch + dy;
+                    at(
+                        x,
+                        (y * w + token % across * patch + dx) * channels + channel,
+                    )
+                });
+            }
+            (
+                Work::Unpatchify {
+                    source,
+                    patch,
+                    order,
+                },
+                _,
+            ) => {
+                let x = self.read(source.value);
+                let (h, w) = (source.h, source.w);
+                fill(out, c, |row, j| {
+                    let (picture, pixel) = (row / pixels, row % pixels);
+                    let (y, column) = (pixel / (w * patch), pixel % (w * patch));
+                    let token = (picture * h + y / patch) * w + column / patch;
+                    let (dy, dx) = (y % patch, column % patch);
+                    let place = match order {
+                        PatchOrder::ChannelsFirst => (j * patch + dy) * patch + dx,
+                        PatchOrder::ChannelsLast => (dy * patch + dx) * c + j,
+                    };
+                    at(x, token * c * patch * patch + place)
                 });
             }
             _ => return Err(Error::Mixed { op: "plan" }),

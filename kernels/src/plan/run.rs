@@ -19,6 +19,7 @@ use crate::cpu::epilogue::Stored;
 use crate::cpu::norm::GroupNorm;
 use crate::cpu::view::{Numbers, NumbersMut};
 use crate::cpu::winograd;
+use crate::op::Relative;
 use crate::{Error, Result, profile};
 
 /// Everything that running a program needs.
@@ -303,11 +304,39 @@ fn prepare(
                 bias: store.vector(bias)?,
             }
         }
-        Work::Embed { table, .. } | Work::AddPositions { table, .. } => {
-            Prepared::Table(store.vector(table)?)
+        Work::Embed { table, .. }
+        | Work::AddPositions { table, .. }
+        | Work::RmsNorm { weight: table, .. } => Prepared::Table(store.vector(table)?),
+        Work::Attention {
+            q,
+            k,
+            heads,
+            relative: Some(relative),
+            ..
+        } => {
+            let table = store.vector(&relative.table)?;
+            let lengths = (program.values[*q].pixels, program.values[*k].pixels);
+            Prepared::Table(Arc::new(biases(relative, &table, *heads, lengths)))
         }
         _ => Prepared::Nothing,
     })
+}
+
+/// For each head the bias of every distance of a query from a key, from `1 − keys` on.
+fn biases(
+    relative: &Relative,
+    table: &[f32],
+    heads: usize,
+    (queries, keys): (usize, usize),
+) -> Vec<f32> {
+    let count = (queries + keys).saturating_sub(1);
+    let of = |head: usize, i: usize| {
+        let bucket = relative.bucket(keys.cast_signed() - 1 - i.cast_signed());
+        table[bucket * heads + head]
+    };
+    (0..heads)
+        .flat_map(|head| (0..count).map(move |i| of(head, i)))
+        .collect()
 }
 
 /// Whether a step's weights are packed when they are needed: what is computed once a run or less reads them as seldom.

@@ -7,7 +7,10 @@ use candle_core::{DType, Device};
 
 use super::{Feed, Options, Plan, Precision, Store};
 use crate::cpu::Level;
-use crate::{Activation, Graph, Op, Padding, Reader, Result, Source, Tensor, Weights, ops};
+use crate::{
+    Activation, Graph, Op, Padding, PatchOrder, Reader, Relative, Result, Source, Tensor, Weights,
+    ops,
+};
 
 /// Weights made up from their names, rounded to a type that they are stored as.
 struct Made(DType);
@@ -246,6 +249,104 @@ fn weights_of_16_bits_stay_so_and_lose_nothing() {
         0
     };
     assert_eq!(bytes(DType::F32) - bytes(DType::F16), saved);
+}
+
+/// A joint block of a diffusion transformer, with everything that its kin have: patches in and out, positions from a table, adaptive norms, norms
+/// and turns of heads, two sequences that attend together, gates, and a product over two sources.
+fn transformer(w: &Weights, inputs: &[Tensor]) -> Result<Tensor> {
+    let (latents, vector, context) = (&inputs[0], &inputs[1], &inputs[2]);
+    let (h, wd) = (latents.shape()[2] / 2, latents.shape()[3] / 2);
+    let x = ops::apply(Op::Patchify { patch: 2 }, &[latents])?;
+    let x = linear(w, "in", &x, 40)?;
+    let positions = Op::AddPositions {
+        table: w.param("positions", &[99, 40]),
+        rows: Some(Arc::new((0..h * wd).map(|i| 98 - 2 * i).collect())),
+    };
+    let x = ops::apply(positions, &[&x])?;
+    let values = linear(w, "ada", &ops::activate(vector, Activation::Silu)?, 6 * 40)?;
+    let norm = |x: &Tensor, shift, scale| {
+        let eps = 1e-6;
+        ops::apply(Op::AdaptiveNorm { eps, shift, scale }, &[x, &values])
+    };
+    let (n, c) = (
+        norm(&x, 0, 1)?,
+        norm(&linear(w, "context", context, 40)?, 3, 4)?,
+    );
+    let head = |x: &Tensor, name: &str| {
+        let heads = 4;
+        let x = linear(w, name, x, 40)?;
+        let weight = w.param(&format!("{name}.norm"), &[10]);
+        let x = ops::apply(Op::RmsNorm { weight, eps: 1e-6 }, &[&x])?;
+        let turns = (0..x.shape()[1] * 5).map(|i| [(i as f32).cos(), (i as f32).sin()]);
+        let turns = Arc::new(turns.collect());
+        ops::apply(Op::Rotate { heads, turns }, &[&x])
+    };
+    let q = ops::join(&head(&c, "cq")?, &head(&n, "q")?)?;
+    let k = ops::join(&head(&c, "ck")?, &head(&n, "k")?)?;
+    let v = ops::join(&linear(w, "cv", &c, 40)?, &linear(w, "v", &n, 40)?)?;
+    let y = ops::attention(&q, &k, &v, 4, false)?;
+    let (first, count) = (context.shape()[1], h * wd);
+    let own = linear(w, "out", &ops::tokens(&y, first, count)?, 40)?;
+    let x = ops::add(&x, &ops::gate(&own, &values, 2)?)?;
+    let mlp = ops::activate(
+        &linear(w, "up", &norm(&x, 3, 4)?, 90)?,
+        Activation::GeluTanh,
+    )?;
+    let both = ops::concat(&ops::tokens(&y, first, count)?, &mlp)?;
+    let x = ops::add(&x, &ops::gate(&linear(w, "down", &both, 40)?, &values, 5)?)?;
+    // a gate that nothing can take in, and T5's attention over the tokens
+    let relative = Relative {
+        table: w.param("buckets", &[32, 4]),
+        max_distance: 20,
+    };
+    let attention = Op::Attention {
+        heads: 4,
+        causal: false,
+        relative: Some(relative),
+    };
+    let z = ops::apply(attention, &[&x, &x, &ops::gate(&x, &values, 1)?])?;
+    let z = ops::multiply(&z, &linear(w, "other", &x, 40)?)?;
+    let order = PatchOrder::ChannelsLast;
+    let patch = 2;
+    let z = linear(w, "last", &z, 12)?;
+    ops::apply(
+        Op::Unpatchify {
+            h,
+            w: wd,
+            patch,
+            order,
+        },
+        &[&z],
+    )
+}
+
+#[test]
+fn a_transformer_with_and_without_halves_and_constants() {
+    let net = Net {
+        stored: DType::F16,
+        inputs: vec![
+            ("x", vec![2, 3, 10, 14]),
+            ("vector", vec![2, 24]),
+            ("context", vec![2, 9, 12]),
+        ],
+        run: transformer,
+    };
+    for level in Level::supported() {
+        let plain = Options::new(level, Precision::F32);
+        let split = Options {
+            constant: vec!["context"],
+            halved: vec!["x"],
+            ..plain.clone()
+        };
+        for options in [&plain, &split] {
+            let error = distance(&net, options);
+            assert!(error < 3e-6, "{}: {error}", level.name());
+        }
+        if level.has_bf16() {
+            let error = distance(&net, &Options::new(level, Precision::Bf16));
+            assert!(error < 3e-2 && error > 1e-4, "bf16: {error}");
+        }
+    }
 }
 
 /// Convolutions wide enough for Winograd's forms, enlarged ones among them.

@@ -17,11 +17,11 @@ pub(super) struct Softmax {
 }
 
 impl Softmax {
-    /// Of `lanes` queries of that width, before any key.
-    pub(super) fn new(lanes: usize, width: usize) -> Self {
+    /// Of `lanes` queries, whose scores are yet to be scaled, before any key.
+    pub(super) fn new(lanes: usize, scale: f64) -> Self {
         Self {
             lanes,
-            scale: (std::f64::consts::LOG2_E / (width as f64).sqrt()) as f32,
+            scale: (std::f64::consts::LOG2_E * scale) as f32,
             reference: [f32::NEG_INFINITY; NR],
             sums: [0.0; NR],
             begun: false,

@@ -25,6 +25,7 @@ struct Case<T> {
     q: Vec<T>,
     k: Vec<T>,
     v: Vec<T>,
+    bias: Option<Vec<f32>>,
 }
 
 impl<T: Element> Case<T> {
@@ -36,6 +37,7 @@ impl<T: Element> Case<T> {
             q: numbers(shape.batch * shape.queries * vector, 1, spread),
             k: numbers(shape.kv_batch * shape.keys * vector, 2, 1.0),
             v: numbers(shape.kv_batch * shape.keys * vector, 3, 1.0),
+            bias: None,
         }
     }
 
@@ -59,11 +61,17 @@ impl<T: Element> Case<T> {
             let q = &self.q[i * width..][..width];
             let scores: Vec<f64> = (0..seen)
                 .map(|key| {
-                    q.iter()
-                        .zip(&self.k[at(key)..])
+                    let pairs = q.iter().zip(&self.k[at(key)..]);
+                    let score: f64 = pairs
                         .map(|(q, k)| f64::from(q.to_f32()) * f64::from(k.to_f32()))
-                        .sum::<f64>()
-                        / (width as f64).sqrt()
+                        .sum();
+                    match &self.bias {
+                        None => score / (width as f64).sqrt(),
+                        Some(bias) => {
+                            let place = head * (queries + keys - 1) + keys - 1 + query - key;
+                            score + f64::from(bias[place])
+                        }
+                    }
                 })
                 .collect();
             let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -86,7 +94,7 @@ impl<T: Element> Case<T> {
         let mut workspace = workspace::<T>(&self.shape);
         attention(
             level,
-            &self.shape,
+            (&self.shape, self.bias.as_deref()),
             (q, k, v),
             &mut out,
             workspace.as_mut_slice(),
@@ -255,6 +263,32 @@ fn references_rise_late_and_often() {
 }
 
 #[test]
+fn biases_take_the_place_of_the_scale() {
+    for (shape, causal) in [
+        (shape(2, (37, 37), (3, 10)), false),
+        (shape(1, (1, 1), (2, 4)), false),
+        (shape(1, (5, 300), (2, 16)), false),
+        (shape(1, (300, 290), (2, 64)), false),
+        (shape(1, (77, 77), (2, 8)), true),
+    ] {
+        let shape = Shape { causal, ..shape };
+        let count = shape.heads * (shape.queries + shape.keys - 1);
+        for level in Level::supported() {
+            let mut case = Case::<f32>::new(shape, 0.3);
+            case.bias = Some(numbers(count, 9, 2.0));
+            let error = case.error(level);
+            assert!(error <= 1e-6, "{shape:?} {}: {error}", level.name());
+            if level.has_bf16() {
+                let mut case = Case::<bf16>::new(shape, 0.3);
+                case.bias = Some(numbers(count, 9, 2.0));
+                let error = case.error(level);
+                assert!(error <= 1e-2, "{shape:?} bf16: {error}");
+            }
+        }
+    }
+}
+
+#[test]
 fn reads_fused_buffers() {
     let shape = shape(2, (37, 37), (3, 10));
     let vector = 30;
@@ -273,7 +307,7 @@ fn reads_fused_buffers() {
         let mut out = vec![0f32; case.q.len()];
         attention(
             level,
-            &shape,
+            (&shape, None),
             (q, k, v),
             &mut out,
             workspace::<f32>(&shape).as_mut_slice(),

@@ -4,6 +4,7 @@
 
 use half::bf16;
 
+use super::super::epilogue::PerImage;
 use super::*;
 use crate::cpu::micro::Operand;
 
@@ -95,13 +96,19 @@ fn run<T: Operand + Weight<Row = T>>(level: Level, case: &Case) -> f64 {
         .collect();
     let (bias, image, more) = (
         numbers(columns, 5),
-        numbers(2 * columns, 6),
+        numbers(2 * 3 * columns, 6),
         numbers(oh * ow * columns, 7),
     );
     let epilogue = Epilogue {
         bias: Some(&bias),
         image: Some(PerImage {
             values: &image,
+            place: (3, 1),
+            rows: oh * ow,
+        }),
+        gate: Some(PerImage {
+            values: &image,
+            place: (3, 2),
             rows: oh * ow,
         }),
         residual: Some(Numbers::F32(&more)),
@@ -119,9 +126,8 @@ fn run<T: Operand + Weight<Row = T>>(level: Level, case: &Case) -> f64 {
     for (i, got) in out.iter().enumerate() {
         let (row, o) = (i / columns, i % columns);
         let (b, y, x) = (row / (oh * ow), row % (oh * ow) / ow, row % ow);
-        let mut sum = f64::from(bias[o])
-            + f64::from(image[b % 2 * columns + o])
-            + f64::from(more[row % (oh * ow) * columns + o]);
+        let of_picture = |slot: usize| f64::from(image[(b % 2 * 3 + slot) * columns + o]);
+        let mut sum = f64::from(bias[o]) + of_picture(1);
         for (g, &c) in channels.iter().enumerate() {
             for (t, &(dy, dx)) in taps.iter().enumerate() {
                 let (yy, xx) = ((y * stride) as isize + dy, (x * stride) as isize + dx);
@@ -135,7 +141,8 @@ fn run<T: Operand + Weight<Row = T>>(level: Level, case: &Case) -> f64 {
                 }
             }
         }
-        worst = worst.max((f64::from(*got) - sum).abs());
+        let want = sum * of_picture(2) + f64::from(more[row % (oh * ow) * columns + o]);
+        worst = worst.max((f64::from(*got) - want).abs());
     }
     worst
 }

@@ -2,6 +2,7 @@
 
 use half::bf16;
 
+use super::super::epilogue::PerImage;
 use super::*;
 use crate::Activation;
 use crate::cpu::aligned::Aligned;
@@ -259,17 +260,14 @@ fn finishes_as_told() {
         let x = sum + f64::from(bias[i % 70]) + f64::from(image[i / more.len() * 70 + i % 70]);
         x / (1.0 + (-x).exp()) + f64::from(more[i % more.len()])
     });
-    let image = PerImage {
-        values: &image,
-        rows: 63,
-    };
+    let image = PerImage::plain(&image, 63);
     for more in [Numbers::F32(&more), Numbers::Bf16(&more16)] {
         let epilogue = Epilogue {
             bias: Some(&bias),
             image: Some(image),
             activation: Some(Activation::Silu),
             residual: Some(more),
-            gated: false,
+            ..Epilogue::default()
         };
         for level in Level::supported() {
             for form in [Form::F2, Form::F4] {
