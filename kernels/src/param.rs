@@ -166,7 +166,7 @@ impl Weights {
         }
     }
 
-    /// Asks for a weight. Axes of size one at the end do not count: a linear layer may read what a file keeps as a 1×1 convolution.
+    /// Asks for a weight. Axes of size one at either end do not count: a linear layer may read what a file keeps as a 1×1 convolution.
     pub fn param(&self, name: &str, shape: &[usize]) -> Param {
         let full = self.full_name(name);
         let found = self.source.shape(&full, shape);
@@ -246,8 +246,9 @@ impl Weights {
     }
 }
 
-/// A shape without the axes of size one at its end.
+/// A shape without the axes of size one at its ends.
 fn significant(shape: &[usize]) -> &[usize] {
-    let end = shape.iter().rposition(|&n| n != 1).map_or(0, |i| i + 1);
-    &shape[..end]
+    let start = shape.iter().position(|&n| n != 1).unwrap_or(shape.len());
+    let end = shape.iter().rposition(|&n| n != 1).map_or(start, |i| i + 1);
+    &shape[start..end]
 }

@@ -9,7 +9,10 @@
 
 pub mod clip;
 pub mod config;
+pub mod denoiser;
+pub mod flux;
 pub mod layers;
+pub mod mmdit;
 pub mod unet;
 pub mod vae;
 

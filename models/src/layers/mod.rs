@@ -1,10 +1,17 @@
 //! The shared vocabulary of the networks: small layers that own their weights.
 
 mod attention;
+mod joint;
 mod resnet;
+mod time_text;
 
 pub use attention::{Attention, FeedForward};
+pub use joint::{
+    FinalLayer, JointBlock, JointConfig, JointKind, JointTurns, Modulation, Projections, Qkv,
+    modulated,
+};
 pub use resnet::{Downsample, ResnetBlock, ResnetConfig, Upsample};
+pub use time_text::{SINUSOIDS, TimeTextEmbedding, sinusoids};
 
 use sd_kernels::ops::{self, apply};
 use sd_kernels::{Activation, Error, Op, Padding, Param, Result, Tensor, Weights};

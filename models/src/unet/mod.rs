@@ -15,22 +15,8 @@ pub use config::{Added, Config, Level, Mid};
 use block::{DownBlock, MidBlock, UpBlock};
 use sd_kernels::{Activation, Error, Padding, Result, Tensor, Weights, ops};
 
+use crate::denoiser::Inputs;
 use crate::layers::{Conv2d, Embedding, GroupNorm, TimeEmbedding, given};
-
-/// What one call of the network takes.
-#[derive(Clone, Copy)]
-pub struct Inputs<'a> {
-    /// Latents `[b, in_channels, h, w]`.
-    pub sample: &'a Tensor,
-    /// `[b]`, 0 to 999, fractions allowed.
-    pub timestep: &'a Tensor,
-    /// Text states `[b, t, context]`.
-    pub context: &'a Tensor,
-    /// `[b, added.input]`, where the config has `added`.
-    pub added: Option<&'a Tensor>,
-    /// `[b, time.condition]`, where the config has `time.condition`.
-    pub guidance: Option<&'a Tensor>,
-}
 
 /// The network.
 pub struct UNet {

@@ -1,0 +1,148 @@
+//! Whatever predicts noise or velocity: the UNet, Stable Diffusion 3's transformer, or FLUX's, behind one face.
+
+use sd_kernels::{Result, Tensor, Weights, ops};
+
+use crate::layers::{SINUSOIDS, sinusoids};
+use crate::{flux, mmdit, unet};
+
+/// What one call of the network takes.
+#[derive(Clone, Copy)]
+pub struct Inputs<'a> {
+    /// Latents `[b, in_channels, h, w]`.
+    pub sample: &'a Tensor,
+    /// `[b]`, 0 to 999 (1000 for transformers), fractions allowed.
+    pub timestep: &'a Tensor,
+    /// Text states `[b, t, context]`.
+    pub context: &'a Tensor,
+    /// `[b, added_width]`, where the config has one.
+    pub added: Option<&'a Tensor>,
+    /// `[b, guidance_width]`, where the config has one.
+    pub guidance: Option<&'a Tensor>,
+}
+
+/// The structure of a denoising network.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Config {
+    /// Stable Diffusion 1, 2, XL.
+    UNet(unet::Config),
+    /// Stable Diffusion 3 and 3.5.
+    Mmdit(mmdit::Config),
+    /// FLUX.1.
+    Flux(flux::Config),
+}
+
+impl Config {
+    /// The UNet's, if it is one.
+    pub fn unet(&self) -> Option<&unet::Config> {
+        match self {
+            Self::UNet(config) => Some(config),
+            _ => None,
+        }
+    }
+
+    /// Channels of the input.
+    pub fn in_channels(&self) -> usize {
+        match self {
+            Self::UNet(config) => config.in_channels,
+            Self::Mmdit(config) => config.in_channels,
+            Self::Flux(config) => config.in_channels(),
+        }
+    }
+
+    /// Channels of the prediction.
+    pub fn out_channels(&self) -> usize {
+        match self {
+            Self::UNet(config) => config.out_channels,
+            Self::Mmdit(config) => config.out_channels,
+            Self::Flux(config) => config.out_channels(),
+        }
+    }
+
+    /// Width of the text states.
+    pub fn context_width(&self) -> usize {
+        match self {
+            Self::UNet(config) => config.context_width(),
+            Self::Mmdit(config) => config.context,
+            Self::Flux(config) => config.context,
+        }
+    }
+
+    /// Width of the vector beside the time, if there is one.
+    pub fn added_width(&self) -> Option<usize> {
+        match self {
+            Self::UNet(config) => config.added.map(|added| added.input),
+            Self::Mmdit(config) => Some(config.pooled),
+            Self::Flux(config) => Some(config.pooled),
+        }
+    }
+
+    /// Width of the embedded guidance, if the network is told.
+    pub fn guidance_width(&self) -> Option<usize> {
+        match self {
+            Self::UNet(config) => config.time.condition,
+            Self::Mmdit(_) => None,
+            Self::Flux(config) => config.guidance.then_some(SINUSOIDS),
+        }
+    }
+
+    /// Guidance scales `[b]` as the network reads them, `[b, guidance_width]`.
+    ///
+    /// # Errors
+    /// When the executor fails.
+    pub fn embed_guidance(&self, scale: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::UNet(config) => config.embed_guidance(scale),
+            _ => sinusoids(&ops::affine(scale, 1000.0, 0.0)?),
+        }
+    }
+
+    /// Latent height and width must be multiples of this: a UNet halves odd sizes too, a transformer cuts patches.
+    pub fn patch(&self) -> usize {
+        match self {
+            Self::UNet(_) => 1,
+            Self::Mmdit(config) => config.patch,
+            Self::Flux(_) => 2,
+        }
+    }
+
+    /// The most latents that a side may have, where there is such a bound.
+    pub fn most_latents(&self) -> Option<usize> {
+        match self {
+            Self::Mmdit(config) => Some(config.positions * config.patch),
+            _ => None,
+        }
+    }
+}
+
+/// A denoising network.
+pub enum Denoiser {
+    /// Stable Diffusion 1, 2, XL.
+    UNet(Box<unet::UNet>),
+    /// Stable Diffusion 3 and 3.5.
+    Mmdit(Box<mmdit::Mmdit>),
+    /// FLUX.1.
+    Flux(Box<flux::Flux>),
+}
+
+impl Denoiser {
+    /// Asks for every weight of the network; [`Weights::finish`] tells whether all were there.
+    pub fn load(weights: &Weights, config: &Config) -> Self {
+        match config {
+            Config::UNet(config) => Self::UNet(Box::new(unet::UNet::load(weights, config))),
+            Config::Mmdit(config) => Self::Mmdit(Box::new(mmdit::Mmdit::load(weights, config))),
+            Config::Flux(config) => Self::Flux(Box::new(flux::Flux::load(weights, config))),
+        }
+    }
+
+    /// One prediction `[b, out_channels, h, w]`.
+    ///
+    /// # Errors
+    /// When the shapes do not fit, an input is missing or the executor fails.
+    pub fn forward(&self, inputs: &Inputs<'_>) -> Result<Tensor> {
+        match self {
+            Self::UNet(network) => network.forward(inputs),
+            Self::Mmdit(network) => network.forward(inputs, &[]),
+            Self::Flux(network) => network.forward(inputs),
+        }
+    }
+}
