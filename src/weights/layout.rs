@@ -7,17 +7,21 @@ use std::collections::BTreeMap;
 pub struct Part {
     /// The tensor in the file.
     pub stored: String,
-    /// It is rows `index · n .. (index + 1) · n` of `count` equal parts.
+    /// It is some of the tensor's rows.
     pub rows: Option<Rows>,
     /// The file has the matrix with rows and columns exchanged.
     pub transposed: bool,
+    /// The file has the second half of the rows first.
+    pub swapped: bool,
 }
 
-/// One of several equal parts of a fused tensor, along its first axis.
+/// Some of several equal parts of a fused tensor, along its first axis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rows {
-    /// Which part.
+    /// The first part.
     pub index: usize,
+    /// How many parts.
+    pub span: usize,
     /// Of how many.
     pub count: usize,
 }
@@ -42,6 +46,8 @@ pub struct Inner {
     pub rows: Option<Rows>,
     /// A matrix that is stored with rows and columns exchanged.
     pub transposed: bool,
+    /// The second half of the rows is stored first.
+    pub swapped: bool,
 }
 
 /// A plain renaming inside a block.
@@ -51,6 +57,19 @@ pub const fn inner(canonical: &'static str, stored: &'static str) -> Inner {
         stored,
         rows: None,
         transposed: false,
+        swapped: false,
+    }
+}
+
+/// Parts `index .. index + span` of the `count` equal ones of a fused tensor.
+pub const fn part_of(
+    canonical: &'static str,
+    stored: &'static str,
+    (index, span, count): (usize, usize, usize),
+) -> Inner {
+    Inner {
+        rows: Some(Rows { index, span, count }),
+        ..inner(canonical, stored)
     }
 }
 
@@ -131,14 +150,19 @@ impl Rename {
             .inner
             .iter()
             .find_map(|rule| Some((rule, below(rest, rule.canonical)?)));
-        let (tail, rows, transposed) = match fit {
-            Some((rule, tail)) => (join(rule.stored, tail), rule.rows, rule.transposed),
-            None => (rest.to_owned(), None, false),
+        let Some((rule, tail)) = fit else {
+            return Part {
+                stored: join(&self.stored, rest),
+                rows: None,
+                transposed: false,
+                swapped: false,
+            };
         };
         Part {
-            stored: join(&self.stored, &tail),
-            rows,
-            transposed,
+            stored: join(&self.stored, &join(rule.stored, tail)),
+            rows: rule.rows,
+            transposed: rule.transposed,
+            swapped: rule.swapped,
         }
     }
 }
@@ -166,12 +190,7 @@ mod tests {
 
     const INNER: &[Inner] = &[
         inner("norm1", "in_layers.0"),
-        Inner {
-            canonical: "attn.to_q.weight",
-            stored: "attn.in_proj_weight",
-            rows: Some(Rows { index: 0, count: 3 }),
-            transposed: false,
-        },
+        part_of("attn.to_q.weight", "attn.in_proj_weight", (0, 1, 3)),
     ];
 
     #[test]
@@ -190,7 +209,11 @@ mod tests {
         assert_eq!(stored("down.00.norm1.weight"), "unet.down.00.norm1.weight");
         assert_eq!(
             layout.places("down.0.attn.to_q.weight")[0].rows,
-            Some(Rows { index: 0, count: 3 })
+            Some(Rows {
+                index: 0,
+                span: 1,
+                count: 3
+            })
         );
     }
 

@@ -2,9 +2,11 @@
 //! it as `model.diffusion_model.input_blocks.1.0.in_layers.2.weight`, in another type, or as one part of a fused tensor.
 
 pub(crate) mod diffusers_vae;
+pub(crate) mod flux;
 pub mod layout;
 pub(crate) mod ldm_unet;
 pub(crate) mod ldm_vae;
+pub(crate) mod mmdit;
 mod numbers;
 mod quantised;
 mod random;

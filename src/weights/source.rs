@@ -55,7 +55,10 @@ impl CheckpointSource {
                 if *first % rows.count != 0 {
                     return None;
                 }
-                *first /= rows.count;
+                *first = *first / rows.count * rows.span;
+            }
+            if part.swapped && shape.first().is_none_or(|rows| rows % 2 != 0) {
+                return None;
             }
             if part.transposed {
                 shape.reverse();
@@ -155,7 +158,7 @@ impl Source for CheckpointSource {
             .map_err(|e| Self::error(&part.stored, e))?;
         let all = info.elements();
         let (start, count) = match part.rows {
-            Some(rows) => (all / rows.count * rows.index, all / rows.count),
+            Some(rows) => (all / rows.count * rows.index, all / rows.count * rows.span),
             None => (0, all),
         };
         let wanted: usize = shape.iter().product();
@@ -177,6 +180,10 @@ impl Source for CheckpointSource {
                 stored,
                 rows,
                 columns,
+            }),
+            _ if part.swapped => Box::new(Swapped {
+                stored,
+                half: wanted / 2,
             }),
             _ => Box::new(stored),
         })
@@ -226,6 +233,25 @@ impl Reader for Transposed<'_> {
             let (row, column) = (i / self.columns, i % self.columns);
             self.stored
                 .read(column * self.rows + row, std::slice::from_mut(out));
+        }
+    }
+}
+
+/// A tensor of which the file holds the second half first.
+struct Swapped<'a> {
+    stored: StoredTensor<'a>,
+    half: usize,
+}
+
+impl Reader for Swapped<'_> {
+    fn read(&self, first: usize, out: &mut [f32]) {
+        let before = self.half.saturating_sub(first).min(out.len());
+        let (head, tail) = out.split_at_mut(before);
+        if !head.is_empty() {
+            self.stored.read(first + self.half, head);
+        }
+        if !tail.is_empty() {
+            self.stored.read(first + before - self.half, tail);
         }
     }
 }

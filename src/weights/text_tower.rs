@@ -3,16 +3,11 @@
 use sd_kernels::Activation;
 use sd_models::clip::Config;
 
-use super::layout::{Inner, Layout, Rows, inner};
+use super::layout::{Inner, Layout, inner, part_of};
 use super::ldm_unet::Shapes;
 
 const fn third(canonical: &'static str, stored: &'static str, index: usize) -> Inner {
-    Inner {
-        canonical,
-        stored,
-        rows: Some(Rows { index, count: 3 }),
-        transposed: false,
-    }
+    part_of(canonical, stored, (index, 1, 3))
 }
 
 const BLOCK: &[Inner] = &[
@@ -31,10 +26,8 @@ const BLOCK: &[Inner] = &[
 
 /// OpenCLIP multiplies by this matrix from the other side.
 const PROJECT: &[Inner] = &[Inner {
-    canonical: "weight",
-    stored: "text_projection",
-    rows: None,
     transposed: true,
+    ..inner("weight", "text_projection")
 }];
 
 /// Heads are 64 wide in every CLIP tower; narrower towers have one.
