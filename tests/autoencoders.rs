@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use sd_rs::checkpoint::{Checkpoint, ReadOptions};
 use sd_rs::pipeline::Engine;
+use sd_rs::spec::Others;
 
 use crate::models::{CALL, close, flat};
 use crate::support::Dir;
@@ -17,7 +18,11 @@ fn base(dir: &Dir) -> Checkpoint {
 
 fn with(base: &Checkpoint, vae: &Path) -> sd_rs::Result<Engine> {
     let vae = Checkpoint::open_part(vae, "vae", &ReadOptions::default())?;
-    Engine::load_with(base, Some(&vae), &Device::Cpu, DType::F32)
+    let others = Others {
+        vae: Some(&vae),
+        ..Others::default()
+    };
+    Engine::load_with(base, others, &Device::Cpu, DType::F32)
 }
 
 fn decoded(engine: &Engine, latents: &Tensor) -> Tensor {

@@ -85,6 +85,11 @@ impl Config {
         }
     }
 
+    /// Whether the network was distilled to follow the prompt without a second call: those that are told a guidance, and FLUX at all.
+    pub fn guides_itself(&self) -> bool {
+        self.guidance_width().is_some() || matches!(self, Self::Flux(_))
+    }
+
     /// Guidance scales `[b]` as the network reads them, `[b, guidance_width]`.
     ///
     /// # Errors

@@ -13,6 +13,7 @@ pub mod denoiser;
 pub mod flux;
 pub mod layers;
 pub mod mmdit;
+pub mod t5;
 pub mod unet;
 pub mod vae;
 

@@ -84,6 +84,8 @@ pub enum Variant {
     Zero123,
     /// A depth map: 5 channels for 4.
     Depth,
+    /// Another picture's latents that steer a transformer: edges or depth.
+    Control,
     /// Something else; so many channels in all.
     Other(usize),
     /// Not a denoising UNet.
@@ -219,6 +221,9 @@ impl Family {
                 &["unet", "text_encoder", "text_encoder_2", "vae"]
             }
             Self::SdxlRefiner => &["unet", "text_encoder_2", "vae"],
+            Self::Sd3 | Self::Sd35 | Self::Flux1 => {
+                &["transformer", "text_encoder", "text_encoder_2", "vae"]
+            }
             _ => &[],
         }
     }
@@ -266,6 +271,7 @@ impl Variant {
             Self::Pix2Pix => "pix2pix",
             Self::Zero123 => "zero123",
             Self::Depth => "depth",
+            Self::Control => "control",
             Self::Other(_) => "other",
             Self::None => "none",
         }
@@ -275,6 +281,8 @@ impl Variant {
     pub(super) fn from_channels(input: usize, output: usize) -> Self {
         match input.checked_sub(output) {
             Some(0) => Self::Text2Image,
+            // a transformer's masked picture and mask are five times as wide as its latents
+            Some(more) if more == output.saturating_mul(5) => Self::Inpainting,
             Some(1) => Self::Depth,
             Some(more) if more == output => Self::Pix2Pix,
             Some(more) if more == output.saturating_add(1) => Self::Inpainting,
@@ -350,6 +358,7 @@ fn detect_single(tensors: &TensorSet) -> Detection {
     let (places, structure) = structure::read_single(tensors);
     let mut detection = decide_single(tensors, &places, &structure);
     detection.places = places;
+    place_transformer(tensors, &mut detection);
     detection.structure = structure;
     detection.note_metadata(tensors);
     let there = |name: &&str| {
@@ -370,6 +379,35 @@ fn detect_single(tensors: &TensorSet) -> Detection {
         detection.evidence.push(note);
     }
     detection
+}
+
+/// Where a transformer lies and what it takes; FLUX has T5 where Stable Diffusion 3 has its second CLIP.
+fn place_transformer(tensors: &TensorSet, detection: &mut Detection) {
+    if !detection.family.components().contains(&"transformer") {
+        return;
+    }
+    let found = structure::NETWORK_PREFIXES.iter().find_map(|prefix| {
+        let names = Below { tensors, prefix };
+        Some((prefix, structure::transformer_widths(names)?))
+    });
+    let Some((prefix, (input, output))) = found else {
+        return;
+    };
+    detection.variant = match input.checked_sub(output) {
+        Some(more) if more == output => Variant::Control,
+        _ => Variant::from_channels(input, output),
+    };
+    detection.places.push(Place {
+        component: "transformer",
+        prefix: (*prefix).to_owned(),
+    });
+    if detection.family == Family::Flux1 {
+        for place in &mut detection.places {
+            if place.component == "text_encoder_3" {
+                place.component = "text_encoder_2";
+            }
+        }
+    }
 }
 
 fn decide_single(tensors: &TensorSet, places: &[Place], structure: &Structure) -> Detection {

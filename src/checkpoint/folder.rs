@@ -124,14 +124,25 @@ fn narrow_sdxl(checkpoint: &Checkpoint, detection: &mut Detection) {
 }
 
 fn set_variant(checkpoint: &Checkpoint, detection: &mut Detection) {
-    let config = checkpoint.config("unet");
+    let transformer = checkpoint
+        .config("transformer")
+        .filter(|_| detection.family.components().contains(&"transformer"));
+    let config = transformer.or(checkpoint.config("unet"));
     let sizes = detection.structure.unet.as_ref();
     let input = Detection::number(config, "in_channels").or(sizes.map(|unet| unet.in_channels));
     let output = Detection::number(config, "out_channels").or(sizes.map(|unet| unet.out_channels));
+    let (what, output) = match transformer {
+        // FLUX's configs name no output where it is the input
+        Some(_) => ("transformer", output.or(input)),
+        None => ("UNet", output),
+    };
     if let (Some(input), Some(output)) = (input, output) {
-        detection.variant = Variant::from_channels(input, output);
+        detection.variant = match input.checked_sub(output) {
+            Some(more) if more == output && transformer.is_some() => Variant::Control,
+            _ => Variant::from_channels(input, output),
+        };
         detection.evidence.push(format!(
-            "the UNet takes {input} channels and {output} come out: {}",
+            "the {what} takes {input} channels and {output} come out: {}",
             detection.variant.id()
         ));
     }
@@ -183,7 +194,7 @@ fn set_prediction(checkpoint: &Checkpoint, detection: &mut Detection) {
                 printable(name)
             ));
         }
-        None if !detection.family.components().is_empty() => {
+        None if detection.family.components().contains(&"unet") => {
             detection.prediction = Some(Prediction::Epsilon);
             detection.evidence.push(
                 "scheduler_config.json has no `prediction_type`, which means epsilon".to_owned(),

@@ -3,7 +3,7 @@
 //! Names as read in the sources of ComfyUI, A1111, diffusers, sd-scripts and LyCORIS.
 
 use super::family::Family;
-use super::structure::UNET_PREFIXES;
+use super::structure::NETWORK_PREFIXES;
 use super::tensor_set::TensorSet;
 
 /// A name that gives a kind away.
@@ -134,6 +134,14 @@ const WHOLE: &[Marker] = &[
     ),
     row(Family::Sd3, &[Network("joint_blocks.0.")]),
     kind(
+        Family::Sd35,
+        "diffusers names",
+        &[
+            Network("transformer_blocks.0.attn.norm_added_q."),
+            Network("pos_embed.proj."),
+        ],
+    ),
+    kind(
         Family::Sd3,
         "diffusers names",
         &[
@@ -228,7 +236,7 @@ impl Key {
             Is(name) => tensors.info(name).map(|info| info.name.as_str()),
             Starts(prefix) => tensors.names_below(prefix).next(),
             Holds(part) => tensors.names().find(|name| name.contains(part)),
-            Network(start) => UNET_PREFIXES.iter().find_map(|prefix| {
+            Network(start) => NETWORK_PREFIXES.iter().find_map(|prefix| {
                 let wanted = format!("{prefix}{start}");
                 tensors
                     .names_from(&wanted)

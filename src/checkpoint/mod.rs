@@ -36,6 +36,7 @@ pub use self::family::{Detection, Distilled, Family, Noise, Prediction, Variant,
 pub use self::hash::{auto_v2, sha256_file};
 pub use self::leftover::leftover;
 pub use self::printable::{printable, printable_to};
+pub(crate) use self::structure::NETWORK_PREFIXES;
 pub use self::structure::{Place, Structure, TextStructure, UnetStructure, VaeStructure};
 pub use self::tensor_file::{Container, TensorFile};
 pub use self::tensor_info::{BlockType, TensorInfo, TensorType};

@@ -28,11 +28,15 @@ impl Detection {
     /// What this is, with its article: "an SDXL base checkpoint", "a Stable Diffusion 1 inpainting checkpoint", "a LoRA (LoKr)".
     pub fn title(&self) -> String {
         let needed = self.family.components().len();
-        let only_unet = needed > 0 && self.missing.len() + 1 == needed;
-        let mut title = if only_unet && !self.missing.contains(&"unet") {
+        let alone = needed > 0 && self.missing.len() + 1 == needed;
+        let networks = [("unet", "UNet"), ("transformer", "transformer")];
+        let network = networks.iter().find(|(name, _)| {
+            self.family.components().contains(name) && !self.missing.contains(name)
+        });
+        let mut title = if let (true, Some((_, network))) = (alone, network) {
             let phrase = self.family.phrase();
             let whole = phrase.strip_suffix(" checkpoint").unwrap_or(phrase);
-            format!("the UNet alone of {whole}")
+            format!("the {network} alone of {whole}")
         } else {
             self.family.phrase().to_owned()
         };
@@ -41,6 +45,7 @@ impl Detection {
             Variant::Pix2Pix => Some("for editing by instruction (pix2pix)"),
             Variant::Zero123 => Some("for turning objects (Zero123)"),
             Variant::Depth => Some("with a depth map"),
+            Variant::Control => Some("for control by another picture"),
             Variant::Text2Image | Variant::Other(_) | Variant::None => None,
         };
         if let Some(word) = word {
@@ -52,6 +57,22 @@ impl Detection {
         title
     }
 
+    /// The flags that give what is missing, where they can.
+    fn parts_hint(&self) -> &'static str {
+        let text = self.missing.iter().any(|name| name.starts_with("text"));
+        let vae = self.missing.contains(&"vae");
+        let network = self
+            .missing
+            .iter()
+            .any(|name| ["unet", "transformer"].contains(name));
+        match (network, text, vae) {
+            (true, ..) | (_, false, false) => "",
+            (_, true, true) => ", or the rest with --text-encoder and --vae",
+            (_, true, false) => ", or the rest with --text-encoder",
+            (_, false, true) => ", or the rest with --vae",
+        }
+    }
+
     fn refuse_stable_diffusion(&self) -> Option<String> {
         let title = self.title();
         match self.variant {
@@ -61,7 +82,7 @@ impl Detection {
                     "this is {title}, which needs a picture and a mask, which this version does not take yet"
                 ));
             }
-            Variant::Pix2Pix | Variant::Zero123 => {
+            Variant::Pix2Pix | Variant::Zero123 | Variant::Control => {
                 return Some(format!(
                     "this is {title}, which needs an input picture, which this version does not take yet"
                 ));
@@ -73,16 +94,17 @@ impl Detection {
             }
             Variant::Other(channels) => {
                 return Some(format!(
-                    "this is {title} whose UNet takes {channels} channels, and no kind of such a model is known"
+                    "this is {title} whose network takes {channels} channels, and no kind of such a model is known"
                 ));
             }
         }
         let (_, others) = self.missing.split_last()?;
         let list = and(&self.missing);
         Some(format!(
-            "this is {title}: its {list} {} missing, and a picture needs all of {}; give a whole checkpoint",
+            "this is {title}: its {list} {} missing, and a picture needs all of {}; give a whole checkpoint{}",
             if others.is_empty() { "is" } else { "are" },
-            and(self.family.components())
+            and(self.family.components()),
+            self.parts_hint()
         ))
     }
 }
@@ -139,7 +161,7 @@ fn advice(family: Family) -> &'static str {
         | Family::Svd
         | Family::X4Upscaler
         | Family::UnClip => {
-            "which is not supported yet; give a Stable Diffusion 1, 2 or XL checkpoint"
+            "which is not supported yet; give a Stable Diffusion 1, 2, XL or 3 or a FLUX.1 checkpoint"
         }
     }
 }

@@ -7,7 +7,7 @@ use super::tensor_set::TensorSet;
 /// More blocks, levels or layers than any network has.
 const MAX_PARTS: usize = 512;
 /// Under which a UNet or transformer may lie in a single file.
-pub(super) const UNET_PREFIXES: [&str; 7] = [
+pub(crate) const NETWORK_PREFIXES: [&str; 7] = [
     "model.diffusion_model.",
     "model.model.",
     "diffusion_model.",
@@ -145,7 +145,7 @@ pub(super) fn read_single(tensors: &TensorSet) -> (Vec<Place>, Structure) {
         places.push(place(component, prefix));
         structure.text = structure.text.or_else(|| read_text(below(prefix)));
     }
-    for prefix in UNET_PREFIXES {
+    for prefix in NETWORK_PREFIXES {
         if let Some(unet) = read_unet(below(prefix)) {
             structure.unet = Some(unet);
             places.push(place("unet", prefix));
@@ -173,6 +173,23 @@ fn place(component: &'static str, prefix: &str) -> Place {
         component,
         prefix: prefix.to_owned(),
     }
+}
+
+/// Numbers of a token that go into a transformer and that come out of it, in either spelling; a patch's where it cuts them itself.
+pub(super) fn transformer_widths(names: Below<'_>) -> Option<(usize, usize)> {
+    let output = ["final_layer.linear.weight", "proj_out.weight"];
+    let (output, _) = output.iter().find_map(|name| names.out_in(name))?;
+    let input = ["img_in.weight", "x_embedder.weight"];
+    if let Some((_, input)) = input.iter().find_map(|name| names.out_in(name)) {
+        return Some((input, output));
+    }
+    let input = ["x_embedder.proj.weight", "pos_embed.proj.weight"];
+    let shape = input.iter().find_map(|name| names.shape(name))?;
+    let &[_, channels, h, w] = shape else {
+        return None;
+    };
+    let input = channels.checked_mul(h)?.checked_mul(w)?;
+    Some((input, output))
 }
 
 /// A UNet in either spelling.

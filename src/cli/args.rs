@@ -62,6 +62,13 @@ pub struct GenerateArgs {
     /// Another autoencoder: a file or folder of one, a TAESD, or a checkpoint that has one; by the same names
     #[arg(long, value_name = "FILE")]
     pub vae: Option<PathBuf>,
+    /// A text encoder that the model lacks or that takes its own's place: CLIP-L, OpenCLIP-G or T5, told apart by what is in it; may be
+    /// repeated
+    #[arg(long, value_name = "FILE", visible_aliases = ["clip-l", "clip-g", "t5xxl"])]
+    pub text_encoder: Vec<PathBuf>,
+    /// Tokens of T5 that a text is filled up to, and cut at [default: the model family's own]
+    #[arg(long, value_name = "N")]
+    pub t5_length: Option<usize>,
     /// Where names are looked up
     #[command(flatten)]
     pub library: LibraryArgs,
@@ -332,6 +339,16 @@ pub enum RandomFamily {
     Sd21,
     /// Stable Diffusion XL
     Sdxl,
+    /// Stable Diffusion 3 medium
+    Sd3,
+    /// Stable Diffusion 3.5 medium
+    Sd35Medium,
+    /// Stable Diffusion 3.5 large
+    Sd35Large,
+    /// FLUX.1 dev
+    FluxDev,
+    /// FLUX.1 schnell
+    FluxSchnell,
 }
 
 /// The largest number of pixels that is told.

@@ -18,7 +18,9 @@ use crate::error::{Error, Result};
 use crate::memory::peak_resident;
 use crate::pipeline::{Conditions, Networks};
 use crate::spec::ModelSpec;
-use crate::text::{self, ClipTokenizer, Speaker, Syntax, Texts};
+use crate::text::{
+    self, Behind, ClipTokenizer, LongSpeaker, Readers, Speaker, Syntax, T5Tokenizer, Texts,
+};
 
 /// GFLOP and seconds by layer class.
 type Classes = BTreeMap<LayerClass, (f64, f64)>;
@@ -76,32 +78,42 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
     say("encoding text");
     let begin = Instant::now();
     let tokenizer = ClipTokenizer::embedded()?;
-    let speakers: Vec<Speaker<'_>> = networks
-        .towers()
-        .iter()
-        .zip(&model.roles)
-        .map(|(tower, role)| Speaker {
-            tower,
-            tokenizer: &tokenizer,
-            role: *role,
-        })
-        .collect();
+    let towers = networks.towers().iter().zip(&model.roles);
+    let towers = towers.map(|(tower, role)| Speaker {
+        tower,
+        tokenizer: &tokenizer,
+        role: *role,
+    });
+    let t5_tokenizer = T5Tokenizer::embedded()?;
+    let readers = Readers {
+        towers: towers.collect(),
+        behind: match (networks.t5(), model.t5_length) {
+            (Some(tower), Some(length)) => Behind::T5(LongSpeaker {
+                tower,
+                tokenizer: &t5_tokenizer,
+                length,
+            }),
+            (None, Some(length)) => Behind::Zeros(length, networks.config().context_width()),
+            _ => Behind::Nothing,
+        },
+    };
     let texts = Texts {
         prompt: "",
         negative: Some(""),
         syntax: Syntax::Plain,
         clip_skip: 1,
     };
-    let conditioning = text::encode(&speakers, texts)?;
+    let conditioning = text::encode(&readers, texts)?;
     let text = begin.elapsed();
 
-    let config = networks.unet().config();
-    let channels = config.in_channels;
+    let config = networks.config();
+    let guided = !config.guides_itself();
+    let channels = config.in_channels();
     let sizes = vec![size as f64; model.numbers];
     let conditions = Conditions::new(
         config,
         &conditioning,
-        (1, true),
+        (1, guided),
         (&[sizes.clone(), sizes], 7.5),
     )?;
     let sample = Tensor::randn(0f32, 1.0, (1, channels, latent, latent), &device)?;
@@ -143,7 +155,10 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
         add_times(&mut decode_times, classes);
     }
 
-    let (unet, _) = networks.record_unet((latent, latent), (2, networks.positions()))?;
+    let (unet, _) = networks.record_unet(
+        (latent, latent),
+        (1 + usize::from(guided), networks.tokens()),
+    )?;
     let (vae, _) = networks.record_vae((latent, latent), 1)?;
     let (unet, vae) = (unet.flop_by_class(), vae.flop_by_class());
     let bf16 = dtype == DType::BF16;
@@ -190,6 +205,11 @@ fn load(args: &BenchArgs, device: &Device, dtype: DType) -> Result<Model> {
         size: spec.defaults.size,
         roles: spec.text.iter().map(|tower| tower.role).collect(),
         numbers: spec.numbers(),
+        t5_length: spec
+            .t5
+            .as_ref()
+            .map(|t5| t5.role.length)
+            .or(spec.without_t5),
     })
 }
 

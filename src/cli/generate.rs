@@ -15,12 +15,14 @@ use crate::error::{Error, Result};
 use crate::memory::peak_resident;
 use crate::output::{self, NoiseSource, Parameters, Target};
 use crate::pipeline::{Batch, Control, Engine, Event, Plan, Request, Rng, SizeConditioning};
+use crate::spec::Others;
 
 /// What does not change from picture to picture.
 struct Job<'a> {
     args: &'a GenerateArgs,
     model: &'a str,
     vae: Option<&'a str>,
+    text: Vec<&'a str>,
     refiner: Option<&'a str>,
     engine: &'a Engine,
     plan: &'a Plan,
@@ -46,8 +48,19 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
         Some(path) => Some(open_part(path, "vae", &args.library, args.no_mmap)?),
         None => None,
     };
-    let other = vae.as_ref().map(|vae| &vae.checkpoint);
-    let mut engine = Engine::load_with(&model.checkpoint, other, &device, dtype)?;
+    let mut text = Vec::new();
+    let mut text_names = Vec::new();
+    for path in &args.text_encoder {
+        let part = open_part(path, "text_encoder", &args.library, args.no_mmap)?;
+        text.push(part.checkpoint);
+        text_names.push(part.name);
+    }
+    let others = Others {
+        vae: vae.as_ref().map(|vae| &vae.checkpoint),
+        text: &text,
+        t5_length: args.t5_length,
+    };
+    let mut engine = Engine::load_with(&model.checkpoint, others, &device, dtype)?;
     let mut refiner_name = None;
     if let Some(refiner) = &args.refiner {
         let refiner = open_model(Some(refiner), &args.library, args.no_mmap)?;
@@ -60,6 +73,7 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
         args,
         model: &model.name,
         vae: vae.as_ref().map(|vae| vae.name.as_str()),
+        text: text_names.iter().map(String::as_str).collect(),
         refiner: refiner_name.as_deref(),
         engine: &engine,
         plan: &plan,
@@ -277,6 +291,12 @@ impl Job<'_> {
             if let Some(vae) = self.vae {
                 fields.insert("vae".to_owned(), json!(vae));
             }
+            if !self.text.is_empty() {
+                fields.insert("text_encoders".to_owned(), json!(self.text));
+            }
+            if let Some(length) = self.args.t5_length {
+                fields.insert("t5_length".to_owned(), json!(length));
+            }
             if let Some(refiner) = self.refiner {
                 fields.insert("refiner".to_owned(), json!(refiner));
                 let switch = json!(self.args.refiner_switch);
@@ -323,6 +343,10 @@ impl Job<'_> {
         let mut pairs = Vec::new();
         if let Some(vae) = self.vae {
             pairs.push(("VAE".to_owned(), vae.to_owned()));
+        }
+        // Forge's words
+        for (name, i) in self.text.iter().zip(1..) {
+            pairs.push((format!("Module {i}"), (*name).to_owned()));
         }
         if let Some(refiner) = self.refiner {
             let switch = self.args.refiner_switch.to_string();

@@ -1,7 +1,7 @@
 //! What the UNet is told beside latents and time.
 
 use candle_core::{DType, Tensor};
-use sd_models::unet;
+use sd_models::denoiser;
 
 use crate::error::Result;
 use crate::text::Conditioning;
@@ -29,15 +29,18 @@ impl Conditions {
     /// # Errors
     /// When the device has no memory.
     pub fn new(
-        config: &unet::Config,
+        config: &denoiser::Config,
         conditioning: &Conditioning,
         (n, guided): (usize, bool),
         (numbers, cfg_scale): (&[Vec<f64>; 2], f64),
     ) -> Result<Self> {
         let context = conditioning.for_batch(n, guided)?;
         let (batch, device) = (context.dim(0)?, context.device());
-        let added = match (config.added, conditioning.pooled_for_batch(n, guided)?) {
-            (Some(_), Some(pooled)) => {
+        let pooled = conditioning.pooled_for_batch(n, guided)?;
+        let unet = config.unet().filter(|unet| unet.added.is_some());
+        let added = match (unet, pooled) {
+            (None, pooled) => pooled.filter(|_| config.added_width().is_some()),
+            (Some(config), Some(pooled)) => {
                 let embed = |numbers: &Vec<f64>| -> Result<Tensor> {
                     let numbers: Vec<f32> = numbers.iter().map(|&x| x as f32).collect();
                     let numbers = Tensor::new(numbers, device)?;
@@ -56,9 +59,9 @@ impl Conditions {
                 let numbers = Tensor::cat(&rows.collect::<Vec<_>>(), 0)?;
                 Some(Tensor::cat(&[&pooled, &numbers], 1)?)
             }
-            _ => None,
+            (Some(_), None) => None,
         };
-        let guidance = match config.time.condition {
+        let guidance = match config.guidance_width() {
             Some(_) => {
                 let scale = Tensor::full(cfg_scale as f32, batch, device)?;
                 Some(config.embed_guidance(&scale.into())?.into_data()?)

@@ -9,7 +9,9 @@ use std::sync::Arc;
 use candle_core::{DType, Device};
 use sd_kernels::{Source, Weights};
 use sd_models::clip::TextEncoder;
-use sd_models::unet::{self, Mid, UNet};
+use sd_models::denoiser::{self, Denoiser};
+use sd_models::t5::T5Encoder;
+use sd_models::unet::{self, Mid};
 use sd_models::vae::{AnyDecoder, Encoder};
 
 use crate::checkpoint::{Checkpoint, TensorSet, leftover, printable};
@@ -39,6 +41,7 @@ impl Coverage {
         let mut coverage = Self::default();
         let towers = spec.text.iter().map(|tower| &tower.component);
         let text: Vec<_> = towers.clone().map(source).collect();
+        let t5 = spec.t5.as_ref().map(|t5| (source(&t5.component), t5));
         let unet = source(&spec.unet);
         let vae = source(&spec.vae);
         let decoder = spec.tiny.as_ref().map_or_else(|| Arc::clone(&vae), source);
@@ -55,8 +58,12 @@ impl Coverage {
                     ask(TEXT, source, &|w| drop(TextEncoder::load(w, &tower.config)))
                 })
                 .collect();
+            if let Some((source, t5)) = &t5 {
+                let config = &t5.component.config;
+                problems.push(ask(T5, source, &|w| drop(T5Encoder::load(w, config))));
+            }
             problems.extend([
-                ask(UNET, &unet, &|w| drop(UNet::load(w, &spec.unet.config))),
+                ask(UNET, &unet, &|w| drop(Denoiser::load(w, &spec.unet.config))),
                 ask(VAE, &decoder, &|w| {
                     let tiny = spec.tiny.as_ref().map(|tiny| &tiny.config);
                     drop(AnyDecoder::load(w, &spec.vae.config, tiny));
@@ -66,6 +73,9 @@ impl Coverage {
             coverage.problems.extend(problems.map(|e| e.to_string()));
             for (source, tower) in text.iter().zip(towers.clone()) {
                 coverage.check_types(TEXT, &source.found(), &tower.tensors);
+            }
+            if let Some((source, t5)) = &t5 {
+                coverage.check_types(T5, &source.found(), &t5.component.tensors);
             }
             coverage.check_types(UNET, &unet.found(), &spec.unet.tensors);
             let tensors = spec.tiny.as_ref().map_or(&spec.vae.tensors, |t| &t.tensors);
@@ -90,12 +100,16 @@ impl Coverage {
                 )
             })
             .collect();
-        parts.push(("unet", unet.found(), &spec.unet.layout));
+        if let Some((source, t5)) = &t5 {
+            parts.push((t5.role.component, source.found(), &t5.component.layout));
+        }
+        parts.retain(|(name, ..)| !spec.other_text.contains(name));
+        parts.push((spec.network(), unet.found(), &spec.unet.layout));
         if !spec.other_vae {
             parts.push(("vae", vae.found(), &spec.vae.layout));
         }
         match checkpoint.single() {
-            Some(tensors) => coverage.count_single(&tensors, &parts, spec.other_vae),
+            Some(tensors) => coverage.count_single(&tensors, &parts, spec),
             None => coverage.count_folder(checkpoint, &parts),
         }
         coverage
@@ -146,15 +160,19 @@ impl Coverage {
             let component = &tower.component;
             (TEXT, component.config.layers, &component.tensors)
         });
+        let t5 = spec.t5.iter().map(|t5| {
+            let component = &t5.component;
+            (T5, component.config.layers, &component.tensors)
+        });
         let others = [
-            (UNET, unet_blocks(&spec.unet.config), &spec.unet.tensors),
+            (UNET, blocks(&spec.unet.config), &spec.unet.tensors),
             (
                 VAE,
                 vae.layers.saturating_mul(vae.channels.len()),
                 &spec.vae.tensors,
             ),
         ];
-        for (name, blocks, tensors) in towers.chain(others) {
+        for (name, blocks, tensors) in towers.chain(t5).chain(others) {
             if blocks > tensors.len() {
                 self.problems.push(format!(
                     "{name}: its config describes {blocks} blocks, and the file holds only {} tensors; they are not of one model",
@@ -180,7 +198,8 @@ impl Coverage {
         }
     }
 
-    fn count_single(&mut self, tensors: &TensorSet, parts: &[Part<'_>], other_vae: bool) {
+    fn count_single(&mut self, tensors: &TensorSet, parts: &[Part<'_>], spec: &ModelSpec) {
+        let replaced = spec.replaced_text();
         for name in tensors.names() {
             if parts.iter().any(|(_, found, _)| found.contains(name)) {
                 continue;
@@ -188,8 +207,12 @@ impl Coverage {
             let known = parts
                 .iter()
                 .find_map(|(.., layout)| layout.ignored_as(name));
-            if other_vae && name.starts_with(SINGLE_VAE) {
+            if spec.other_vae && name.starts_with(SINGLE_VAE) {
                 self.ignore("tensors of the autoencoder, in whose place another one is");
+                continue;
+            }
+            if replaced.iter().any(|prefix| name.starts_with(prefix)) {
+                self.ignore("tensors of text encoders, in whose place others are");
                 continue;
             }
             match known.or_else(|| leftover(name)) {
@@ -229,6 +252,7 @@ type Part<'a> = (&'static str, BTreeSet<String>, &'a Layout);
 
 /// What the networks are called in messages.
 pub(super) const TEXT: &str = "text encoder";
+pub(super) const T5: &str = "T5";
 pub(super) const UNET: &str = "UNet";
 pub(super) const VAE: &str = "autoencoder";
 
@@ -252,7 +276,16 @@ fn weights(source: &Arc<CheckpointSource>) -> Weights {
     Weights::new(source, DType::F32, &Device::Cpu)
 }
 
-/// Residual blocks and blocks of transformers of a UNet.
+/// Residual blocks and blocks of transformers of a denoising network.
+fn blocks(config: &denoiser::Config) -> usize {
+    match config {
+        denoiser::Config::UNet(config) => unet_blocks(config),
+        denoiser::Config::Mmdit(config) => config.layers,
+        denoiser::Config::Flux(config) => config.layers.saturating_add(config.single_layers),
+    }
+}
+
+/// Those of a UNet.
 fn unet_blocks(config: &unet::Config) -> usize {
     let levels = config.levels.iter();
     let sides = levels.flat_map(|level| [&level.down, &level.up]);

@@ -30,8 +30,10 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::error::{Error, Result};
 use crate::output::Image;
 use crate::sampling::Generator;
-use crate::spec::ModelSpec;
-use crate::text::{self, ClipTokenizer, Conditioning, Speaker, Texts};
+use crate::spec::{ModelSpec, Others};
+use crate::text::{
+    self, Behind, Conditioning, LongSpeaker, LongTower, Readers, Speaker, Texts, Tokenizers,
+};
 use denoise::BatchNoise;
 use networks::Denoiser;
 use relay::Relay;
@@ -39,7 +41,7 @@ use relay::Relay;
 /// A loaded model.
 pub struct Engine {
     spec: ModelSpec,
-    tokenizers: Vec<ClipTokenizer>,
+    tokenizers: Tokenizers,
     networks: Networks,
     load_time: Duration,
     warnings: Vec<String>,
@@ -95,22 +97,22 @@ impl Engine {
     /// # Errors
     /// When the family is not supported, something is missing, or a file cannot be read.
     pub fn load(checkpoint: &Checkpoint, device: &Device, dtype: DType) -> Result<Self> {
-        Self::load_with(checkpoint, None, device, dtype)
+        Self::load_with(checkpoint, Others::default(), device, dtype)
     }
 
-    /// The same with another file's autoencoder, if one is given.
+    /// The same with parts of other files.
     ///
     /// # Errors
     /// As [`Engine::load`].
     pub fn load_with(
         checkpoint: &Checkpoint,
-        vae: Option<&Checkpoint>,
+        others: Others<'_>,
         device: &Device,
         dtype: DType,
     ) -> Result<Self> {
         let start = Instant::now();
         let detection = checkpoint::detect(checkpoint);
-        let spec = ModelSpec::read_with(checkpoint, &detection, vae)?;
+        let spec = ModelSpec::read_with(checkpoint, &detection, others)?;
         let tokenizers = text::tokenizers_for(checkpoint, &spec)?;
         let (networks, coverage) = Networks::load(checkpoint, &spec, device, dtype)?;
         let mut warnings = checkpoint.warnings().to_vec();
@@ -140,7 +142,7 @@ impl Engine {
             let spec = &engine.spec;
             let channels = (
                 spec.vae.config.latent_channels,
-                spec.unet.config.in_channels,
+                spec.unet.config.in_channels(),
             );
             (channels, spec.vae.config.scale(), spec.prediction)
         };
@@ -220,11 +222,14 @@ impl Engine {
 
     /// Prompt and negative prompt as this model reads them.
     fn encode(&self, request: &Request, plan: &Plan) -> Result<Conditioning> {
+        // T5 is the larger part of the work: nobody reads what it says of a negative prompt that has no say
+        let unheard = self.networks.t5().is_some() && !plan.guided;
         text::encode(
-            &self.speakers(),
+            &self.readers(),
             Texts {
                 prompt: &request.prompt,
                 negative: match &request.negative_prompt {
+                    _ if unheard => None,
                     Some(text) => Some(text),
                     None if self.spec.zero_negative => None,
                     None => Some(""),
@@ -254,17 +259,29 @@ impl Engine {
         self.networks.denoiser(size, &conditions, &timesteps)
     }
 
-    fn speakers(&self) -> Vec<Speaker<'_>> {
+    fn readers(&self) -> Readers<'_> {
         let towers = self.networks.towers().iter();
-        towers
-            .zip(&self.tokenizers)
-            .zip(&self.spec.text)
-            .map(|((tower, tokenizer), spec)| Speaker {
+        let towers = towers.zip(&self.tokenizers.clip).zip(&self.spec.text).map(
+            |((tower, tokenizer), spec)| Speaker {
                 tower,
                 tokenizer,
                 role: spec.role,
-            })
-            .collect()
+            },
+        );
+        let t5 = self.networks.t5().zip(self.tokenizers.t5.as_ref());
+        let behind = match (t5, &self.spec.t5, self.spec.without_t5) {
+            (Some((tower, tokenizer)), Some(t5), _) => Behind::T5(LongSpeaker {
+                tower: tower as &dyn LongTower,
+                tokenizer,
+                length: t5.role.length,
+            }),
+            (_, _, Some(length)) => Behind::Zeros(length, self.spec.unet.config.context_width()),
+            _ => Behind::Nothing,
+        };
+        Readers {
+            towers: towers.collect(),
+            behind,
+        }
     }
 
     fn batch(

@@ -7,22 +7,25 @@ use sd_kernels::cpu::Level;
 use sd_kernels::plan::{Feed, Options, Plan, Precision, Store};
 use sd_kernels::{Graph, Source, Weights};
 use sd_models::clip::{self, TextEncoder};
-use sd_models::unet::{self, UNet};
+use sd_models::denoiser::{self, Denoiser as Network, Inputs};
+use sd_models::t5::{self, T5Encoder};
 use sd_models::vae::{self, AnyDecoder, TinyConfig};
 
 use super::conditions::{ADDED, CONTEXT, Conditions, GUIDANCE};
-use super::coverage::{Coverage, TEXT, UNET, VAE, named, source};
-use super::tower::LoadedTower;
+use super::coverage::{Coverage, T5, TEXT, UNET, VAE, named, source};
+use super::tower::{LoadedT5, LoadedTower, Runner};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::spec::ModelSpec;
-use crate::text::Tower;
 use crate::weights::RandomSource;
 
 /// Text encoders, UNet and picture decoder on a device.
 pub struct Networks {
     towers: Vec<LoadedTower>,
-    unet: UNet,
+    t5: Option<LoadedT5>,
+    tokens: usize,
+    unet: Network,
+    config: denoiser::Config,
     vae: AnyDecoder,
     vae_source: Arc<dyn Source>,
     device: Device,
@@ -42,6 +45,7 @@ struct Planned {
 /// The sources of the networks' weights.
 struct Sources {
     towers: Vec<Arc<dyn Source>>,
+    t5: Option<Arc<dyn Source>>,
     unet: Arc<dyn Source>,
     vae: Arc<dyn Source>,
 }
@@ -60,8 +64,12 @@ pub struct Need {
 pub struct Configs<'a> {
     /// The text towers.
     pub towers: &'a [&'a clip::Config],
+    /// T5.
+    pub t5: Option<&'a t5::Config>,
+    /// Tokens of a short text's states, of all towers behind each other.
+    pub tokens: usize,
     /// The denoising network.
-    pub unet: &'a unet::Config,
+    pub unet: &'a denoiser::Config,
     /// The autoencoder.
     pub vae: &'a vae::Config,
     /// A tiny decoder in the place of the autoencoder's.
@@ -84,6 +92,7 @@ impl Networks {
         let towers = spec.text.iter().map(|tower| &tower.component);
         let sources = Sources {
             towers: towers.clone().map(|tower| source(tower) as _).collect(),
+            t5: spec.t5.as_ref().map(|t5| source(&t5.component) as _),
             unet: source(&spec.unet),
             vae: match &spec.tiny {
                 Some(tiny) => source(tiny),
@@ -93,6 +102,8 @@ impl Networks {
         let towers: Vec<&clip::Config> = towers.map(|tower| &tower.config).collect();
         let configs = Configs {
             towers: &towers,
+            t5: spec.t5.as_ref().map(|t5| &t5.component.config),
+            tokens: spec.tokens(),
             unet: &spec.unet.config,
             vae: &spec.vae.config,
             tiny: spec.tiny.as_ref().map(|tiny| &tiny.config),
@@ -112,6 +123,7 @@ impl Networks {
         let source = || Arc::new(RandomSource) as Arc<dyn Source>;
         let sources = Sources {
             towers: configs.towers.iter().map(|_| source()).collect(),
+            t5: configs.t5.map(|_| source()),
             unet: source(),
             vae: source(),
         };
@@ -135,6 +147,7 @@ impl Networks {
             };
             named(name, found)
         };
+        let eager = planned.is_none().then_some(dtype);
         let mut weight_bytes = 0;
         let mut towers = Vec::with_capacity(configs.towers.len());
         for (config, source) in configs.towers.iter().zip(&sources.towers) {
@@ -142,11 +155,23 @@ impl Networks {
             let encoder = TextEncoder::load(&weights, config);
             find(TEXT, &weights)?;
             weight_bytes += weights.bytes();
-            let eager = planned.is_none().then_some(dtype);
-            towers.push(LoadedTower::new(encoder, weights, device, eager));
+            towers.push(LoadedTower::new(
+                encoder,
+                Runner::new(weights, device, eager),
+            ));
         }
+        let t5 = match (configs.t5, &sources.t5) {
+            (Some(config), Some(source)) => {
+                let weights = weights(source);
+                let encoder = T5Encoder::load(&weights, config);
+                find(T5, &weights)?;
+                weight_bytes += weights.bytes();
+                Some(LoadedT5::new(encoder, Runner::new(weights, device, eager)))
+            }
+            _ => None,
+        };
         let unet_weights = weights(&sources.unet);
-        let unet = UNet::load(&unet_weights, configs.unet);
+        let unet = Network::load(&unet_weights, configs.unet);
         find(UNET, &unet_weights)?;
         let vae_weights = weights(&sources.vae);
         let vae = AnyDecoder::load(&vae_weights, configs.vae, configs.tiny);
@@ -154,7 +179,10 @@ impl Networks {
         weight_bytes += unet_weights.bytes() + vae_weights.bytes();
         Ok(Self {
             towers,
+            t5,
+            tokens: configs.tokens,
             unet,
+            config: configs.unet.clone(),
             vae,
             vae_source: sources.vae,
             device: device.clone(),
@@ -169,14 +197,19 @@ impl Networks {
         &self.towers
     }
 
-    /// The denoising network.
-    pub fn unet(&self) -> &UNet {
-        &self.unet
+    /// T5.
+    pub fn t5(&self) -> Option<&LoadedT5> {
+        self.t5.as_ref()
     }
 
-    /// Tokens of a chunk of text.
-    pub fn positions(&self) -> usize {
-        self.towers.first().map_or(0, LoadedTower::positions)
+    /// The structure of the denoising network.
+    pub fn config(&self) -> &denoiser::Config {
+        &self.config
+    }
+
+    /// Tokens of a short text's states.
+    pub fn tokens(&self) -> usize {
+        self.tokens
     }
 
     /// Channels of the latents that the decoder takes.
@@ -283,14 +316,14 @@ impl Networks {
         (batch, tokens): (usize, usize),
     ) -> Result<(Graph, sd_kernels::Tensor)> {
         let graph = Graph::new();
-        let config = self.unet.config();
-        let sample = graph.input("sample", &[batch, config.in_channels, h, w]);
+        let config = &self.config;
+        let sample = graph.input("sample", &[batch, config.in_channels(), h, w]);
         let timestep = graph.input("timestep", &[batch]);
         let context = graph.input(CONTEXT, &[batch, tokens, config.context_width()]);
         let vector = |name, width: Option<usize>| width.map(|w| graph.input(name, &[batch, w]));
-        let added = vector(ADDED, config.added.map(|added| added.input));
-        let guidance = vector(GUIDANCE, config.time.condition);
-        let output = self.unet.forward(&unet::Inputs {
+        let added = vector(ADDED, config.added_width());
+        let guidance = vector(GUIDANCE, config.guidance_width());
+        let output = self.unet.forward(&Inputs {
             sample: &sample,
             timestep: &timestep,
             context: &context,
@@ -323,7 +356,7 @@ impl Networks {
     /// When the networks cannot take the size.
     pub fn memory(&self, size: (usize, usize), batch: usize, guided: bool) -> Result<Need> {
         let batch = if guided { 2 * batch } else { batch };
-        let (unet, noise) = self.record_unet(size, (batch, self.positions()))?;
+        let (unet, noise) = self.record_unet(size, (batch, self.tokens))?;
         let (vae, picture) = self.record_vae(size, 1)?;
         if self.planned.is_none() {
             let elements = unet.peak_elements().max(vae.peak_elements());
@@ -414,7 +447,7 @@ impl Denoiser<'_> {
                     conditions.added.as_ref().map(node),
                     conditions.guidance.as_ref().map(node),
                 );
-                let out = unet.forward(&unet::Inputs {
+                let out = unet.forward(&Inputs {
                     sample: &sample.into(),
                     timestep: &timestep.into(),
                     context: &node(&conditions.context),

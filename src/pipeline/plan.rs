@@ -154,7 +154,7 @@ impl Plan {
 fn is_guided(engine: &Engine, request: &Request, cfg_scale: f64) -> bool {
     let spec = engine.spec();
     let own = request.sampler.is_none() && request.schedule.is_none() && spec.scheduler.is_some();
-    if spec.unet.config.time.condition.is_some() || cfg_scale == 0.0 {
+    if spec.unet.config.guides_itself() || cfg_scale == 0.0 {
         return false;
     }
     if own {
@@ -195,7 +195,11 @@ fn choose_sampling(
     let model = sampling::Model {
         levels: &spec.levels,
         prediction: spec.prediction,
-        xl: spec.unet.config.added.is_some(),
+        xl: spec
+            .unet
+            .config
+            .unet()
+            .is_some_and(|unet| unet.added.is_some()),
     };
     let trajectory = sampling::by_name(sampler, schedule, steps, &model)?;
     Ok(Chosen {

@@ -5,32 +5,49 @@ use sd_kernels::cpu::Level;
 use sd_kernels::plan::{Feed, Options, Plan, Precision, Store};
 use sd_kernels::{Graph, Weights};
 use sd_models::clip::TextEncoder;
+use sd_models::t5::T5Encoder;
 
 use crate::error::{Error, Result};
-use crate::text::{Encoded, Reading, Tower};
+use crate::text::{Encoded, LongTower, Reading, Tower};
 
-/// A tower on a device.
-pub struct LoadedTower {
-    encoder: TextEncoder,
+/// How a tower's parts are run.
+pub(super) struct Runner {
     weights: Weights,
     device: Device,
     /// What the eager executor computes in; none where plans run the tower.
     eager: Option<DType>,
 }
 
-impl LoadedTower {
-    pub(super) fn new(
-        encoder: TextEncoder,
-        weights: Weights,
-        device: &Device,
-        eager: Option<DType>,
-    ) -> Self {
+/// A CLIP tower on a device.
+pub struct LoadedTower {
+    encoder: TextEncoder,
+    runner: Runner,
+}
+
+/// T5 on a device.
+pub struct LoadedT5 {
+    encoder: T5Encoder,
+    runner: Runner,
+}
+
+impl Runner {
+    pub(super) fn new(weights: Weights, device: &Device, eager: Option<DType>) -> Self {
         Self {
-            encoder,
             weights,
             device: device.clone(),
             eager,
         }
+    }
+
+    /// Token ids `[rows, length]`.
+    fn ids(&self, ids: &[u32], rows: usize, vocabulary: usize) -> Result<Tensor> {
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocabulary) {
+            return Err(Error::Numeric(format!(
+                "token {id} is outside the vocabulary of {vocabulary}"
+            )));
+        }
+        let length = ids.len() / rows.max(1);
+        Ok(Tensor::from_slice(ids, (rows, length), &self.device)?)
     }
 
     /// Runs a part of the tower on one input.
@@ -46,7 +63,11 @@ impl LoadedTower {
         let graph = Graph::new();
         let output = part(&graph.input("x", input.dims()))?;
         // the text is encoded once a prompt, and every later number depends on it: always in f32
-        let options = Options::new(Level::current(), Precision::F32);
+        let options = Options {
+            // each weight is read once: T5's alone would take 10 to 20 GB
+            transient: true,
+            ..Options::new(Level::current(), Precision::F32)
+        };
         let mut plan = Plan::compile(&graph, &output, &options, &Store::default())?;
         let values = input.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
         let feed = Feed {
@@ -59,29 +80,49 @@ impl LoadedTower {
     }
 }
 
+impl LoadedTower {
+    pub(super) fn new(encoder: TextEncoder, runner: Runner) -> Self {
+        Self { encoder, runner }
+    }
+}
+
+impl LoadedT5 {
+    pub(super) fn new(encoder: T5Encoder, runner: Runner) -> Self {
+        Self { encoder, runner }
+    }
+
+    /// Tokens of the vocabulary.
+    pub fn vocabulary(&self) -> usize {
+        self.encoder.config().vocabulary
+    }
+}
+
+impl LongTower for LoadedT5 {
+    fn states(&self, ids: &[u32]) -> Result<Tensor> {
+        let ids = self.runner.ids(ids, 1, self.vocabulary())?;
+        let states = self.runner.run(&ids, &|ids| self.encoder.forward(ids))?;
+        self.runner.weights.release();
+        Ok(states)
+    }
+}
+
 impl Tower for LoadedTower {
     fn positions(&self) -> usize {
         self.encoder.config().positions
     }
 
-    fn projects(&self) -> bool {
-        self.encoder.config().projection.is_some()
-    }
-
     /// The weights are let go of at the end: between prompts they would only take room (0.5 GB in f32).
     fn states(&self, ids: &[u32], chunks: usize, reading: Reading<'_>) -> Result<Encoded> {
-        let vocabulary = self.encoder.config().vocabulary;
-        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocabulary) {
-            return Err(Error::Numeric(format!(
-                "token {id} is outside the vocabulary of {vocabulary}"
-            )));
-        }
-        let ids = Tensor::from_vec(ids.to_vec(), (chunks, self.positions()), &self.device)?;
+        let ids = self
+            .runner
+            .ids(ids, chunks, self.encoder.config().vocabulary)?;
         let Reading { skip, norm, pooled } = reading;
         let states = if norm {
-            self.run(&ids, &|ids| self.encoder.forward(ids, skip))?
+            self.runner
+                .run(&ids, &|ids| self.encoder.forward(ids, skip))?
         } else {
-            self.run(&ids, &|ids| self.encoder.hidden(ids, skip))?
+            self.runner
+                .run(&ids, &|ids| self.encoder.hidden(ids, skip))?
         };
         let pooled = match pooled {
             [] => None,
@@ -92,7 +133,7 @@ impl Tower for LoadedTower {
             }
             _ => Some(self.pool(&states, skip, pooled)?),
         };
-        self.weights.release();
+        self.runner.weights.release();
         Ok(Encoded { states, pooled })
     }
 }
@@ -104,15 +145,20 @@ impl LoadedTower {
             .iter()
             .map(|&(chunk, _)| states.narrow(0, chunk, 1))
             .collect::<candle_core::Result<_>>()?;
-        let dtype = self.eager.unwrap_or(DType::F32);
+        let dtype = self.runner.eager.unwrap_or(DType::F32);
         let chunks = Tensor::cat(&chunks, 0)?.to_dtype(dtype)?;
-        let finished = self.run(&chunks, &|x| self.encoder.finish(x, skip))?;
+        let finished = self
+            .runner
+            .run(&chunks, &|x| self.encoder.finish(x, skip))?;
         let ends: Vec<Tensor> = places
             .iter()
             .enumerate()
             .map(|(i, &(_, end))| finished.narrow(0, i, 1)?.narrow(1, end, 1))
             .collect::<candle_core::Result<_>>()?;
         let ends = Tensor::cat(&ends, 0)?.to_dtype(dtype)?; // [places, 1, width]
-        Ok(self.run(&ends, &|x| self.encoder.project(x))?.squeeze(1)?)
+        Ok(self
+            .runner
+            .run(&ends, &|x| self.encoder.project(x))?
+            .squeeze(1)?)
     }
 }

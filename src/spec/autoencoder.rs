@@ -3,8 +3,11 @@
 use serde_json::Value;
 
 use super::{Component, folder_component};
-use crate::checkpoint::Checkpoint;
+use std::sync::Arc;
+
+use crate::checkpoint::{Checkpoint, TensorSet};
 use crate::error::{Error, Result};
+use crate::weights::text_tower::at;
 use crate::weights::{diffusers_vae, ldm_vae, taesd};
 use sd_models::vae::{Config, TinyConfig};
 
@@ -30,8 +33,8 @@ pub(super) fn of_folder(checkpoint: &Checkpoint) -> Result<Component<Config>> {
     Ok(vae)
 }
 
-/// That of a file or folder which may hold nothing else; `scaling_factor` is for files that do not say.
-pub(super) fn of_another(checkpoint: &Checkpoint, scaling_factor: f64) -> Result<Autoencoder> {
+/// That of a file or folder which may hold nothing else; the scaling and shift factors are for files that do not say.
+pub(super) fn of_another(checkpoint: &Checkpoint, factors: (f64, f64)) -> Result<Autoencoder> {
     let class = checkpoint.config("vae").and_then(|c| c.get("_class_name"));
     let is_tiny = class.and_then(Value::as_str) == Some("AutoencoderTiny");
     if checkpoint.is_folder() && !is_tiny {
@@ -41,11 +44,46 @@ pub(super) fn of_another(checkpoint: &Checkpoint, scaling_factor: f64) -> Result
         Some(tensors) => tensors,
         None => checkpoint.require("vae")?,
     };
+    if let Some(full) = find(checkpoint, &tensors, factors)? {
+        return Ok(Autoencoder::Full(full));
+    }
     let shapes = |name: &str| tensors.info(name).map(|info| info.shape.clone());
-    let has = |prefix: &str, name: &str| {
-        let full = format!("{prefix}.{name}");
-        shapes(full.trim_start_matches('.')).is_some()
-    };
+    match taesd::read(&shapes) {
+        Ok((config, layout)) => Ok(Autoencoder::Tiny(Component::new(config, &tensors, layout))),
+        Err(_) => Err(Error::bad_model(
+            checkpoint.path(),
+            "the file holds no autoencoder that is known; give a VAE, a TAESD or a whole checkpoint with --vae",
+        )),
+    }
+}
+
+/// A single file's own, with the factors of its family.
+pub(super) fn of_single(
+    checkpoint: &Checkpoint,
+    tensors: &Arc<TensorSet>,
+    factors: (f64, f64),
+) -> Result<Component<Config>> {
+    match find(checkpoint, tensors, factors)? {
+        Some(found) => Ok(found),
+        None => {
+            let shapes = |name: &str| tensors.info(name).map(|info| info.shape.clone());
+            let reason = ldm_vae::read(SINGLE_VAE, factors.0, &shapes).err();
+            Err(Error::bad_model(
+                checkpoint.path(),
+                reason.unwrap_or_default(),
+            ))
+        }
+    }
+}
+
+/// An autoencoder in either spelling, wherever it lies.
+fn find(
+    checkpoint: &Checkpoint,
+    tensors: &Arc<TensorSet>,
+    (scaling_factor, shift_factor): (f64, f64),
+) -> Result<Option<Component<Config>>> {
+    let shapes = |name: &str| tensors.info(name).map(|info| info.shape.clone());
+    let has = |prefix: &str, name: &str| shapes(&at(prefix, name)).is_some();
     for prefix in PREFIXES {
         let found = if has(prefix, "decoder.up.0.block.0.conv1.weight") {
             ldm_vae::read(prefix, scaling_factor, &shapes)
@@ -54,15 +92,10 @@ pub(super) fn of_another(checkpoint: &Checkpoint, scaling_factor: f64) -> Result
         } else {
             continue;
         };
-        let (config, layout) =
+        let (mut config, layout) =
             found.map_err(|reason| Error::bad_model(checkpoint.path(), reason))?;
-        return Ok(Autoencoder::Full(Component::new(config, &tensors, layout)));
+        config.shift_factor = shift_factor;
+        return Ok(Some(Component::new(config, tensors, layout)));
     }
-    match taesd::read(&shapes) {
-        Ok((config, layout)) => Ok(Autoencoder::Tiny(Component::new(config, &tensors, layout))),
-        Err(_) => Err(Error::bad_model(
-            checkpoint.path(),
-            "the file holds no autoencoder that is known; give a VAE, a TAESD or a whole checkpoint with --vae",
-        )),
-    }
+    Ok(None)
 }

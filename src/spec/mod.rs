@@ -3,6 +3,7 @@
 
 mod autoencoder;
 mod table;
+mod text;
 
 use std::sync::Arc;
 
@@ -11,32 +12,38 @@ use serde_json::Value;
 use crate::checkpoint::{self, Checkpoint, Detection, Family, Noise, TensorSet};
 use crate::error::{Error, Result};
 use crate::sampling::{Class, NoiseSchedule, Prediction, SchedulerConfig};
-use crate::weights::text_tower::{self, POSITIONS, PROJECTION};
-use crate::weights::{Layout, ldm_vae};
+use crate::weights::Layout;
 use autoencoder::Autoencoder;
 pub(crate) use autoencoder::SINGLE_VAE;
 use sd_models::config::ConfigResult;
 use sd_models::vae::TinyConfig;
-use sd_models::{clip, unet, vae};
-pub use table::{Defaults, Pad, TowerRole, native_size, towers};
-use table::{NORMALISED_FACTOR, Row, Spelling, row};
+use sd_models::{clip, denoiser, unet, vae};
+pub use table::{Defaults, Pad, T5Role, TowerRole, native_size, t5_length, towers};
+use table::{NORMALISED_FACTOR, Row, row};
+pub use text::T5Tower;
 
 /// Everything about a model that is known before a tensor is read.
 pub struct ModelSpec {
     /// The family.
     pub family: Family,
-    /// What the UNet predicts.
+    /// What the denoising network predicts.
     pub prediction: Prediction,
     /// The denoising network.
-    pub unet: Component<unet::Config>,
+    pub unet: Component<denoiser::Config>,
     /// The autoencoder.
     pub vae: Component<vae::Config>,
     /// A tiny decoder that takes its decoder's place.
     pub tiny: Option<Component<TinyConfig>>,
     /// The autoencoder or decoder is not the checkpoint's own.
     pub other_vae: bool,
-    /// The text towers, whose states stand side by side; at least one.
+    /// The CLIP towers, whose states stand side by side; at least one.
     pub text: Vec<TextTower>,
+    /// T5, whose states stand behind theirs.
+    pub t5: Option<T5Tower>,
+    /// States of T5 that are zeros, where a family has one and the model has not.
+    pub without_t5: Option<usize>,
+    /// Names of the text towers that are not the checkpoint's own.
+    pub other_text: Vec<&'static str>,
     /// The folder's own sampler; none for single files.
     pub scheduler: Option<SchedulerConfig>,
     /// The noise levels of runs by a sampler's name.
@@ -45,6 +52,17 @@ pub struct ModelSpec {
     pub zero_negative: bool,
     /// What is used when the user does not say.
     pub defaults: Defaults,
+}
+
+/// Files beside a checkpoint that hold parts of the model.
+#[derive(Clone, Copy, Default)]
+pub struct Others<'a> {
+    /// An autoencoder, or a tiny decoder, in the place of its own.
+    pub vae: Option<&'a Checkpoint>,
+    /// Text encoders in the place of its own.
+    pub text: &'a [Checkpoint],
+    /// Tokens that T5 reads, in the place of the family's number.
+    pub t5_length: Option<usize>,
 }
 
 /// A text tower and how it is read.
@@ -71,22 +89,27 @@ impl ModelSpec {
     /// # Errors
     /// [`Error::Unsupported`] for other families, by name; [`Error::BadModel`] when a component or a config is broken.
     pub fn read(checkpoint: &Checkpoint, detection: &Detection) -> Result<Self> {
-        Self::read_with(checkpoint, detection, None)
+        Self::read_with(checkpoint, detection, Others::default())
     }
 
-    /// The same with another file's autoencoder, if one is given.
+    /// The same with parts of other files.
     ///
     /// # Errors
     /// As [`ModelSpec::read`].
     pub fn read_with(
         checkpoint: &Checkpoint,
         detection: &Detection,
-        vae: Option<&Checkpoint>,
+        others: Others<'_>,
     ) -> Result<Self> {
         let mut detection = detection.clone();
         let detection = &mut detection;
+        let vae = others.vae;
         if vae.is_some() {
             detection.missing.retain(|name| *name != "vae");
+        }
+        if let Some(row) = row(detection.family) {
+            let given = text::given(row, others.text)?;
+            detection.missing.retain(|name| !given.contains(name));
         }
         if let Some(refusal) = detection.refusal() {
             return Err(Error::Unsupported(format!(
@@ -98,8 +121,9 @@ impl ModelSpec {
             let reason = format!("no pictures are made with {}", detection.title());
             return Err(Error::bad_model(checkpoint.path(), reason));
         };
+        let factors = (row.scaling_factor, row.shift_factor);
         let other = match vae {
-            Some(vae) => Some(autoencoder::of_another(vae, row.scaling_factor)?),
+            Some(vae) => Some(autoencoder::of_another(vae, factors)?),
             None => None,
         };
         let (full, tiny) = match other {
@@ -108,10 +132,11 @@ impl ModelSpec {
             None => (None, None),
         };
         let mut spec = if checkpoint.is_folder() {
-            Self::from_folder(checkpoint, detection, row, full)?
+            Self::from_folder(checkpoint, detection, (row, others), full)?
         } else {
-            Self::from_single_file(checkpoint, detection, row, full)?
+            Self::from_single_file(checkpoint, detection, (row, others), full)?
         };
+        spec.set_t5_length(others.t5_length)?;
         spec.other_vae = vae.is_some();
         spec.tiny = tiny;
         spec.check_latents(checkpoint)?;
@@ -120,7 +145,7 @@ impl ModelSpec {
 
     /// The UNet's latents are the autoencoder's.
     fn check_latents(&self, checkpoint: &Checkpoint) -> Result<()> {
-        let wanted = self.unet.config.out_channels;
+        let wanted = self.unet.config.out_channels();
         let got = match &self.tiny {
             Some(tiny) => tiny.config.latent_channels,
             None => self.vae.config.latent_channels,
@@ -144,7 +169,7 @@ impl ModelSpec {
     fn from_folder(
         checkpoint: &Checkpoint,
         detection: &Detection,
-        row: &Row,
+        (row, others): (&Row, Others<'_>),
         vae: Option<Component<vae::Config>>,
     ) -> Result<Self> {
         let scheduler = match checkpoint.config("scheduler") {
@@ -159,24 +184,22 @@ impl ModelSpec {
             }
             None => None,
         };
-        let unet = folder_component(checkpoint, "unet", unet::Config::from_json)?;
+        let unet = folder_component(checkpoint, row.network.component(), |value| {
+            row.network.config(value)
+        })?;
         let vae = match vae {
             Some(vae) => vae,
             None => autoencoder::of_folder(checkpoint)?,
         };
-        let text = row
-            .towers
-            .iter()
-            .map(|role| folder_tower(checkpoint, *role))
-            .collect::<Result<Vec<_>>>()?;
+        let text = text::read(checkpoint, row, others.text)?;
         let (prediction, levels) = trained(scheduler.as_ref());
-        let mut defaults = row.defaults(prediction, detection.distilled);
+        let mut defaults = row.defaults_of(&unet.config, prediction, detection.distilled);
         let zero_negative = checkpoint
             .model_index()
             .and_then(|index| index.get("force_zeros_for_empty_prompt")?.as_bool())
             .unwrap_or(row.zero_negative);
         let sample_size = checkpoint
-            .config("unet")
+            .config(row.network.component())
             .and_then(|c| c.get("sample_size"))
             .and_then(Value::as_u64);
         if let Some(size) = sample_size
@@ -193,7 +216,10 @@ impl ModelSpec {
             vae,
             tiny: None,
             other_vae: false,
-            text,
+            without_t5: row.t5.filter(|_| text.t5.is_none()).map(|role| role.length),
+            text: text.towers,
+            t5: text.t5,
+            other_text: text.others,
             scheduler,
             levels,
             zero_negative,
@@ -205,42 +231,21 @@ impl ModelSpec {
     fn from_single_file(
         checkpoint: &Checkpoint,
         detection: &Detection,
-        row: &Row,
+        (row, others): (&Row, Others<'_>),
         vae: Option<Component<vae::Config>>,
     ) -> Result<Self> {
         let tensors = checkpoint
             .single()
             .ok_or_else(|| Error::bad_model(checkpoint.path(), "the file holds no tensors"))?;
-        let shapes = |name: &str| tensors.info(name).map(|info| info.shape.clone());
-        let broken = |reason: String| Error::bad_model(checkpoint.path(), reason);
-        let (unet, layout) =
-            crate::weights::ldm_unet::read("model.diffusion_model", &shapes).map_err(&broken)?;
-        let unet = Component::new(unet, &tensors, layout);
+        let unet = single_network(checkpoint, row, &tensors)?;
         let mut vae = match vae {
             Some(vae) => vae,
             None => {
-                let (vae, layout) =
-                    ldm_vae::read(SINGLE_VAE, row.scaling_factor, &shapes).map_err(&broken)?;
-                Component::new(vae, &tensors, layout)
+                let factors = (row.scaling_factor, row.shift_factor);
+                autoencoder::of_single(checkpoint, &tensors, factors)?
             }
         };
-        let text = row
-            .towers
-            .iter()
-            .map(|role| {
-                let (config, layout) = match role.spelling {
-                    Spelling::Transformers => text_tower::read_transformers(role.prefix, &shapes),
-                    Spelling::OpenClip(used) => {
-                        text_tower::read_open_clip(role.prefix, used, &shapes)
-                    }
-                }
-                .map_err(&broken)?;
-                Ok(TextTower {
-                    component: Component::new(config, &tensors, layout),
-                    role: *role,
-                })
-            })
-            .collect::<Result<Vec<_>>>()?;
+        let text = text::read(checkpoint, row, others.text)?;
         let prediction = match detection.prediction {
             Some(checkpoint::Prediction::V) => Prediction::V,
             Some(checkpoint::Prediction::Sample) => Prediction::Sample,
@@ -258,6 +263,7 @@ impl ModelSpec {
                 NoiseSchedule::continuous(range.0, range.1, *data)
             }
         };
+        let defaults = row.defaults_of(&unet.config, prediction, detection.distilled);
         if let Noise::Continuous {
             spread: Some((mean, deviation)),
             ..
@@ -277,25 +283,111 @@ impl ModelSpec {
             vae,
             tiny: None,
             other_vae: false,
-            text,
+            without_t5: row.t5.filter(|_| text.t5.is_none()).map(|role| role.length),
+            text: text.towers,
+            t5: text.t5,
+            other_text: text.others,
             scheduler: None,
             levels,
             zero_negative: row.zero_negative,
-            defaults: row.defaults(prediction, detection.distilled),
+            defaults,
         }
         .check_vector(checkpoint)
     }
 
-    /// Width of the whole text's vector that the UNet is given: the last tower's.
+    /// Another length of T5's texts than the family's.
+    fn set_t5_length(&mut self, length: Option<usize>) -> Result<()> {
+        /// No model was trained on more.
+        const MOST: usize = 512;
+        let Some(length) = length else {
+            return Ok(());
+        };
+        if !(1..=MOST).contains(&length) {
+            return Err(Error::Usage(format!(
+                "--t5-length is {length}, expected 1 to {MOST}"
+            )));
+        }
+        match (&mut self.t5, &mut self.without_t5) {
+            (Some(t5), _) => t5.role.length = length,
+            (None, Some(zeros)) => *zeros = length,
+            (None, None) => {
+                return Err(Error::Usage(
+                    "--t5-length is for models with T5, Stable Diffusion 3 and FLUX; leave it out"
+                        .to_owned(),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Tokens of a short text's states, of all towers behind each other.
+    pub fn tokens(&self) -> usize {
+        let beside = self.text.iter().find(|tower| tower.role.states);
+        let beside = beside.map_or(0, |tower| tower.component.config.positions);
+        let t5 = self.t5.as_ref().map(|t5| t5.role.length);
+        beside + t5.or(self.without_t5).unwrap_or(0)
+    }
+
+    /// The denoising network's name in folders.
+    pub fn network(&self) -> &'static str {
+        match self.unet.config {
+            denoiser::Config::UNet(_) => "unet",
+            _ => "transformer",
+        }
+    }
+
+    /// Where a single file keeps the text towers in whose place others are.
+    pub(crate) fn replaced_text(&self) -> Vec<&'static str> {
+        let towers = self
+            .text
+            .iter()
+            .map(|tower| (tower.role.component, tower.role.prefix));
+        let t5 = self.t5.iter().map(|t5| (t5.role.component, t5.role.prefix));
+        let all = towers.chain(t5);
+        all.filter(|(component, _)| self.other_text.contains(component))
+            .map(|(_, prefix)| prefix)
+            .collect()
+    }
+
+    /// Width of the whole text's vector that the network is given: those of all towers that give one.
     pub fn pooled_width(&self) -> usize {
-        let last = self.text.last().map(|tower| &tower.component.config);
-        last.map_or(0, |config| config.projection.unwrap_or(config.width))
+        let towers = self.text.iter().filter(|tower| tower.role.pooled);
+        let widths = towers.map(|tower| {
+            let config = &tower.component.config;
+            config.projection.unwrap_or(config.width)
+        });
+        widths.fold(0, usize::saturating_add)
+    }
+
+    /// The text's vector and states are as wide as the transformer wants them.
+    fn check_pooled(self, checkpoint: &Checkpoint) -> Result<Self> {
+        let Some(wanted) = self.unet.config.added_width() else {
+            return Ok(self);
+        };
+        let states = self.text.iter().filter(|tower| tower.role.states);
+        let widths = states.map(|tower| tower.component.config.width);
+        let beside = widths.fold(0, usize::saturating_add);
+        let context = self.unet.config.context_width();
+        let t5 = self
+            .t5
+            .as_ref()
+            .map_or(context, |t5| t5.component.config.width);
+        let pooled = self.pooled_width();
+        if pooled == wanted && beside <= context && t5 == context {
+            return Ok(self);
+        }
+        Err(Error::bad_model(
+            checkpoint.path(),
+            format!(
+                "the transformer reads states {context} wide and a vector of {wanted} numbers; CLIP gives {beside} and {pooled}, T5 {t5}; transformer and text encoders are not of one model"
+            ),
+        ))
     }
 
     /// The numbers that follow the whole text's vector: six (original size, crop, target size) or five (an aesthetic score in the target's
     /// place); none where the UNet takes no vector.
     pub fn numbers(&self) -> usize {
-        let Some(added) = self.unet.config.added else {
+        let Some(added) = self.unet.config.unet().and_then(|unet| unet.added) else {
             return 0;
         };
         added.input.saturating_sub(self.pooled_width()) / added.number.max(1)
@@ -303,8 +395,11 @@ impl ModelSpec {
 
     fn check_vector(mut self, checkpoint: &Checkpoint) -> Result<Self> {
         let pooled = self.pooled_width();
-        let Some(added) = &mut self.unet.config.added else {
-            return Ok(self);
+        let denoiser::Config::UNet(unet::Config {
+            added: Some(added), ..
+        }) = &mut self.unet.config
+        else {
+            return self.check_pooled(checkpoint);
         };
         let rest = added.input.saturating_sub(pooled);
         let wanted = if self.family == Family::SdxlRefiner {
@@ -329,6 +424,30 @@ impl ModelSpec {
     }
 }
 
+/// The denoising network of a single file.
+fn single_network(
+    checkpoint: &Checkpoint,
+    row: &Row,
+    tensors: &Arc<TensorSet>,
+) -> Result<Component<denoiser::Config>> {
+    let shapes = |name: &str| tensors.info(name).map(|info| info.shape.clone());
+    let prefixes: &[&str] = match row.network {
+        table::Network::UNet => &["model.diffusion_model"],
+        _ => &checkpoint::NETWORK_PREFIXES,
+    };
+    let mut first = None;
+    for prefix in prefixes {
+        match row.network.read(prefix.trim_end_matches('.'), &shapes) {
+            Ok((config, layout)) => return Ok(Component::new(config, tensors, layout)),
+            Err(reason) => first = first.or(Some(reason)),
+        }
+    }
+    Err(Error::bad_model(
+        checkpoint.path(),
+        first.unwrap_or_default(),
+    ))
+}
+
 /// What a folder's network predicts and the noise levels of runs by name. Where the betas are the usual ones, a folder and a single file of the
 /// same model run alike, to the last bit.
 fn trained(scheduler: Option<&SchedulerConfig>) -> (Prediction, NoiseSchedule) {
@@ -350,33 +469,6 @@ fn trained(scheduler: Option<&SchedulerConfig>) -> (Prediction, NoiseSchedule) {
         NoiseSchedule::new(config)
     };
     (config.prediction, levels)
-}
-
-/// A folder's text tower, in either of transformers' spellings.
-fn folder_tower(checkpoint: &Checkpoint, role: TowerRole) -> Result<TextTower> {
-    let mut component = folder_component(checkpoint, role.component, clip::Config::from_json)?;
-    let layout = &mut component.layout;
-    let nested = "text_model.embeddings.token_embedding.weight";
-    if component.tensors.info(nested).is_some() {
-        *layout = Layout::identity("text_model");
-        layout.rename("text_projection", "text_projection", &[]);
-    }
-    for name in [
-        "text_model.embeddings.position_ids",
-        "embeddings.position_ids",
-    ] {
-        layout.ignore(name, POSITIONS);
-    }
-    for name in ["text_projection", "logit_scale"] {
-        layout.ignore(name, PROJECTION);
-    }
-    // a config without a class: the layer itself tells
-    if let Some(&[output, _]) = component.tensors.shape("text_projection.weight")
-        && !role.norm
-    {
-        component.config.projection.get_or_insert(output);
-    }
-    Ok(TextTower { component, role })
 }
 
 impl<C> Component<C> {

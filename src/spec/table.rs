@@ -1,8 +1,14 @@
 //! The one table of presets: what all models of a family have in common.
 
+use sd_models::config::ConfigResult;
+use sd_models::{denoiser, flux, mmdit, unet};
+use serde_json::Value;
+
 use crate::checkpoint::{Distilled, Family};
 use crate::sampling::Prediction;
-use crate::weights::text_tower::OpenClip;
+use crate::weights::ldm_unet::{self, Shapes};
+use crate::weights::text_tower::{Activation, OpenClip};
+use crate::weights::{self, Layout};
 
 /// What a family does when nothing else is asked for.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -47,37 +53,115 @@ pub struct TowerRole {
     pub skip: usize,
     /// Whether the states pass through the final norm.
     pub norm: bool,
+    /// Whether the network reads the states of the tokens.
+    pub states: bool,
+    /// Whether the network reads the whole text's vector.
+    pub pooled: bool,
+}
+
+/// T5's part in a family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct T5Role {
+    /// Its name in folders.
+    pub component: &'static str,
+    /// The folder of its tokenizer.
+    pub tokenizer: &'static str,
+    /// Where it lies in single files.
+    pub(super) prefix: &'static str,
+    /// Tokens that a text is filled up to, and cut at.
+    pub length: usize,
+    /// Whether pictures are made without it, its states being zeros.
+    pub optional: bool,
+}
+
+/// The kind of a denoising network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Network {
+    /// Stable Diffusion 1, 2, XL.
+    UNet,
+    /// Stable Diffusion 3.
+    Mmdit,
+    /// FLUX.1.
+    Flux,
+}
+
+impl Network {
+    /// Its name in folders.
+    pub(super) fn component(self) -> &'static str {
+        match self {
+            Self::UNet => "unet",
+            Self::Mmdit | Self::Flux => "transformer",
+        }
+    }
+
+    /// Its structure, from a folder's config.
+    pub(super) fn config(self, value: &Value) -> ConfigResult<denoiser::Config> {
+        Ok(match self {
+            Self::UNet => denoiser::Config::UNet(unet::Config::from_json(value)?),
+            Self::Mmdit => denoiser::Config::Mmdit(mmdit::Config::from_json(value)?),
+            Self::Flux => denoiser::Config::Flux(flux::Config::from_json(value)?),
+        })
+    }
+
+    /// Its structure and names below `prefix` of a single file.
+    pub(super) fn read(
+        self,
+        prefix: &str,
+        shapes: &Shapes<'_>,
+    ) -> std::result::Result<(denoiser::Config, Layout), String> {
+        Ok(match self {
+            Self::UNet => {
+                let (config, layout) = ldm_unet::read(prefix, shapes)?;
+                (denoiser::Config::UNet(config), layout)
+            }
+            Self::Mmdit => {
+                let (config, layout) = weights::mmdit::read(prefix, shapes)?;
+                (denoiser::Config::Mmdit(config), layout)
+            }
+            Self::Flux => {
+                let (config, layout) = weights::flux::read(prefix, shapes)?;
+                (denoiser::Config::Flux(config), layout)
+            }
+        })
+    }
 }
 
 /// The names of a text tower in single files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Spelling {
-    Transformers,
+    /// transformers', with the activation that its shapes do not tell.
+    Transformers(Activation),
     OpenClip(OpenClip),
 }
 
 /// What all models of a family have in common.
 pub(super) struct Row {
+    pub(super) network: Network,
     pub(super) defaults: Defaults,
     /// The size of models that predict v, which were trained at another.
     pub(super) v_size: usize,
     /// The autoencoder's scaling factor where a file does not say.
     pub(super) scaling_factor: f64,
+    /// What is taken off the autoencoder's latents before that, where a file does not say.
+    pub(super) shift_factor: f64,
     /// See [`ModelSpec::zero_negative`]; for files that do not say.
     pub(super) zero_negative: bool,
     /// diffusers' pipelines of this family correct old scheduler configs.
     pub(super) corrects_scheduler: bool,
     pub(super) towers: &'static [TowerRole],
+    pub(super) t5: Option<T5Role>,
 }
 
 const CLIP_L: TowerRole = TowerRole {
     component: "text_encoder",
     tokenizer: "tokenizer",
     prefix: "cond_stage_model.transformer",
-    spelling: Spelling::Transformers,
+    spelling: Spelling::Transformers(Activation::QuickGelu),
     pad: Pad::End,
     skip: 0,
     norm: true,
+    states: true,
+    pooled: false,
 };
 const OPEN_CLIP_H: TowerRole = TowerRole {
     prefix: "cond_stage_model.model",
@@ -99,13 +183,47 @@ const XL_OPEN_CLIP_G: TowerRole = TowerRole {
     pad: Pad::Zero,
     skip: 1,
     norm: false,
+    states: true,
+    pooled: true,
 };
 const REFINER_OPEN_CLIP_G: TowerRole = TowerRole {
     prefix: "conditioner.embedders.0.model",
     ..XL_OPEN_CLIP_G
 };
 
+const SD3_CLIP_L: TowerRole = TowerRole {
+    prefix: "text_encoders.clip_l.transformer",
+    pooled: true,
+    ..XL_CLIP_L
+};
+const SD3_CLIP_G: TowerRole = TowerRole {
+    prefix: "text_encoders.clip_g.transformer",
+    spelling: Spelling::Transformers(Activation::Gelu),
+    ..XL_OPEN_CLIP_G
+};
+const SD3_T5: T5Role = T5Role {
+    component: "text_encoder_3",
+    tokenizer: "tokenizer_3",
+    prefix: "text_encoders.t5xxl.transformer",
+    length: 256,
+    optional: true,
+};
+/// Of CLIP, FLUX reads the vector alone, without the projection that CLIP itself has behind it.
+const FLUX_CLIP_L: TowerRole = TowerRole {
+    skip: 0,
+    states: false,
+    ..SD3_CLIP_L
+};
+const FLUX_T5: T5Role = T5Role {
+    component: "text_encoder_2",
+    tokenizer: "tokenizer_2",
+    length: 512,
+    optional: false,
+    ..SD3_T5
+};
+
 const SD1: Row = Row {
+    network: Network::UNet,
     defaults: Defaults {
         size: 512,
         steps: 20,
@@ -116,9 +234,11 @@ const SD1: Row = Row {
     },
     v_size: 512,
     scaling_factor: 0.18215,
+    shift_factor: 0.0,
     zero_negative: false,
     corrects_scheduler: true,
     towers: &[CLIP_L],
+    t5: None,
 };
 const SD2: Row = Row {
     v_size: 768,
@@ -126,6 +246,7 @@ const SD2: Row = Row {
     ..SD1
 };
 const SDXL: Row = Row {
+    network: Network::UNet,
     defaults: Defaults {
         size: 1024,
         steps: 25,
@@ -134,14 +255,54 @@ const SDXL: Row = Row {
     },
     v_size: 1024,
     scaling_factor: 0.13025,
+    shift_factor: 0.0,
     zero_negative: true,
     corrects_scheduler: false,
     towers: &[XL_CLIP_L, XL_OPEN_CLIP_G],
+    t5: None,
 };
 const SDXL_REFINER: Row = Row {
     zero_negative: false,
     towers: &[REFINER_OPEN_CLIP_G],
     ..SDXL
+};
+
+const SD3: Row = Row {
+    network: Network::Mmdit,
+    defaults: Defaults {
+        size: 1024,
+        steps: 28,
+        cfg_scale: 7.0,
+        sampler: "Euler",
+        schedule: None,
+        most_cfg_scale: None,
+    },
+    v_size: 1024,
+    scaling_factor: 1.5305,
+    shift_factor: 0.0609,
+    zero_negative: false,
+    corrects_scheduler: false,
+    towers: &[SD3_CLIP_L, SD3_CLIP_G],
+    t5: Some(SD3_T5),
+};
+const SD35: Row = Row {
+    defaults: Defaults {
+        cfg_scale: 4.5,
+        ..SD3.defaults
+    },
+    ..SD3
+};
+const FLUX: Row = Row {
+    network: Network::Flux,
+    defaults: Defaults {
+        cfg_scale: 3.5,
+        ..SD3.defaults
+    },
+    scaling_factor: 0.3611,
+    shift_factor: 0.1159,
+    towers: &[FLUX_CLIP_L],
+    t5: Some(FLUX_T5),
+    ..SD3
 };
 
 /// The scaling factor of latents that are normalised channel by channel (Playground 2.5).
@@ -154,6 +315,9 @@ pub(super) fn row(family: Family) -> Option<&'static Row> {
         Family::Sd2 => Some(&SD2),
         Family::Sdxl | Family::Ssd1b | Family::Vega | Family::Koala => Some(&SDXL),
         Family::SdxlRefiner => Some(&SDXL_REFINER),
+        Family::Sd3 => Some(&SD3),
+        Family::Sd35 => Some(&SD35),
+        Family::Flux1 => Some(&FLUX),
         _ => None,
     }
 }
@@ -163,12 +327,37 @@ pub fn towers(family: Family) -> &'static [TowerRole] {
     row(family).map_or(&[], |row| row.towers)
 }
 
+/// Tokens of T5's texts, for families that have T5.
+pub fn t5_length(family: Family) -> Option<usize> {
+    row(family).and_then(|row| row.t5).map(|t5| t5.length)
+}
+
 /// Pixels of each side of a family's pictures where nothing else is said.
 pub fn native_size(family: Family, prediction: Prediction) -> usize {
     row(family).map_or(0, |row| row.defaults(prediction, None).size)
 }
 
 impl Row {
+    /// The defaults of a model of this network, where the family's models differ by it.
+    pub(super) fn defaults_of(
+        &self,
+        network: &denoiser::Config,
+        prediction: Prediction,
+        distilled: Option<Distilled>,
+    ) -> Defaults {
+        let mut defaults = self.defaults(prediction, distilled);
+        if let denoiser::Config::Flux(flux) = network {
+            if !flux.guidance {
+                // schnell was distilled to follow the prompt alone, in few steps
+                (defaults.steps, defaults.cfg_scale) = (4, 1.0);
+                defaults.most_cfg_scale = Some(1.0);
+            } else if flux.in_width > flux.out_width {
+                (defaults.steps, defaults.cfg_scale) = (50, 30.0);
+            }
+        }
+        defaults
+    }
+
     pub(super) fn defaults(
         &self,
         prediction: Prediction,
@@ -183,11 +372,13 @@ impl Row {
                 Distilled::Turbo => 4,
                 Distilled::Lightning(steps) | Distilled::Hyper(steps) => steps,
             };
-            defaults.sampler = match distilled {
-                Distilled::Turbo => "Euler a",
-                Distilled::Lightning(_) | Distilled::Hyper(_) => "Euler",
-            };
-            defaults.schedule = Some("SGM Uniform");
+            if self.network == Network::UNet {
+                defaults.sampler = match distilled {
+                    Distilled::Turbo => "Euler a",
+                    Distilled::Lightning(_) | Distilled::Hyper(_) => "Euler",
+                };
+                defaults.schedule = Some("SGM Uniform");
+            }
             defaults.cfg_scale = 1.0;
             defaults.most_cfg_scale = Some(2.5);
         }

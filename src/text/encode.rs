@@ -5,6 +5,7 @@ use candle_core::{DType, Tensor};
 use super::ClipTokenizer;
 use super::chunks::{Chunk, Chunking, Tokenized, emphasis_scale};
 use super::prompt::{Role, Syntax};
+use super::t5::T5Tokenizer;
 use crate::error::{Error, Result};
 use crate::spec::TowerRole;
 
@@ -77,9 +78,6 @@ pub trait Tower {
     /// Tokens of a chunk.
     fn positions(&self) -> usize;
 
-    /// Whether the tower gives a whole text's vector.
-    fn projects(&self) -> bool;
-
     /// States of `chunks` chunks of [`Tower::positions`] ids each, `[chunks, positions, width]`, and the vectors that the reading asks for,
     /// `[wanted, projection]`; in f32.
     ///
@@ -99,6 +97,45 @@ pub struct Speaker<'a> {
     pub role: TowerRole,
 }
 
+/// T5, whoever runs it.
+pub trait LongTower {
+    /// States of one text's `ids`, `[1, ids, width]`, in f32.
+    ///
+    /// # Errors
+    /// When an id is out of range or the executor fails.
+    fn states(&self, ids: &[u32]) -> Result<Tensor>;
+}
+
+/// T5 with the tokenizer that goes with it.
+#[derive(Clone, Copy)]
+pub struct LongSpeaker<'a> {
+    /// Who encodes.
+    pub tower: &'a dyn LongTower,
+    /// Who cuts text into tokens.
+    pub tokenizer: &'a T5Tokenizer,
+    /// Tokens that a text is filled up to, and cut at.
+    pub length: usize,
+}
+
+/// What stands behind the states of the CLIP towers.
+#[derive(Clone, Copy)]
+pub enum Behind<'a> {
+    /// Nothing.
+    Nothing,
+    /// T5's states, to whose width CLIP's are filled up with zeros.
+    T5(LongSpeaker<'a>),
+    /// As many zeros `(tokens, width)` in the place of a T5 that is not there.
+    Zeros(usize, usize),
+}
+
+/// Everybody who reads a model's texts.
+pub struct Readers<'a> {
+    /// CLIP towers, in the family's order.
+    pub towers: Vec<Speaker<'a>>,
+    /// T5.
+    pub behind: Behind<'a>,
+}
+
 /// What is to be encoded.
 #[derive(Debug, Clone, Copy)]
 pub struct Texts<'a> {
@@ -116,13 +153,13 @@ pub struct Texts<'a> {
 ///
 /// # Errors
 /// When a prompt uses what is not built, or a tower fails.
-pub fn encode(speakers: &[Speaker<'_>], texts: Texts<'_>) -> Result<Conditioning> {
+pub fn encode(readers: &Readers<'_>, texts: Texts<'_>) -> Result<Conditioning> {
     let mut warnings: Vec<String> = Vec::new();
-    let mut parts: [Vec<Encoded>; 2] = [Vec::new(), Vec::new()];
-    for speaker in speakers {
+    let mut parts: [Vec<(TowerRole, Encoded)>; 2] = [Vec::new(), Vec::new()];
+    for speaker in &readers.towers {
         let (both, noticed) = encode_by(speaker, texts)?;
         for (parts, encoded) in parts.iter_mut().zip(both) {
-            parts.push(encoded);
+            parts.push((speaker.role, encoded));
         }
         // towers with one vocabulary cut the same text
         for warning in noticed {
@@ -131,23 +168,104 @@ pub fn encode(speakers: &[Speaker<'_>], texts: Texts<'_>) -> Result<Conditioning
             }
         }
     }
-    let [unconditional, conditional] = parts.map(|parts| side_by_side(&parts));
+    let behind = long(readers.behind, texts)?;
+    for warning in behind.warnings {
+        // both towers cut the same text: T5, which holds more of it, tells what is lost to all
+        warnings.clear();
+        warnings.push(warning);
+    }
+    let [negative, positive] = parts;
     Ok(Conditioning {
-        unconditional: unconditional?,
-        conditional: conditional?,
+        unconditional: assemble(&negative, behind.states.as_ref().map(|both| &both[0]))?,
+        conditional: assemble(&positive, behind.states.as_ref().map(|both| &both[1]))?,
         warnings,
     })
 }
 
-/// The states of all towers next to each other, and the last tower's vector.
-fn side_by_side(parts: &[Encoded]) -> Result<Encoded> {
-    let states: Vec<&Tensor> = parts.iter().map(|part| &part.states).collect();
-    let last = parts
-        .last()
-        .ok_or_else(|| Error::Numeric("the model has no text encoder".to_owned()))?;
+/// The long tower's states of the negative prompt and of the prompt, and what was cut.
+struct Long {
+    states: Option<[Tensor; 2]>,
+    warnings: Vec<String>,
+}
+
+fn long(behind: Behind<'_>, texts: Texts<'_>) -> Result<Long> {
+    let speaker = match behind {
+        Behind::Nothing => {
+            return Ok(Long {
+                states: None,
+                warnings: Vec::new(),
+            });
+        }
+        Behind::Zeros(tokens, width) => {
+            let zeros = Tensor::zeros((1, tokens, width), DType::F32, &candle_core::Device::Cpu)?;
+            return Ok(Long {
+                states: Some([zeros.clone(), zeros]),
+                warnings: Vec::new(),
+            });
+        }
+        Behind::T5(speaker) => speaker,
+    };
+    let LongSpeaker {
+        tower,
+        tokenizer,
+        length,
+    } = speaker;
+    let mut warnings = Vec::new();
+    let mut of = |text: &str, role: Role| -> Result<Tensor> {
+        let tokens = tokenizer.tokenize(text, (texts.syntax, role), length)?;
+        warnings.extend(tokens.warning);
+        let states = tower.states(&tokens.ids)?;
+        if tokens.weights.iter().all(|&weight| weight == 1.0) {
+            return Ok(states);
+        }
+        let weights = Tensor::new(tokens.weights, states.device())?.reshape((1, (), 1))?;
+        Ok(states.broadcast_mul(&weights)?)
+    };
+    let positive = of(texts.prompt, Role::Prompt)?;
+    let negative = match texts.negative {
+        Some(text) => of(text, Role::Negative)?,
+        None => positive.zeros_like()?,
+    };
+    Ok(Long {
+        states: Some([negative, positive]),
+        warnings,
+    })
+}
+
+/// States side by side, filled up with zeros to the width of those behind them; whole texts' vectors side by side.
+fn assemble(parts: &[(TowerRole, Encoded)], behind: Option<&Tensor>) -> Result<Encoded> {
+    let beside: Vec<&Tensor> = parts
+        .iter()
+        .filter(|(role, _)| role.states)
+        .map(|(_, part)| &part.states)
+        .collect();
+    let beside = match beside.as_slice() {
+        [] => None,
+        some => Some(Tensor::cat(some, 2)?),
+    };
+    let states = match (beside, behind) {
+        (Some(beside), None) => beside,
+        (None, Some(behind)) => behind.clone(),
+        (Some(beside), Some(behind)) => {
+            let behind = behind.to_device(beside.device())?;
+            let more = behind.dim(2)?.saturating_sub(beside.dim(2)?);
+            Tensor::cat(&[beside.pad_with_zeros(2, 0, more)?, behind], 1)?
+        }
+        (None, None) => {
+            return Err(Error::Numeric("the model has no text encoder".to_owned()));
+        }
+    };
+    let pooled: Vec<&Tensor> = parts
+        .iter()
+        .filter(|(role, _)| role.pooled)
+        .filter_map(|(_, part)| part.pooled.as_ref())
+        .collect();
     Ok(Encoded {
-        states: Tensor::cat(&states, 2)?,
-        pooled: last.pooled.clone(),
+        states,
+        pooled: match pooled.as_slice() {
+            [] => None,
+            some => Some(Tensor::cat(some, 1)?),
+        },
     })
 }
 
@@ -189,7 +307,7 @@ fn encode_by(speaker: &Speaker<'_>, texts: Texts<'_>) -> Result<([Encoded; 2], V
     let reading = Reading {
         skip: texts.clip_skip.saturating_sub(1).max(role.skip),
         norm: role.norm,
-        pooled: if tower.projects() { &ends } else { &[] },
+        pooled: if role.pooled { &ends } else { &[] },
     };
     let all = tower.states(&ids, chunks.len(), reading)?;
     let mut encoded = Vec::with_capacity(2);

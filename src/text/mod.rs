@@ -4,26 +4,56 @@ pub mod chunks;
 mod encode;
 pub mod prompt;
 mod refusals;
+pub mod t5;
 pub mod tokenizer;
 mod vocabulary;
 
-pub use encode::{Conditioning, Encoded, Reading, Speaker, Texts, Tower, encode};
+pub use encode::{
+    Behind, Conditioning, Encoded, LongSpeaker, LongTower, Readers, Reading, Speaker, Texts, Tower,
+    encode,
+};
 pub use prompt::Syntax;
+pub use t5::T5Tokenizer;
 pub use tokenizer::ClipTokenizer;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
-use crate::spec::{ModelSpec, Pad, TextTower};
+use crate::spec::{ModelSpec, Pad, T5Tower, TextTower};
 
-/// The tokenizer of each of a model's text towers: the folder's own where it has one, CLIP's in this binary otherwise.
+/// The tokenizers of a model's text towers.
+pub struct Tokenizers {
+    /// CLIP's, one a tower.
+    pub clip: Vec<ClipTokenizer>,
+    /// T5's, where the model has one.
+    pub t5: Option<T5Tokenizer>,
+}
+
+/// The tokenizer of each of a model's text towers: the folder's own where it has one, that in this binary otherwise.
 ///
 /// # Errors
 /// When a folder's tokenizer is broken or does not fit the model.
-pub fn tokenizers_for(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<Vec<ClipTokenizer>> {
+pub fn tokenizers_for(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<Tokenizers> {
     let towers = spec.text.iter();
-    towers
-        .map(|tower| tokenizer_for(checkpoint, tower))
-        .collect()
+    let clip = towers.map(|tower| tokenizer_for(checkpoint, tower));
+    Ok(Tokenizers {
+        clip: clip.collect::<Result<_>>()?,
+        t5: match &spec.t5 {
+            Some(t5) => Some(t5_tokenizer_for(checkpoint, t5)?),
+            None => None,
+        },
+    })
+}
+
+fn t5_tokenizer_for(checkpoint: &Checkpoint, t5: &T5Tower) -> Result<T5Tokenizer> {
+    let folder = checkpoint.path().join(t5.role.tokenizer);
+    let own = ["tokenizer.json", "spiece.model"]
+        .iter()
+        .any(|name| folder.join(name).exists());
+    if checkpoint.is_folder() && own {
+        T5Tokenizer::from_folder(&folder)
+    } else {
+        T5Tokenizer::embedded()
+    }
 }
 
 fn tokenizer_for(checkpoint: &Checkpoint, tower: &TextTower) -> Result<ClipTokenizer> {

@@ -5,6 +5,8 @@ use sd_models::layers::JointConfig;
 
 use super::layout::{Inner, Layout, inner, part_of};
 use super::ldm_unet::Shapes;
+use super::mmdit::SWAPPED;
+use super::text_tower::at;
 
 const DOUBLE: &[Inner] = &[
     inner("norm1.linear", "img_mod.lin"),
@@ -47,17 +49,6 @@ const SINGLE: &[Inner] = &[
     inner("attn.norm_k.weight", "norm.key_norm.scale"),
     inner("proj_out", "linear2"),
 ];
-/// Scale and shift of the last norm stand the other way round.
-const LAST: &[Inner] = &[
-    Inner {
-        swapped: true,
-        ..inner("weight", "weight")
-    },
-    Inner {
-        swapped: true,
-        ..inner("bias", "bias")
-    },
-];
 const TIME_TEXT: &[Inner] = &[
     inner("timestep_embedder.linear_1", "time_in.in_layer"),
     inner("timestep_embedder.linear_2", "time_in.out_layer"),
@@ -76,11 +67,7 @@ const MAX_LAYERS: usize = 256;
 /// # Errors
 /// A sentence that says what is missing.
 pub(crate) fn read(prefix: &str, shapes: &Shapes<'_>) -> Result<(Config, Layout), String> {
-    let full = |name: &str| {
-        format!("{prefix}.{name}")
-            .trim_start_matches('.')
-            .to_owned()
-    };
+    let full = |name: &str| at(prefix, name);
     let is_diffusers = shapes(&full("x_embedder.weight")).is_some();
     let layout = if is_diffusers {
         Layout::identity(prefix)
@@ -142,11 +129,7 @@ pub(crate) fn read(prefix: &str, shapes: &Shapes<'_>) -> Result<(Config, Layout)
 }
 
 fn black_forest(prefix: &str, shapes: &Shapes<'_>) -> Layout {
-    let full = |name: &str| {
-        format!("{prefix}.{name}")
-            .trim_start_matches('.')
-            .to_owned()
-    };
+    let full = |name: &str| at(prefix, name);
     let mut layout = Layout::identity(prefix);
     layout.rename("x_embedder", &full("img_in"), &[]);
     layout.rename("context_embedder", &full("txt_in"), &[]);
@@ -155,7 +138,7 @@ fn black_forest(prefix: &str, shapes: &Shapes<'_>) -> Layout {
     layout.rename(
         "norm_out.linear",
         &full("final_layer.adaLN_modulation.1"),
-        LAST,
+        SWAPPED,
     );
     let kinds = [
         (

@@ -127,7 +127,8 @@ impl Layout {
         places
     }
 
-    fn place(&self, canonical: &str) -> Option<Part> {
+    /// Where `canonical` lies in a file of this layout, newest spelling.
+    pub fn place(&self, canonical: &str) -> Option<Part> {
         // the longest prefix decides: walk from the whole name upwards
         let mut end = canonical.len();
         loop {

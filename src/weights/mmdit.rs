@@ -5,6 +5,7 @@ use sd_models::mmdit::Config;
 
 use super::layout::{Inner, Layout, inner, part_of};
 use super::ldm_unet::Shapes;
+use super::text_tower::at;
 
 const SAMPLE: &[Inner] = &[
     inner("norm1.linear", "x_block.adaLN_modulation.1"),
@@ -66,7 +67,7 @@ const SAMPLE: &[Inner] = &[
     inner("ff_context.net.2", "context_block.mlp.fc2"),
 ];
 /// Scale and shift of a last norm stand the other way round.
-const SWAPPED: &[Inner] = &[
+pub(super) const SWAPPED: &[Inner] = &[
     Inner {
         swapped: true,
         ..inner("weight", "weight")
@@ -97,11 +98,7 @@ const MAX_LAYERS: usize = 256;
 /// # Errors
 /// A sentence that says what is missing.
 pub(crate) fn read(prefix: &str, shapes: &Shapes<'_>) -> Result<(Config, Layout), String> {
-    let full = |name: &str| {
-        format!("{prefix}.{name}")
-            .trim_start_matches('.')
-            .to_owned()
-    };
+    let full = |name: &str| at(prefix, name);
     let is_diffusers = shapes(&full("transformer_blocks.0.attn.to_q.weight")).is_some();
     let layout = if is_diffusers {
         Layout::identity(prefix)
@@ -170,11 +167,7 @@ pub(crate) fn read(prefix: &str, shapes: &Shapes<'_>) -> Result<(Config, Layout)
 }
 
 fn stability(prefix: &str, shapes: &Shapes<'_>) -> Layout {
-    let full = |name: &str| {
-        format!("{prefix}.{name}")
-            .trim_start_matches('.')
-            .to_owned()
-    };
+    let full = |name: &str| at(prefix, name);
     let mut layout = Layout::identity(prefix);
     layout.rename("pos_embed", prefix, PLACES);
     layout.rename("time_text_embed", prefix, TIME_TEXT);

@@ -11,6 +11,7 @@ mod numbers;
 mod quantised;
 mod random;
 mod source;
+pub(crate) mod t5;
 pub(crate) mod taesd;
 pub(crate) mod text_tower;
 

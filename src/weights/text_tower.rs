@@ -1,6 +1,6 @@
 //! Text towers of single files: transformers' spelling (Stable Diffusion 1) and OpenCLIP's (Stable Diffusion 2), read from shapes.
 
-use sd_kernels::Activation;
+pub(crate) use sd_kernels::Activation;
 use sd_models::clip::Config;
 
 use super::layout::{Inner, Layout, inner, part_of};
@@ -40,6 +40,13 @@ pub(crate) const POSITIONS: &str = "tensors of counted positions (position_ids)"
 /// What stands behind the text encoder in CLIP itself.
 pub(crate) const PROJECTION: &str = "tensors of CLIP's comparison of texts with pictures";
 
+/// A name below a prefix, which may be nothing.
+pub(crate) fn at(prefix: &str, name: &str) -> String {
+    format!("{prefix}.{name}")
+        .trim_start_matches('.')
+        .to_owned()
+}
+
 fn heads(width: usize) -> usize {
     if width.is_multiple_of(HEAD_WIDTH) {
         (width / HEAD_WIDTH).max(1)
@@ -63,44 +70,52 @@ fn count_layers(shapes: &Shapes<'_>, name: impl Fn(usize) -> String) -> usize {
         .count()
 }
 
-/// A tower in transformers' spelling below `prefix` (such as `cond_stage_model.transformer`), with or without `text_model.`.
+/// A tower in transformers' spelling below `prefix` (such as `cond_stage_model.transformer`), with or without `text_model.`; its activation and
+/// whether its projection is used, shapes do not tell.
 ///
 /// # Errors
 /// A sentence that says what is missing.
 pub(crate) fn read_transformers(
     prefix: &str,
+    (activation, projects): (Activation, bool),
     shapes: &Shapes<'_>,
 ) -> Result<(Config, Layout), String> {
-    let inside = format!("{prefix}.text_model");
-    let has_inside = shapes(&format!("{inside}.embeddings.token_embedding.weight")).is_some();
+    let inside = at(prefix, "text_model");
+    let has_inside = shapes(&at(&inside, "embeddings.token_embedding.weight")).is_some();
     let root = if has_inside {
         inside
     } else {
         prefix.to_owned()
     };
-    let (vocabulary, width) = matrix(shapes, &format!("{root}.embeddings.token_embedding.weight"))?;
-    let (positions, _) = matrix(
-        shapes,
-        &format!("{root}.embeddings.position_embedding.weight"),
-    )?;
-    let (intermediate, _) = matrix(shapes, &format!("{root}.encoder.layers.0.mlp.fc1.weight"))?;
+    let of = |name: &str| matrix(shapes, &at(&root, name));
+    let (vocabulary, width) = of("embeddings.token_embedding.weight")?;
+    let (positions, _) = of("embeddings.position_embedding.weight")?;
+    let (intermediate, _) = of("encoder.layers.0.mlp.fc1.weight")?;
     let mut layout = Layout::identity(&root);
-    layout.ignore(&format!("{root}.embeddings.position_ids"), POSITIONS);
-    for name in ["text_projection", "logit_scale"] {
-        layout.ignore(&format!("{prefix}.{name}"), PROJECTION);
-    }
+    layout.ignore(&at(&root, "embeddings.position_ids"), POSITIONS);
+    let projection = match shapes(&at(prefix, "text_projection.weight")).as_deref() {
+        Some(&[output, _]) if projects => {
+            layout.rename("text_projection", &at(prefix, "text_projection"), &[]);
+            Some(output)
+        }
+        _ => {
+            layout.ignore(&at(prefix, "text_projection"), PROJECTION);
+            None
+        }
+    };
+    layout.ignore(&at(prefix, "logit_scale"), PROJECTION);
     let config = Config {
         vocabulary,
         positions,
         width,
         intermediate,
         layers: count_layers(shapes, |i| {
-            format!("{root}.encoder.layers.{i}.mlp.fc1.weight")
+            at(&root, &format!("encoder.layers.{i}.mlp.fc1.weight"))
         }),
         heads: heads(width),
-        activation: Activation::QuickGelu,
+        activation,
         eps: 1e-5,
-        projection: None,
+        projection,
     };
     Ok((config, layout))
 }
@@ -123,23 +138,20 @@ pub(crate) fn read_open_clip(
     used: OpenClip,
     shapes: &Shapes<'_>,
 ) -> Result<(Config, Layout), String> {
-    let block = |i: usize| format!("{prefix}.transformer.resblocks.{i}");
-    let (vocabulary, width) = matrix(shapes, &format!("{prefix}.token_embedding.weight"))?;
-    let (positions, _) = matrix(shapes, &format!("{prefix}.positional_embedding"))?;
+    let name = |name: &str| at(prefix, name);
+    let block = |i: usize| name(&format!("transformer.resblocks.{i}"));
+    let (vocabulary, width) = matrix(shapes, &name("token_embedding.weight"))?;
+    let (positions, _) = matrix(shapes, &name("positional_embedding"))?;
     let (intermediate, _) = matrix(shapes, &format!("{}.mlp.c_fc.weight", block(0)))?;
     let stored = count_layers(shapes, |i| format!("{}.mlp.c_fc.weight", block(i)));
     let mut layout = Layout::default();
-    layout.rename(
-        "embeddings.token_embedding",
-        &format!("{prefix}.token_embedding"),
-        &[],
-    );
+    layout.rename("embeddings.token_embedding", &name("token_embedding"), &[]);
     layout.rename(
         "embeddings.position_embedding.weight",
-        &format!("{prefix}.positional_embedding"),
+        &name("positional_embedding"),
         &[],
     );
-    layout.rename("final_layer_norm", &format!("{prefix}.ln_final"), &[]);
+    layout.rename("final_layer_norm", &name("ln_final"), &[]);
     let (layers, projection) = match used {
         OpenClip::AllButLast => {
             let layers = stored.saturating_sub(1);
@@ -147,7 +159,7 @@ pub(crate) fn read_open_clip(
                 &block(layers),
                 "tensors of the text encoder's last layer, which Stable Diffusion 2 leaves out",
             );
-            layout.ignore(&format!("{prefix}.text_projection"), PROJECTION);
+            layout.ignore(&name("text_projection"), PROJECTION);
             (layers, None)
         }
         OpenClip::Whole => (stored, Some(projection(prefix, shapes, &mut layout)?)),
@@ -155,8 +167,8 @@ pub(crate) fn read_open_clip(
     for i in 0..layers {
         layout.rename(&format!("encoder.layers.{i}"), &block(i), BLOCK);
     }
-    for name in ["logit_scale", "attn_mask"] {
-        layout.ignore(&format!("{prefix}.{name}"), PROJECTION);
+    for unused in ["logit_scale", "attn_mask"] {
+        layout.ignore(&name(unused), PROJECTION);
     }
     let config = Config {
         vocabulary,
@@ -174,7 +186,7 @@ pub(crate) fn read_open_clip(
 
 /// The width of a whole text's vector. Files from some tools keep the matrix as a linear layer's weight.
 fn projection(prefix: &str, shapes: &Shapes<'_>, layout: &mut Layout) -> Result<usize, String> {
-    let linear = format!("{prefix}.text_projection");
+    let linear = at(prefix, "text_projection");
     if let Some(&[output, _]) = shapes(&format!("{linear}.weight")).as_deref() {
         layout.rename("text_projection", &linear, &[]);
         return Ok(output);

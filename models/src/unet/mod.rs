@@ -15,7 +15,7 @@ pub use config::{Added, Config, Level, Mid};
 use block::{DownBlock, MidBlock, UpBlock};
 use sd_kernels::{Activation, Error, Padding, Result, Tensor, Weights, ops};
 
-use crate::denoiser::Inputs;
+pub use crate::denoiser::Inputs;
 use crate::layers::{Conv2d, Embedding, GroupNorm, TimeEmbedding, given};
 
 /// The network.
