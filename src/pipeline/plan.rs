@@ -179,7 +179,7 @@ fn choose_sampling(
 ) -> Result<Chosen> {
     let spec = engine.spec();
     if let (None, None, Some(config)) = (&request.sampler, &request.schedule, &spec.scheduler) {
-        let (trajectory, warning) = sampling::diffusers(config, steps)?;
+        let (trajectory, warning) = sampling::diffusers(config, steps, None)?;
         warnings.extend(warning);
         return Ok(Chosen {
             sampler: config.names().0.to_owned(),
