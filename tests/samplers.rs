@@ -76,7 +76,7 @@ fn diffusers_fault(case: &Value) -> Option<String> {
     }
     let name = format!("{steps} steps of {}", case["config"]);
     let config = SchedulerConfig::from_json(&config).unwrap();
-    let (trajectory, warning) = match sampling::diffusers(&config, steps) {
+    let (trajectory, warning) = match sampling::diffusers(&config, steps, None) {
         Ok(run) => run,
         Err(error) => return Some(format!("{name}: {error}")),
     };
@@ -153,7 +153,7 @@ fn torch_cpu_generator() {
 #[test]
 fn an_unknown_class_is_replaced_and_said_so() {
     let config = SchedulerConfig::from_json(&json!({"_class_name": "NovelScheduler"})).unwrap();
-    let (trajectory, warning) = sampling::diffusers(&config, 5).unwrap();
+    let (trajectory, warning) = sampling::diffusers(&config, 5, None).unwrap();
     assert_eq!(trajectory.calls.len(), 6);
     assert!(warning.unwrap().contains("NovelScheduler"));
 }
@@ -162,7 +162,7 @@ fn an_unknown_class_is_replaced_and_said_so() {
 fn what_diffusers_cannot_run_is_refused() {
     let refused = |config: Value, steps| {
         let config = SchedulerConfig::from_json(&config).unwrap();
-        sampling::diffusers(&config, steps).unwrap_err()
+        sampling::diffusers(&config, steps, None).unwrap_err()
     };
     // ᾱ is 0 at the first step: ε says nothing about x₀
     let config = json!({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": true, "timestep_spacing": "trailing"});

@@ -62,7 +62,7 @@ impl Plan {
         let scale = spec.vae.config.scale();
         let side = |name: &str, wanted: Option<usize>| -> Result<usize> {
             let size = wanted.unwrap_or(spec.defaults.size);
-            let multiple = scale.max(8);
+            let multiple = scale.saturating_mul(spec.unet.config.patch()).max(8);
             if size == 0 || size > MAX_SIZE || !size.is_multiple_of(multiple) {
                 return Err(Error::Usage(format!(
                     "--{name} is {size}, expected a multiple of {multiple} from {multiple} to {MAX_SIZE}"
@@ -74,6 +74,14 @@ impl Plan {
             side("width", request.width)?,
             side("height", request.height)?,
         );
+        if let Some(most) = spec.unet.config.most_latents()
+            && width.max(height) / scale > most
+        {
+            return Err(Error::Usage(format!(
+                "the picture is {width}x{height}, expected at most {0}x{0}: the model knows no more positions",
+                most * scale
+            )));
+        }
         let steps = request.steps.unwrap_or(spec.defaults.steps);
         if !(1..=MAX_STEPS).contains(&steps) {
             return Err(Error::Usage(format!(
@@ -112,8 +120,14 @@ impl Plan {
                 "--cfg-scale is {cfg_scale}, and this model was distilled to need none: above {most} its pictures burn"
             ));
         }
-        let chosen = choose_sampling(engine, request, steps, &mut warnings)?;
+        if !guided && spec.unet.config.guides_itself() && request.has_negative() {
+            warnings.push(
+                "the negative prompt has no say: this model was distilled to follow the prompt alone"
+                    .to_owned(),
+            );
+        }
         let latent = (width / scale, height / scale);
+        let chosen = choose_sampling(engine, request, (steps, latent), &mut warnings)?;
         let memory = memory::estimate(&engine.all_networks(), latent, batch_size, guided)?;
         if !request.force {
             memory::check(memory)?;
@@ -174,12 +188,13 @@ struct Chosen {
 fn choose_sampling(
     engine: &Engine,
     request: &Request,
-    steps: usize,
+    (steps, latent): (usize, (usize, usize)),
     warnings: &mut Vec<String>,
 ) -> Result<Chosen> {
     let spec = engine.spec();
+    let flow = spec.flow(latent);
     if let (None, None, Some(config)) = (&request.sampler, &request.schedule, &spec.scheduler) {
-        let (trajectory, warning) = sampling::diffusers(config, steps)?;
+        let (trajectory, warning) = sampling::diffusers(config, steps, flow)?;
         warnings.extend(warning);
         return Ok(Chosen {
             sampler: config.names().0.to_owned(),

@@ -54,3 +54,11 @@ pub struct Request {
     /// Begin even when the memory estimate says that it will not fit.
     pub force: bool,
 }
+
+impl Request {
+    /// Whether there is a negative prompt that says something.
+    pub(super) fn has_negative(&self) -> bool {
+        let negative = self.negative_prompt.as_deref();
+        negative.is_some_and(|text| !text.trim().is_empty())
+    }
+}

@@ -1,12 +1,14 @@
 //! diffusers' `scheduler_config.json`: which fields a scheduler class has, their defaults, what they mean.
 
 mod class;
+pub(super) mod flow;
 
 use serde_json::Value;
 
 use super::prediction::Prediction;
 use crate::error::{Error, Result};
 pub use class::Class;
+pub use flow::{DynamicShift, FlowConfig};
 
 /// How noise grows over the training timesteps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,6 +94,8 @@ pub struct SchedulerConfig {
     pub rho: f64,
     /// `sigma_schedule` exponential instead of karras.
     pub exponential: bool,
+    /// The form for flow models; none where the config is for models with betas.
+    pub flow: Option<FlowConfig>,
 }
 
 impl Default for SchedulerConfig {
@@ -132,6 +136,7 @@ impl Default for SchedulerConfig {
             sigma_data: 0.5,
             rho: 7.0,
             exponential: false,
+            flow: None,
         }
     }
 }
@@ -222,6 +227,17 @@ impl Reader<'_> {
         })
     }
 
+    fn prediction(&self) -> Result<Prediction> {
+        if self.class.is_flow_match() {
+            return Ok(Prediction::Flow);
+        }
+        let mut words = PREDICTIONS.to_vec();
+        if self.flag("use_flow_sigmas", false)? {
+            words.push(("flow_prediction", Prediction::Flow));
+        }
+        self.choice("prediction_type", "epsilon", &words)
+    }
+
     fn sigma_map(&self) -> Result<SigmaMap> {
         // diffusers asks in this order
         let maps = [
@@ -266,9 +282,6 @@ impl Reader<'_> {
     }
 }
 
-/// Options of other model families, and one that diffusers itself calls unsuitable for latents.
-const UNSUPPORTED: &[&str] = &["thresholding", "use_flow_sigmas", "use_dynamic_shifting"];
-
 impl SchedulerConfig {
     /// Reads `scheduler_config.json` with the defaults of the class it names (diffusers 0.42.1).
     ///
@@ -279,12 +292,11 @@ impl SchedulerConfig {
         let class_name = name.unwrap_or("PNDMScheduler").to_owned();
         let class = Class::named(&class_name);
         let r = Reader { value, class };
-        for field in UNSUPPORTED {
-            if r.flag(field, false)? {
-                return Err(Error::Unsupported(format!(
-                    "scheduler config field `{field}` is not supported"
-                )));
-            }
+        // diffusers itself calls it unsuitable for latents
+        if r.flag("thresholding", false)? {
+            return Err(Error::Unsupported(
+                "scheduler config field `thresholding` is not supported".to_owned(),
+            ));
         }
         let train = r.size("num_train_timesteps", 1000)?;
         if train < 2 {
@@ -298,7 +310,7 @@ impl SchedulerConfig {
             beta_end: r.number("beta_end", end)?,
             beta_schedule: r.choice("beta_schedule", of_class.beta_schedule, BETA_SCHEDULES)?,
             trained_betas: r.trained_betas()?,
-            prediction: r.choice("prediction_type", "epsilon", PREDICTIONS)?,
+            prediction: r.prediction()?,
             spacing: r.choice("timestep_spacing", of_class.spacing, SPACINGS)?,
             steps_offset: r.size("steps_offset", 0)?,
             sigma_map: r.sigma_map()?,
@@ -326,6 +338,7 @@ impl SchedulerConfig {
             sigma_data: r.level("sigma_data")?.unwrap_or(0.5),
             rho: r.level("rho")?.unwrap_or(7.0),
             exponential: r.choice("sigma_schedule", "karras", SIGMA_SCHEDULES)?,
+            flow: flow::read(&r)?,
             class_name,
         })
     }
@@ -348,11 +361,17 @@ impl SchedulerConfig {
         )
     }
 
+    /// Whether the class itself speaks of a flow model (one that is not known may take either side).
+    pub fn is_flow(&self) -> bool {
+        self.flow.is_some() && self.class() != Class::Unknown
+    }
+
     /// Whether the noise levels are those of every Stable Diffusion 1 and 2, whatever else the file says.
     pub fn has_standard_betas(&self) -> bool {
         let standard = Self::default();
         let betas = |c: &Self| (c.num_train_timesteps, c.beta_start, c.beta_end);
-        betas(self) == betas(&standard)
+        !self.is_flow()
+            && betas(self) == betas(&standard)
             && self.beta_schedule == standard.beta_schedule
             && self.trained_betas.is_none()
             && !self.rescale_betas_zero_snr
@@ -363,9 +382,10 @@ impl SchedulerConfig {
         let class = self.class_name.trim_end_matches("Scheduler");
         let sampler = match self.class() {
             Class::Pndm => "PLMS",
-            Class::Euler | Class::EdmEuler => "Euler",
+            Class::Euler | Class::EdmEuler | Class::FlowMatchEuler => "Euler",
             Class::EulerAncestral => "Euler a",
-            Class::Heun => "Heun",
+            Class::Heun | Class::FlowMatchHeun => "Heun",
+            Class::FlowMatchLcm => "LCM",
             Class::Lms => "LMS",
             Class::Kdpm2 => "DPM2",
             Class::Kdpm2Ancestral => "DPM2 a",
@@ -468,7 +488,9 @@ mod tests {
                 "{text}"
             );
         }
-        let flow = r#"{"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": true}"#;
+        let flow = r#"{"_class_name": "FlowMatchLCMScheduler", "scale_factors": [0.5]}"#;
         assert!(matches!(read(flow), Err(Error::Unsupported(_))));
+        let flow = r#"{"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": true, "prediction_type": "flow_prediction"}"#;
+        assert_eq!(read(flow).unwrap().prediction, Prediction::Flow);
     }
 }

@@ -10,7 +10,9 @@ mod solvers;
 mod spacing;
 mod trajectory;
 
-pub use config::{BetaSchedule, Class, SchedulerConfig, SigmaMap, Spacing};
+pub use config::{
+    BetaSchedule, Class, DynamicShift, FlowConfig, SchedulerConfig, SigmaMap, Spacing,
+};
 pub use names::{Sampler, parse};
 pub use noise::Generator;
 pub use prediction::Prediction;
@@ -21,12 +23,25 @@ pub use trajectory::{Assign, Call, Combo, Register, Trajectory};
 use crate::error::{Error, Result};
 use solvers::{Levels, kdiffusion};
 
+/// What diffusers' pipeline of a flow model tells its scheduler beside the number of steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Flow {
+    /// Patches of the picture's latents (`image_seq_len`): (height/16)·(width/16) pixels of Stable Diffusion 3 and FLUX.
+    pub patches: usize,
+    /// The pipeline gives levels from 1 to 1/steps to be shifted (FLUX); otherwise the scheduler spreads its own (Stable Diffusion 3).
+    pub gives_levels: bool,
+}
+
 /// The run that diffusers 0.42.1 makes of a `scheduler_config.json` for a picture from text, with a notice when its class is not known and
-/// PNDM, the scheduler of Stable Diffusion 1.x, takes its place.
+/// the family's own takes its place: PNDM, or flow matching's Euler for a model of `flow`.
 ///
 /// # Errors
 /// [`Error::Usage`] for a number of steps that the scheduler cannot take, [`Error::Unsupported`] for options that are not built.
-pub fn diffusers(config: &SchedulerConfig, steps: usize) -> Result<(Trajectory, Option<String>)> {
+pub fn diffusers(
+    config: &SchedulerConfig,
+    steps: usize,
+    flow: Option<Flow>,
+) -> Result<(Trajectory, Option<String>)> {
     if steps == 0 || steps > config.num_train_timesteps {
         return Err(Error::Usage(format!(
             "--steps is {steps}, expected 1 to {}, the steps that the model was trained with",
@@ -34,7 +49,21 @@ pub fn diffusers(config: &SchedulerConfig, steps: usize) -> Result<(Trajectory, 
         )));
     }
     refuse_undefined(config)?;
-    let schedule = NoiseSchedule::new(config);
+    let unknown = config.class() == Class::Unknown;
+    if let Some(fields) = config.flow.filter(|_| flow.is_some() || !unknown) {
+        return flows(config, fields, steps, flow);
+    }
+    if flow.is_some() {
+        return Err(Error::Unsupported(format!(
+            "the folder's {} has no form for flow models, which this one is; name a --sampler",
+            config.class_name
+        )));
+    }
+    let config = &SchedulerConfig {
+        flow: None,
+        ..config.clone()
+    };
+    let schedule = NoiseSchedule::of_betas(config);
     let levels = || discrete_levels(config, &schedule, steps);
     let middle = |sigma| schedule.timestep(sigma);
     let mut warning = None;
@@ -56,7 +85,7 @@ pub fn diffusers(config: &SchedulerConfig, steps: usize) -> Result<(Trajectory, 
         Class::Tcd => solvers::ddim::tcd(config, &schedule, steps)?,
         Class::EdmEuler => kdiffusion::euler(&solvers::edm::levels(config, steps)),
         Class::EdmDpmMultistep => solvers::dpm::edm_multistep(config, steps)?,
-        Class::Unknown => {
+        Class::Unknown | Class::FlowMatchEuler | Class::FlowMatchHeun | Class::FlowMatchLcm => {
             warning = Some(format!(
                 "the folder's scheduler is {}, which is not built; PNDM takes its place (name one with --sampler)",
                 config.class_name
@@ -69,13 +98,56 @@ pub fn diffusers(config: &SchedulerConfig, steps: usize) -> Result<(Trajectory, 
         }
     };
     run.steps = run.calls.last().map_or(0, |call| call.step + 1);
-    if !run.is_finite() {
-        return Err(Error::Usage(format!(
-            "the folder's {} divides by zero at {steps} steps, as it does in diffusers; use other --steps or name a --sampler",
-            config.class_name
-        )));
+    checked(run, config, steps).map(|run| (run, warning))
+}
+
+fn checked(run: Trajectory, config: &SchedulerConfig, steps: usize) -> Result<Trajectory> {
+    if run.is_finite() {
+        return Ok(run);
     }
-    Ok((run, warning))
+    Err(Error::Usage(format!(
+        "the folder's {} divides by zero at {steps} steps, as it does in diffusers; use other --steps or name a --sampler",
+        config.class_name
+    )))
+}
+
+/// [`diffusers`] for flow models.
+fn flows(
+    config: &SchedulerConfig,
+    fields: FlowConfig,
+    steps: usize,
+    flow: Option<Flow>,
+) -> Result<(Trajectory, Option<String>)> {
+    let fields = fields.resolved(flow.map(|flow| flow.patches))?;
+    let config = &SchedulerConfig {
+        flow: Some(fields),
+        ..config.clone()
+    };
+    let given = flow.is_some_and(|flow| flow.gives_levels);
+    let levels = || solvers::flow::levels(config, &fields, (steps, given));
+    let solver = |run: fn(&SchedulerConfig, &NoiseSchedule, usize) -> Result<Trajectory>| {
+        solvers::flow::refuse_remapped(config)?;
+        run(config, &NoiseSchedule::of_betas(config), steps)
+    };
+    let mut warning = None;
+    let run = match config.class() {
+        Class::FlowMatchEuler if fields.stochastic_sampling => solvers::flow::renoised(&levels()),
+        Class::FlowMatchEuler => solvers::flow::euler(&levels()),
+        Class::FlowMatchHeun => kdiffusion::heun(&levels()),
+        Class::FlowMatchLcm => solvers::flow::renoised(&levels()),
+        Class::DpmMultistep => solver(solvers::dpm::multistep)?,
+        Class::DpmSinglestep => solver(solvers::dpm::singlestep)?,
+        Class::UniPc => solver(solvers::unipc::unipc)?,
+        Class::Deis => solver(|c, s, n| Ok(solvers::deis::deis(c, s, n)))?,
+        _ => {
+            warning = Some(format!(
+                "the folder's scheduler is {}, which is not built; flow matching's Euler takes its place (name one with --sampler)",
+                config.class_name
+            ));
+            solvers::flow::euler(&levels())
+        }
+    };
+    checked(run, config, steps).map(|run| (run, warning))
 }
 
 /// Some classes are not defined for every kind of prediction.

@@ -14,6 +14,8 @@ pub enum Prediction {
     Sample,
     /// Karras et al.'s F, of which x₀ = c_skip·x + c_out·F (arXiv 2206.00364, table 1): the velocity with the other sign.
     Edm,
+    /// The velocity `ε − x₀` of latents `(1 − σ)·x₀ + σ·ε` (Liu et al., "Flow Straight and Fast", arXiv 2209.03003).
+    Flow,
 }
 
 /// Estimates of x₀ and ε for latents `x = α·x₀ + σ·ε` and the network's `output`.
@@ -35,10 +37,15 @@ pub(super) fn estimates(
             x.clone() * alpha + output.clone() * sigma,
             x * sigma - output * alpha,
         ),
+        Prediction::Flow => (
+            x.clone() - output.clone() * sigma,
+            x + output * (1.0 - sigma),
+        ),
     }
 }
 
-/// The estimate of x₀ for latents `x = x₀ + σ·ε` of clean latents with standard deviation `data`; the network sees `x / √(σ² + data²)`.
+/// The estimate of x₀ for latents `x = x₀ + σ·ε` of clean latents with standard deviation `data`; the network sees `x / √(σ² + data²)`. A flow's
+/// latents are `(1 − σ)·x₀ + σ·ε`, which the network sees as they are.
 pub(super) fn denoised(
     prediction: Prediction,
     (sigma, data): (f64, f64),
@@ -49,7 +56,7 @@ pub(super) fn denoised(
     let (x, output) = (x.clone(), output.clone());
     let kept = data * data / (norm * norm);
     match prediction {
-        Prediction::Epsilon => x - output * sigma,
+        Prediction::Epsilon | Prediction::Flow => x - output * sigma,
         Prediction::Sample => output,
         Prediction::V => x * kept - output * (sigma * data / norm),
         Prediction::Edm => x * kept + output * (sigma * data / norm),

@@ -1,6 +1,7 @@
 //! Betas to alphas to sigmas, and between sigma and timestep. Follows the f32 arithmetic of diffusers and k-diffusion where it shows.
 
-use super::config::{BetaSchedule, SchedulerConfig};
+use super::config::flow::shifted;
+use super::config::{BetaSchedule, FlowConfig, SchedulerConfig};
 use super::solvers::edm;
 use super::spacing::linspace;
 
@@ -14,9 +15,24 @@ pub struct NoiseSchedule {
     log_sigmas: Vec<f32>,
     /// Standard deviation of the clean latents.
     data: f64,
-    /// The network is told ¼ ln σ in place of a timestep.
-    continuous: bool,
+    time: Time,
 }
+
+/// What the network is told of a noise level.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Time {
+    /// A timestep of training, or a fraction between two.
+    Interpolated,
+    /// ¼ ln σ.
+    Continuous,
+    /// The nearest level's timestep; they are this far apart.
+    Nearest(usize),
+    /// 1000·σ of a flow, whose level at time t is t shifted by this.
+    Flow(f64),
+}
+
+/// A network of flow matching is told σ times this.
+const FLOW_TIME: f64 = 1000.0;
 
 /// The ᾱ that A1111 puts in place of 0 at the end of a schedule with zero terminal SNR.
 const LEAST_ALPHA: f64 = 4.897_345_189_085_343_5e-8;
@@ -137,6 +153,14 @@ fn rescale_zero_snr(betas: &[f32]) -> Vec<f32> {
 impl NoiseSchedule {
     /// The schedule that a config describes.
     pub fn new(config: &SchedulerConfig) -> Self {
+        match &config.flow {
+            Some(flow) if config.is_flow() => Self::of_flow(flow),
+            _ => Self::of_betas(config),
+        }
+    }
+
+    /// That of a config's betas, of which solvers keep the least level even where they run flow models.
+    pub(super) fn of_betas(config: &SchedulerConfig) -> Self {
         let mut betas = betas(config);
         if config.rescale_betas_zero_snr {
             betas = rescale_zero_snr(&betas);
@@ -164,8 +188,56 @@ impl NoiseSchedule {
             sigmas,
             log_sigmas,
             data: 1.0,
-            continuous: false,
+            time: Time::Interpolated,
         }
+    }
+
+    /// The levels of a flow model: `levels` times even from 1/levels to 1, shifted. ComfyUI has 1000 for Stable Diffusion 3 (shift 3) and FLUX
+    /// schnell (shift 1), and 10000 for FLUX dev, whose shift is e^1.15 whatever the picture's size.
+    pub fn flow(shift: f64, levels: usize) -> Self {
+        let levels = levels.max(2);
+        let sigmas: Vec<f64> = (1..=levels)
+            .map(|i| f64::from(shifted(shift, i as f64 / levels as f64) as f32))
+            .collect();
+        Self {
+            alphas_cumprod: sigmas
+                .iter()
+                .map(|s| (1.0 - s).powi(2) / ((1.0 - s).powi(2) + s * s))
+                .collect(),
+            log_sigmas: sigmas.iter().map(|s| s.ln() as f32).collect(),
+            sigmas,
+            data: 1.0,
+            time: Time::Flow(shift),
+        }
+    }
+
+    /// The flow that a config describes, by ComfyUI's reading: a shift that grows with the picture is that of the largest.
+    fn of_flow(config: &FlowConfig) -> Self {
+        match config.dynamic {
+            Some(dynamic) => Self::flow(dynamic.largest(), 10_000),
+            None => Self::flow(config.shift, 1000),
+        }
+    }
+
+    /// Every n-th level so that `count` remain, up to the last: those that a consistency model was distilled at.
+    pub(super) fn distilled(&self, count: usize) -> Self {
+        let stride = (self.len() / count).max(1);
+        fn kept<T: Copy>(list: &[T], stride: usize) -> Vec<T> {
+            let skipped = list.len() % stride + stride - 1;
+            list.iter().skip(skipped).step_by(stride).copied().collect()
+        }
+        Self {
+            alphas_cumprod: kept(&self.alphas_cumprod, stride),
+            sigmas: kept(&self.sigmas, stride),
+            log_sigmas: kept(&self.log_sigmas, stride),
+            data: self.data,
+            time: Time::Nearest(stride),
+        }
+    }
+
+    /// Whether latents are `(1 − σ)·x₀ + σ·ε`.
+    pub fn is_flow(&self) -> bool {
+        matches!(self.time, Time::Flow(_))
     }
 
     /// Continuous levels between two, of clean latents with standard deviation `data` (Karras et al., arXiv 2206.00364, table 1), a thousand
@@ -178,7 +250,7 @@ impl NoiseSchedule {
             log_sigmas: logs.iter().map(|&log| log as f32).collect(),
             sigmas,
             data,
-            continuous: true,
+            time: Time::Continuous,
         }
     }
 
@@ -189,13 +261,12 @@ impl NoiseSchedule {
 
     /// What the network is told of the least noise and of the most.
     pub fn timesteps(&self) -> (f64, f64) {
-        if self.continuous {
-            (
-                edm::timestep(self.sigma_min()),
-                edm::timestep(self.sigma_max()),
-            )
-        } else {
-            (0.0, self.len().saturating_sub(1) as f64)
+        match self.time {
+            Time::Interpolated => (0.0, self.len().saturating_sub(1) as f64),
+            Time::Continuous | Time::Nearest(_) | Time::Flow(_) => (
+                self.timestep(self.sigma_min()),
+                self.timestep(self.sigma_max()),
+            ),
         }
     }
 
@@ -222,10 +293,17 @@ impl NoiseSchedule {
     /// The fractional timestep of a noise level, linear in log σ (k-diffusion `DiscreteSchedule.sigma_to_t`). In f32 as the references
     /// compute it, because some of diffusers' schedulers cut the result to a whole number: the most noise must give the last timestep.
     pub fn timestep(&self, sigma: f64) -> f64 {
-        if self.continuous {
-            return edm::timestep(sigma);
-        }
         let log_sigma = sigma.max(1e-10).ln() as f32;
+        match self.time {
+            Time::Interpolated => {}
+            Time::Continuous => return edm::timestep(sigma),
+            Time::Flow(_) => return sigma * FLOW_TIME,
+            Time::Nearest(stride) => {
+                let distance = |i: &usize| (log_sigma - self.log_sigmas[*i]).abs();
+                let nearest = (0..self.len()).min_by(|a, b| distance(a).total_cmp(&distance(b)));
+                return ((nearest.unwrap_or_default() + 1) * stride - 1) as f64;
+            }
+        }
         let count = self.log_sigmas.iter().filter(|&&l| log_sigma >= l).count();
         let low = count.saturating_sub(1).min(self.len().saturating_sub(2));
         let (a, b) = (self.log_sigmas[low], self.log_sigmas[low + 1]);
@@ -235,10 +313,15 @@ impl NoiseSchedule {
 
     /// The noise level of a fractional timestep, linear in log σ (k-diffusion `DiscreteSchedule.t_to_sigma`).
     pub fn sigma(&self, timestep: f64) -> f64 {
-        if self.continuous {
-            return (4.0 * timestep).exp();
-        }
-        let (low, high, w) = self.place(timestep);
+        let (low, high, w) = match self.time {
+            Time::Interpolated => self.place(timestep),
+            Time::Continuous => return (4.0 * timestep).exp(),
+            Time::Flow(shift) => return shifted(shift, timestep / FLOW_TIME),
+            Time::Nearest(stride) => {
+                let before = stride as f64 - 1.0;
+                self.place((timestep - before) / stride as f64)
+            }
+        };
         let log = |i: usize| f64::from(self.log_sigmas[i]);
         ((1.0 - w) * log(low) + w * log(high)).exp()
     }

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::checkpoint::{self, Checkpoint, Detection, Family, Noise, TensorSet};
 use crate::error::{Error, Result};
-use crate::sampling::{Class, NoiseSchedule, Prediction, SchedulerConfig};
+use crate::sampling::{Class, Flow, NoiseSchedule, Prediction, SchedulerConfig};
 use crate::weights::Layout;
 use autoencoder::Autoencoder;
 pub(crate) use autoencoder::SINGLE_VAE;
@@ -19,7 +19,7 @@ use sd_models::config::ConfigResult;
 use sd_models::vae::TinyConfig;
 use sd_models::{clip, denoiser, unet, vae};
 pub use table::{Defaults, Pad, T5Role, TowerRole, native_size, t5_length, towers};
-use table::{NORMALISED_FACTOR, Row, row};
+use table::{FlowLevels, NORMALISED_FACTOR, Row, row};
 pub use text::T5Tower;
 
 /// Everything about a model that is known before a tensor is read.
@@ -192,7 +192,7 @@ impl ModelSpec {
             None => autoencoder::of_folder(checkpoint)?,
         };
         let text = text::read(checkpoint, row, others.text)?;
-        let (prediction, levels) = trained(scheduler.as_ref());
+        let (prediction, levels) = trained(scheduler.as_ref(), row.flow_of(&unet.config));
         let mut defaults = row.defaults_of(&unet.config, prediction, detection.distilled);
         let zero_negative = checkpoint
             .model_index()
@@ -246,14 +246,19 @@ impl ModelSpec {
             }
         };
         let text = text::read(checkpoint, row, others.text)?;
+        let flow = row.flow_of(&unet.config);
         let prediction = match detection.prediction {
+            _ if flow.is_some() => Prediction::Flow,
             Some(checkpoint::Prediction::V) => Prediction::V,
             Some(checkpoint::Prediction::Sample) => Prediction::Sample,
             Some(checkpoint::Prediction::Edm) => Prediction::Edm,
             Some(checkpoint::Prediction::Epsilon) | None => Prediction::Epsilon,
         };
         let levels = match &detection.noise {
-            Noise::Betas => NoiseSchedule::default(),
+            Noise::Betas => match flow {
+                Some(flow) => NoiseSchedule::flow(flow.shift, flow.levels),
+                None => NoiseSchedule::default(),
+            },
             Noise::ZeroSnr => NoiseSchedule::new(&SchedulerConfig {
                 class_name: "EulerDiscreteScheduler".to_owned(),
                 rescale_betas_zero_snr: true,
@@ -318,6 +323,21 @@ impl ModelSpec {
             }
         }
         Ok(())
+    }
+
+    /// What diffusers' pipeline of a flow model tells its scheduler for latents of `size` (width, height); none for models with betas.
+    pub fn flow(&self, (width, height): (usize, usize)) -> Option<Flow> {
+        let patch = self.unet.config.patch();
+        let patches = (width / patch).saturating_mul(height / patch);
+        let gives_levels = match self.unet.config {
+            denoiser::Config::UNet(_) => return None,
+            denoiser::Config::Mmdit(_) => false,
+            denoiser::Config::Flux(_) => true,
+        };
+        Some(Flow {
+            patches,
+            gives_levels,
+        })
     }
 
     /// Tokens of a short text's states, of all towers behind each other.
@@ -450,9 +470,18 @@ fn single_network(
 
 /// What a folder's network predicts and the noise levels of runs by name. Where the betas are the usual ones, a folder and a single file of the
 /// same model run alike, to the last bit.
-fn trained(scheduler: Option<&SchedulerConfig>) -> (Prediction, NoiseSchedule) {
-    let Some(config) = scheduler else {
-        return (Prediction::Epsilon, NoiseSchedule::default());
+fn trained(
+    scheduler: Option<&SchedulerConfig>,
+    flow: Option<FlowLevels>,
+) -> (Prediction, NoiseSchedule) {
+    let config = match (scheduler, flow) {
+        (Some(config), Some(_)) if config.is_flow() => config,
+        (_, Some(flow)) => {
+            let levels = NoiseSchedule::flow(flow.shift, flow.levels);
+            return (Prediction::Flow, levels);
+        }
+        (None, None) => return (Prediction::Epsilon, NoiseSchedule::default()),
+        (Some(config), None) => config,
     };
     if matches!(config.class(), Class::EdmEuler | Class::EdmDpmMultistep) {
         let (min, max) = config.edm_range();

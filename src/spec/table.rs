@@ -134,6 +134,15 @@ pub(super) enum Spelling {
     OpenClip(OpenClip),
 }
 
+/// The noise levels of a family of flow models, by ComfyUI's reading.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct FlowLevels {
+    /// By which times are shifted towards noise.
+    pub(super) shift: f64,
+    /// How many levels a schedule chooses from.
+    pub(super) levels: usize,
+}
+
 /// What all models of a family have in common.
 pub(super) struct Row {
     pub(super) network: Network,
@@ -150,6 +159,8 @@ pub(super) struct Row {
     pub(super) corrects_scheduler: bool,
     pub(super) towers: &'static [TowerRole],
     pub(super) t5: Option<T5Role>,
+    /// The levels of flow models; none for models with betas.
+    pub(super) flow: Option<FlowLevels>,
 }
 
 const CLIP_L: TowerRole = TowerRole {
@@ -239,6 +250,7 @@ const SD1: Row = Row {
     corrects_scheduler: true,
     towers: &[CLIP_L],
     t5: None,
+    flow: None,
 };
 const SD2: Row = Row {
     v_size: 768,
@@ -260,6 +272,7 @@ const SDXL: Row = Row {
     corrects_scheduler: false,
     towers: &[XL_CLIP_L, XL_OPEN_CLIP_G],
     t5: None,
+    flow: None,
 };
 const SDXL_REFINER: Row = Row {
     zero_negative: false,
@@ -274,7 +287,7 @@ const SD3: Row = Row {
         steps: 28,
         cfg_scale: 7.0,
         sampler: "Euler",
-        schedule: None,
+        schedule: Some("Simple"),
         most_cfg_scale: None,
     },
     v_size: 1024,
@@ -284,6 +297,10 @@ const SD3: Row = Row {
     corrects_scheduler: false,
     towers: &[SD3_CLIP_L, SD3_CLIP_G],
     t5: Some(SD3_T5),
+    flow: Some(FlowLevels {
+        shift: 3.0,
+        levels: 1000,
+    }),
 };
 const SD35: Row = Row {
     defaults: Defaults {
@@ -302,6 +319,11 @@ const FLUX: Row = Row {
     shift_factor: 0.1159,
     towers: &[FLUX_CLIP_L],
     t5: Some(FLUX_T5),
+    // e^1.15, whatever the picture's size
+    flow: Some(FlowLevels {
+        shift: 3.158_192_909_689_767,
+        levels: 10_000,
+    }),
     ..SD3
 };
 
@@ -338,6 +360,18 @@ pub fn native_size(family: Family, prediction: Prediction) -> usize {
 }
 
 impl Row {
+    /// The noise levels of a flow model of this network; none for models with betas.
+    pub(super) fn flow_of(&self, network: &denoiser::Config) -> Option<FlowLevels> {
+        match network {
+            // schnell was distilled without a shift
+            denoiser::Config::Flux(flux) if !flux.guidance => Some(FlowLevels {
+                shift: 1.0,
+                levels: 1000,
+            }),
+            _ => self.flow,
+        }
+    }
+
     /// The defaults of a model of this network, where the family's models differ by it.
     pub(super) fn defaults_of(
         &self,

@@ -21,6 +21,9 @@ pub enum Class {
     Tcd,
     EdmEuler,
     EdmDpmMultistep,
+    FlowMatchEuler,
+    FlowMatchHeun,
+    FlowMatchLcm,
     /// None of these.
     Unknown,
 }
@@ -53,6 +56,9 @@ const NAMES: &[(&str, Class)] = &[
     ("TCDScheduler", Class::Tcd),
     ("EDMEulerScheduler", Class::EdmEuler),
     ("EDMDPMSolverMultistepScheduler", Class::EdmDpmMultistep),
+    ("FlowMatchEulerDiscreteScheduler", Class::FlowMatchEuler),
+    ("FlowMatchHeunDiscreteScheduler", Class::FlowMatchHeun),
+    ("FlowMatchLCMScheduler", Class::FlowMatchLcm),
 ];
 
 const EVERY_CLASS: &[&str] = &[
@@ -77,10 +83,18 @@ const ORDERS: &[&str] = &[
     "solver_type",
     "algorithm_type",
     "lower_order_final",
-    "use_flow_sigmas",
-    "use_dynamic_shifting",
     "thresholding",
 ];
+const DYNAMIC: &[&str] = &[
+    "use_dynamic_shifting",
+    "time_shift_type",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+];
+const FLOW: &[&str] = &["shift", "shift_terminal", "invert_sigmas"];
+const FLOW_SIGMAS: &[&str] = &["use_flow_sigmas", "flow_shift"];
 const CONTINUOUS: &[&str] = &[
     "sigma_min",
     "sigma_max",
@@ -103,7 +117,12 @@ impl Class {
         let lists: &[&[&str]] = match self {
             Self::EdmEuler => &[CONTINUOUS],
             Self::EdmDpmMultistep => &[CONTINUOUS, ORDERS, &["euler_at_final"]],
-            Self::Pndm | Self::Unknown => &[&["skip_prk_steps", "set_alpha_to_one"]],
+            Self::Pndm => &[&["skip_prk_steps", "set_alpha_to_one"]],
+            // either of the two that may take its place
+            Self::Unknown => &[&["skip_prk_steps", "set_alpha_to_one"], FLOW, DYNAMIC],
+            Self::FlowMatchEuler => &[MAPS, FLOW, DYNAMIC, &["stochastic_sampling"]],
+            Self::FlowMatchLcm => &[MAPS, FLOW, DYNAMIC, &["scale_factors"]],
+            Self::FlowMatchHeun => &[&["shift"]],
             Self::Ddim => &[CLIPPING, &["set_alpha_to_one", "rescale_betas_zero_snr"]],
             Self::Ddpm => &[CLIPPING, &["variance_type", "rescale_betas_zero_snr"]],
             Self::Euler => &[
@@ -121,6 +140,8 @@ impl Class {
             Self::DpmMultistep => &[
                 MAPS,
                 ORDERS,
+                FLOW_SIGMAS,
+                DYNAMIC,
                 &[
                     "use_lu_lambdas",
                     "euler_at_final",
@@ -129,18 +150,27 @@ impl Class {
                     "rescale_betas_zero_snr",
                 ],
             ],
-            Self::DpmSinglestep => &[MAPS, ORDERS, &["final_sigmas_type", "lambda_min_clipped"]],
+            Self::DpmSinglestep => &[
+                MAPS,
+                ORDERS,
+                FLOW_SIGMAS,
+                DYNAMIC,
+                &["final_sigmas_type", "lambda_min_clipped"],
+            ],
             Self::UniPc => &[
                 MAPS,
                 ORDERS,
+                FLOW_SIGMAS,
+                DYNAMIC,
                 &[
+                    "shift_terminal",
                     "predict_x0",
                     "disable_corrector",
                     "final_sigmas_type",
                     "rescale_betas_zero_snr",
                 ],
             ],
-            Self::Deis => &[MAPS, ORDERS],
+            Self::Deis => &[MAPS, ORDERS, FLOW_SIGMAS, DYNAMIC],
             Self::Lcm | Self::Tcd => &[
                 CLIPPING,
                 &[
@@ -152,6 +182,14 @@ impl Class {
             ],
         };
         EVERY_CLASS.contains(&field) || lists.iter().any(|list| list.contains(&field))
+    }
+
+    /// Whether the class is for flow models alone.
+    pub fn is_flow_match(self) -> bool {
+        matches!(
+            self,
+            Self::FlowMatchEuler | Self::FlowMatchHeun | Self::FlowMatchLcm
+        )
     }
 
     pub(super) fn defaults(self) -> Defaults {

@@ -6,7 +6,7 @@ use super::super::prediction::estimates;
 use super::super::schedule::NoiseSchedule;
 use super::super::trajectory::{Linear, Register, Trajectory, output, sample, saved};
 use super::dpm::multistep_order;
-use super::{UnitLevels, alpha_sigma, plain_call};
+use super::{UnitLevels, plain_call};
 
 /// Estimates of the noise that are kept.
 const HISTORY: usize = 3;
@@ -36,22 +36,29 @@ pub(in super::super) fn deis(
     };
     for i in 0..count {
         let sigma = levels.sigmas[i];
-        let (_, epsilon) = estimates(config.prediction, alpha_sigma(sigma), &sample(), &output());
+        let (_, epsilon) = estimates(
+            config.prediction,
+            levels.space.place(sigma),
+            &sample(),
+            &output(),
+        );
         let mut call = plain_call(i, levels.timesteps[i], sigma);
         call.then.push(epsilon.into(Register::Saved(i % HISTORY)));
         let order = multistep_order(config, i, count, false);
         call.then
-            .push(step(&levels.sigmas, i, order).into(Register::Sample));
+            .push(step(&levels, i, order).into(Register::Sample));
         run.calls.push(call);
     }
     run
 }
 
 /// From level `i` to the next: dx̂ = ε dρ for x̂ = x/α and ρ = σ/α, ε interpolated in log ρ.
-fn step(rho: &[f64], i: usize, order: usize) -> Linear {
-    let ((alpha_t, _), (alpha_s, _)) = (alpha_sigma(rho[i + 1]), alpha_sigma(rho[i]));
-    let (from, to) = (rho[i], rho[i + 1]);
-    let nodes: Vec<f64> = (0..order).map(|age| rho[i - age].ln()).collect();
+fn step(levels: &UnitLevels, i: usize, order: usize) -> Linear {
+    let alpha = |i: usize| levels.space.place(levels.sigmas[i]).0;
+    let rho = |i: usize| levels.space.ratio(levels.sigmas[i]);
+    let (alpha_t, alpha_s) = (alpha(i + 1), alpha(i));
+    let (from, to) = (rho(i), rho(i + 1));
+    let nodes: Vec<f64> = (0..order).map(|age| rho(i - age).ln()).collect();
     let scaled = sample() * (1.0 / alpha_s);
     let moved = (0..order).fold(scaled, |x, age| {
         let weight = integral(&nodes, age, to) - integral(&nodes, age, from);

@@ -5,7 +5,7 @@ use super::super::config::{BetaSchedule, Class, SchedulerConfig, SigmaMap, Spaci
 use super::super::prediction::estimates;
 use super::super::schedule::NoiseSchedule;
 use super::super::trajectory::{Assign, Call, Linear, Register, Trajectory, output, sample, saved};
-use super::{Levels, UnitLevels, alpha_sigma, edm, kdiffusion, lambda, plain_call};
+use super::{Levels, Space, UnitLevels, edm, kdiffusion, lambda, plain_call};
 use crate::error::{Error, Result};
 
 /// The variants of the algorithm.
@@ -87,6 +87,7 @@ impl<'a> Dpm<'a> {
             levels: UnitLevels {
                 sigmas: levels.sigmas.clone(),
                 timesteps: levels.timesteps.clone(),
+                space: Space::Unit,
             },
             edm: Some(levels),
         })
@@ -102,7 +103,7 @@ impl<'a> Dpm<'a> {
         }
         let (x0, epsilon) = estimates(
             self.config.prediction,
-            alpha_sigma(sigma),
+            self.levels.space.place(sigma),
             &sample(),
             &output(),
         );
@@ -115,21 +116,18 @@ impl<'a> Dpm<'a> {
     }
 
     fn lambda(&self, i: usize) -> f64 {
-        lambda(self.levels.sigmas[i])
+        self.levels.space.lambda(self.levels.sigmas[i])
     }
 
     /// The weights of a step from level `from` to level `to`.
     fn weights(&self, from: usize, to: usize) -> Weights {
         let place = |level: f64| match self.edm {
             Some(_) => (1.0, level),
-            None => alpha_sigma(level),
+            None => self.levels.space.place(level),
         };
+        let h = self.lambda(to) - self.lambda(from);
         let (from, to) = (self.levels.sigmas[from], self.levels.sigmas[to]);
-        Weights::new(
-            self.kind,
-            lambda(to) - lambda(from),
-            (place(from), place(to)),
-        )
+        Weights::new(self.kind, h, (place(from), place(to)))
     }
 
     /// The multistep formula from level `i` to the next, and the factor of fresh noise.

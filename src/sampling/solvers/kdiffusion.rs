@@ -1,7 +1,7 @@
 //! Solvers of Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", arXiv 2206.00364, and their kin, in
 //! σ space (k-diffusion `sampling.py`; diffusers' Euler, Euler ancestral, Heun and LMS schedulers).
 
-use super::super::prediction::denoised;
+use super::super::prediction::{Prediction, denoised};
 use super::super::trajectory::{Assign, Call, Linear, Register, Trajectory, output, sample, saved};
 use super::{Levels, lambda, scaled};
 
@@ -16,7 +16,11 @@ pub(super) fn call(
         timestep,
         sigma,
         step,
-        input: scaled(x.clone(), sigma, levels.data).combo(),
+        input: match levels.prediction {
+            Prediction::Flow => x.clone(),
+            _ => scaled(x.clone(), sigma, levels.data),
+        }
+        .combo(),
         then: Vec::new(),
     };
     let sigma = (sigma, levels.data);
@@ -115,14 +119,19 @@ const LMS_ORDER: usize = 4;
 /// Adams–Bashforth over uneven levels: the last derivatives, weighted by the integrals of their Lagrange polynomials.
 pub(in super::super) fn lms(levels: &Levels) -> Trajectory {
     let mut run = levels.trajectory(LMS_ORDER);
-    for (i, sigma, _) in levels.pairs() {
+    for (i, sigma, next) in levels.pairs() {
         let (mut call, x0) = call(levels, i, (levels.timesteps[i], sigma), &sample());
         call.then
             .push(derivative(sample(), x0, sigma).into(Register::Saved(i % LMS_ORDER)));
         let order = (i + 1).min(LMS_ORDER);
-        let x = (0..order).fold(sample(), |x, j| {
-            x + saved((i - j) % LMS_ORDER) * lms_weight(&levels.sigmas, order, i, j)
-        });
+        let x = if next == 0.0 && levels.prediction == Prediction::Flow {
+            // the program that runs flows so ends in a plain step
+            sample() - saved(i % LMS_ORDER) * sigma
+        } else {
+            (0..order).fold(sample(), |x, j| {
+                x + saved((i - j) % LMS_ORDER) * lms_weight(&levels.sigmas, order, i, j)
+            })
+        };
         call.then.push(x.into(Register::Sample));
         run.calls.push(call);
     }

@@ -5,8 +5,10 @@ pub(super) mod deis;
 pub(super) mod dpm;
 pub(super) mod dpm2;
 pub(super) mod edm;
+pub(super) mod flow;
 pub(super) mod kdiffusion;
 pub(super) mod pndm;
+pub(super) mod rectified;
 pub(super) mod unipc;
 
 use super::config::{SchedulerConfig, SigmaMap};
@@ -52,10 +54,43 @@ impl Levels {
     }
 }
 
-/// What multistep solvers over latents of unit variance share: noise levels σ/α, one more than timesteps, and the timesteps.
+/// What a level of a multistep solver is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Space {
+    /// σ/α of latents of unit variance.
+    Unit,
+    /// σ of a flow: α = 1 − σ.
+    Flow,
+}
+
+impl Space {
+    /// α and σ.
+    fn place(self, level: f64) -> (f64, f64) {
+        match self {
+            Self::Unit => alpha_sigma(level),
+            Self::Flow => (1.0 - level, level),
+        }
+    }
+
+    /// σ/α.
+    fn ratio(self, level: f64) -> f64 {
+        match self {
+            Self::Unit => level,
+            Self::Flow => level / (1.0 - level),
+        }
+    }
+
+    /// ln(α/σ).
+    fn lambda(self, level: f64) -> f64 {
+        lambda(self.ratio(level))
+    }
+}
+
+/// What multistep solvers share: levels, one more than timesteps, and the timesteps.
 struct UnitLevels {
     sigmas: Vec<f64>,
     timesteps: Vec<f64>,
+    space: Space,
 }
 
 impl UnitLevels {
@@ -68,8 +103,10 @@ impl UnitLevels {
         rounded: bool,
     ) -> Self {
         let ends = (schedule.sigma_max(), schedule.sigma_min());
-        let (mut sigmas, timesteps) = match spacing::remap(config, ends, steps) {
-            Some(sigmas) => {
+        let remapped = spacing::remap(config, ends, steps);
+        let (mut sigmas, timesteps) = match (remapped, &config.flow) {
+            (None, Some(flow)) => flow::solver_levels(config, flow, steps),
+            (Some(sigmas), _) => {
                 let whole = |t: f64| {
                     if rounded {
                         t.round_ties_even()
@@ -80,7 +117,7 @@ impl UnitLevels {
                 let timesteps = sigmas.iter().map(|&s| whole(schedule.timestep(s)));
                 (sigmas.clone(), timesteps.collect())
             }
-            None => {
+            (None, None) => {
                 let timesteps = spacing::multistep_timesteps(config, last, steps);
                 let sigmas = timesteps.iter().map(|&t| schedule.interpolate(t));
                 (sigmas.collect::<Vec<_>>(), timesteps)
@@ -92,13 +129,21 @@ impl UnitLevels {
             schedule.sigma_min()
         });
         let sigmas = spacing::to_f32(sigmas);
-        Self { sigmas, timesteps }
+        Self {
+            sigmas,
+            timesteps,
+            space: match config.flow {
+                Some(_) => Space::Flow,
+                None => Space::Unit,
+            },
+        }
     }
 
-    /// UniPC and DEIS let remapped levels end at their own last one where others end at the model's least noise.
+    /// UniPC and DEIS let remapped and flow levels end at their own last one where others end at the model's least noise.
     fn end_at_own_last(&mut self, config: &SchedulerConfig) {
         let n = self.sigmas.len();
-        if config.sigma_map != SigmaMap::None && !config.final_sigma_zero && n > 1 {
+        let own = config.sigma_map != SigmaMap::None || config.flow.is_some();
+        if own && !config.final_sigma_zero && n > 1 {
             self.sigmas[n - 1] = self.sigmas[n - 2];
         }
     }

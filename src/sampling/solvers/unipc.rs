@@ -5,12 +5,13 @@ use super::super::config::{SchedulerConfig, SigmaMap};
 use super::super::prediction::estimates;
 use super::super::schedule::NoiseSchedule;
 use super::super::trajectory::{Linear, Register, Trajectory, output, sample, saved};
-use super::{UnitLevels, alpha_sigma, lambda, plain_call};
+use super::{Space, UnitLevels, plain_call};
 use crate::error::{Error, Result};
 
 struct UniPc<'a> {
     config: &'a SchedulerConfig,
     sigmas: Vec<f64>,
+    space: Space,
     /// Converted predictions are kept in as many registers, one more than the order; the last register holds the latents that the
     /// last prediction step began from.
     history: usize,
@@ -43,16 +44,21 @@ pub(in super::super) fn unipc(
         registers: history + 1,
         ..levels.trajectory()
     };
-    let UnitLevels { sigmas, timesteps } = levels;
+    let UnitLevels {
+        sigmas,
+        timesteps,
+        space,
+    } = levels;
     let count = timesteps.len();
     let solver = UniPc {
         config,
         sigmas,
+        space,
         history,
     };
     let mut last_order = 0;
     for (i, &t) in timesteps.iter().enumerate() {
-        let scales = alpha_sigma(solver.sigmas[i]);
+        let scales = space.place(solver.sigmas[i]);
         let (x0, epsilon) = estimates(config.prediction, scales, &sample(), &output());
         let mut call = plain_call(i, t, solver.sigmas[i]);
         let converted = if config.predict_x0 { x0 } else { epsilon };
@@ -81,10 +87,10 @@ impl UniPc<'_> {
     /// From level `from` to the next, by the predictor or (with the prediction at the next level in hand) the corrector.
     fn step(&self, from: usize, order: usize, correct: bool) -> Linear {
         let ((alpha_t, sigma_t), (alpha_s, sigma_s)) = (
-            alpha_sigma(self.sigmas[from + 1]),
-            alpha_sigma(self.sigmas[from]),
+            self.space.place(self.sigmas[from + 1]),
+            self.space.place(self.sigmas[from]),
         );
-        let at = |i: usize| lambda(self.sigmas[i]);
+        let at = |i: usize| self.space.lambda(self.sigmas[i]);
         let h = at(from + 1) - at(from);
         let hh = if self.config.predict_x0 { -h } else { h };
         let b_h = if self.config.solver_type == "bh1" {
