@@ -1,15 +1,24 @@
 //! Stable Diffusion 3 and FLUX.1 of odd sizes against diffusers and transformers, as in `models.rs`: transformers in the UNet's place, T5 beside CLIP.
 
+use std::fmt::Debug;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
 use candle_core::{Device, Tensor};
-use sd_kernels::Graph;
+use safetensors::Dtype;
 use sd_kernels::cpu::Level;
 use sd_kernels::plan::{Feed, Options, Plan, Precision, Store};
+use sd_kernels::{Graph, Source};
 use sd_models::denoiser::{Config, Denoiser, Inputs};
-use sd_models::{flux, mmdit};
+use sd_models::{clip, flux, mmdit, t5};
+use sd_rs::checkpoint::{Checkpoint, detect};
+use sd_rs::spec::{Component, ModelSpec, Others};
+use sd_rs::weights::CheckpointSource;
 use serde_json::Value;
 
 use crate::models::{CALL, Memory, autoencoder, close, flat, list, tensor, text};
-use crate::support::weights::Case;
+use crate::support::Dir;
+use crate::support::weights::{Case, FolderForm, SingleForm, Values, save};
 
 fn cases(component: &str) -> Vec<(String, Case)> {
     let cases: Vec<_> = Case::names()
@@ -133,5 +142,208 @@ fn transformer_calls() {
 fn autoencoders_of_sixteen_channels() {
     for (name, case) in cases("vae") {
         autoencoder(&name, &case);
+    }
+}
+
+/// T5's states of the reference's tokens, filled up with zeros as the pipelines do.
+#[test]
+fn t5_states() {
+    for (name, case) in cases("vae") {
+        let calls = &case.record["text_calls"];
+        let Some(folder) = t5_folder(&case) else {
+            continue;
+        };
+        let component = folder.replace("tokenizer", "text_encoder");
+        let weights = Memory::weights(&case, &component);
+        let config = t5::Config::from_json(case.config(&component)).unwrap();
+        let encoder = t5::T5Encoder::load(&weights, &config);
+        weights.finish().unwrap_or_else(|e| panic!("{name}: {e}"));
+        let expected = case.expected();
+        let length = calls["max_sequence_length"].as_u64().unwrap() as usize;
+        // what stands before T5's states
+        let clip = if folder == "tokenizer_3" { 77 } else { 0 };
+        for call in list(&calls["prompts"]) {
+            let tokens = list(&call["tokens"][folder]).iter();
+            let mut ids: Vec<u32> = tokens.map(|id| id.as_u64().unwrap() as u32).collect();
+            ids.resize(length, 0);
+            let ids = Tensor::new(ids, &Device::Cpu)
+                .unwrap()
+                .unsqueeze(0)
+                .unwrap();
+            let eager = encoder.forward(&ids.clone().into()).unwrap();
+            let eager = eager.into_data().unwrap().squeeze(0).unwrap();
+            let key = text(&call["states"]);
+            let all = &expected[key];
+            let rows = list(&calls["rows"]).iter().map(|row| row.as_u64().unwrap());
+            for (i, row) in rows.enumerate().filter(|(_, row)| *row >= clip) {
+                let want = Values {
+                    shape: vec![1, all.shape[1]],
+                    data: all.data[i * all.shape[1]..][..all.shape[1]].to_vec(),
+                };
+                let got = eager.narrow(0, (row - clip) as usize, 1).unwrap();
+                close(&format!("{name} {key}, row {row}"), &got, &want, CALL);
+            }
+        }
+    }
+}
+
+/// The folder of T5's tokenizer, if the model has T5.
+fn t5_folder(case: &Case) -> Option<&'static str> {
+    ["tokenizer_2", "tokenizer_3"].into_iter().find(|folder| {
+        let component = folder.replace("tokenizer", "text_encoder");
+        let has = case.components().contains(&component.as_str());
+        has && case.config(&component)["model_type"] == "t5"
+    })
+}
+
+fn spec(path: &Path, others: Others<'_>) -> ModelSpec {
+    let checkpoint = Checkpoint::open(path).unwrap();
+    ModelSpec::read_with(&checkpoint, &detect(&checkpoint), others)
+        .unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// The component has this structure and, under canonical names, the case's tensors, bit for bit.
+#[track_caller]
+fn same<C: PartialEq + Debug>(case: &Case, component: &str, got: &Component<C>, config: &C) {
+    assert_eq!(&got.config, config, "{component}");
+    let source = CheckpointSource::new(Arc::clone(&got.tensors), got.layout.clone());
+    for tensor in case.weights(component, Some(Dtype::F32)) {
+        let name = tensor.name.trim_start_matches("text_model.");
+        // Stable Diffusion 3 gives CLIP-L's vector as it is: in single files the projection is left out or not used
+        if component == "text_encoder" && name == "text_projection.weight" {
+            continue;
+        }
+        let mut shape = source
+            .shape(name, &tensor.shape)
+            .unwrap_or_else(|| panic!("{component} {name} is not found"));
+        if name == "pos_embed.pos_embed" {
+            shape.insert(0, 1);
+        }
+        assert_eq!(
+            shape.iter().product::<usize>(),
+            tensor.bytes.len() / 4,
+            "{name}"
+        );
+        let mut values = vec![0.0; tensor.bytes.len() / 4];
+        source.open(name, &shape).unwrap().read(0, &mut values);
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        assert!(bytes == tensor.bytes, "{component} {name} differs");
+    }
+}
+
+/// All components are the folder's.
+#[track_caller]
+fn same_model(case: &Case, folder: &ModelSpec, got: &ModelSpec) {
+    assert_eq!(got.family, folder.family);
+    assert_eq!(got.prediction, folder.prediction);
+    same(case, "transformer", &got.unet, &folder.unet.config);
+    same(case, "vae", &got.vae, &folder.vae.config);
+    assert_eq!(got.text.len(), folder.text.len());
+    for (tower, other) in got.text.iter().zip(&folder.text) {
+        let component = tower.role.component;
+        let projection = other.component.config.projection;
+        let config = clip::Config {
+            projection: projection.filter(|_| component != "text_encoder"),
+            ..other.component.config.clone()
+        };
+        same(case, component, &tower.component, &config);
+    }
+    let (t5, other) = (got.t5.as_ref().unwrap(), folder.t5.as_ref().unwrap());
+    same(
+        case,
+        t5.role.component,
+        &t5.component,
+        &other.component.config,
+    );
+}
+
+fn folder_of(case: &Case) -> (Dir, ModelSpec) {
+    let dir = Dir::new();
+    case.write_folder(dir.root(), &FolderForm::default());
+    let spec = spec(dir.root(), Others::default());
+    (dir, spec)
+}
+
+fn write_part(case: &Case, component: &str, prefix: &str, path: PathBuf) -> Checkpoint {
+    save(case.part(component, prefix, None).iter(), &path);
+    Checkpoint::open(&path).unwrap()
+}
+
+#[test]
+fn single_files_are_their_folders() {
+    for name in ["single-sd3", "single-flux"] {
+        let case = Case::load(name);
+        let (_dir, folder) = folder_of(&case);
+        same(&case, "transformer", &folder.unet, &config(&case));
+        for extras in [true, false] {
+            let dir = Dir::new();
+            let path = dir.path("model.safetensors");
+            let form = SingleForm {
+                ema: false,
+                extras,
+                ..SingleForm::default()
+            };
+            case.write_single_file(&path, &form);
+            same_model(&case, &folder, &spec(&path, Others::default()));
+        }
+    }
+}
+
+#[test]
+fn parts_in_files_of_their_own() {
+    for name in ["single-sd3", "single-flux"] {
+        let case = Case::load(name);
+        let (_dir, folder) = folder_of(&case);
+        let dir = Dir::new();
+        let towers: Vec<Checkpoint> = case
+            .components()
+            .into_iter()
+            .filter(|component| component.starts_with("text_encoder"))
+            .map(|tower| write_part(&case, tower, "", dir.path(&format!("{tower}.safetensors"))))
+            .collect();
+        let vae = write_part(&case, "vae", "", dir.path("ae.safetensors"));
+        let others = Others {
+            vae: Some(&vae),
+            text: &towers,
+            t5_length: None,
+        };
+        for prefix in ["", "model.diffusion_model."] {
+            let path = dir.path("transformer.safetensors");
+            write_part(&case, "transformer", prefix, path.clone());
+            same_model(&case, &folder, &spec(&path, others));
+        }
+    }
+}
+
+/// Structure from names and shapes alone: normed queries, blocks that attend twice, an embedded guidance.
+#[test]
+fn transformers_of_other_shapes_alone() {
+    for name in ["sd35", "flux-dev"] {
+        let case = Case::load(name);
+        let (dir, folder) = folder_of(&case);
+        let towers: Vec<Checkpoint> = case
+            .components()
+            .into_iter()
+            .filter(|component| component.starts_with("text_encoder"))
+            .map(|tower| {
+                Checkpoint::open(&dir.path(&format!("{tower}/model.safetensors"))).unwrap()
+            })
+            .collect();
+        let vae = Checkpoint::open(dir.root()).unwrap();
+        let others = Others {
+            vae: Some(&vae),
+            text: &towers,
+            t5_length: None,
+        };
+        for prefix in ["", "model.diffusion_model."] {
+            let path = dir.path("alone.safetensors");
+            write_part(&case, "transformer", prefix, path.clone());
+            same(
+                &case,
+                "transformer",
+                &spec(&path, others).unet,
+                &folder.unet.config,
+            );
+        }
     }
 }

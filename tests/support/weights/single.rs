@@ -42,47 +42,23 @@ impl Default for SingleForm {
 impl Case {
     /// The tensors of the single file that are the model, in the original layout.
     pub(crate) fn single_weights(&self, dtype: Option<Dtype>) -> Vec<Stored> {
-        let mut file = Vec::new();
-        for (component, part) in self.record["single_file"]["parts"]
-            .as_object()
-            .expect("the case has no single file")
-        {
-            let weights = self.weights(component, dtype);
-            let by_name: HashMap<&str, &Stored> = weights
-                .iter()
-                .map(|tensor| (tensor.name.as_str(), tensor))
-                .collect();
-            for row in rows(&part["tensors"]) {
-                let name = format!("{}{}", text(&part["prefix"]), text(&row[0]));
-                if let Some(source) = row[1]["transpose"].as_str() {
-                    file.push(transposed(name, by_name[source]));
-                    continue;
-                }
-                if let Some(source) = row[1]["swap"].as_str() {
-                    file.push(swapped(name, by_name[source]));
-                    continue;
-                }
-                // one source as it is, or [sources] below each other under a shape of their own
-                let sources: Vec<&Stored> = match row[1].as_array() {
-                    Some(names) => names
-                        .iter()
-                        .map(|name| by_name[name.as_str().unwrap()])
-                        .collect(),
-                    None => vec![by_name[row[1].as_str().unwrap()]],
-                };
-                file.push(Stored {
-                    name,
-                    shape: row.get(2).map_or_else(|| sources[0].shape.clone(), sizes),
-                    dtype: sources[0].dtype,
-                    bytes: sources
-                        .iter()
-                        .map(|source| source.bytes.as_slice())
-                        .collect::<Vec<_>>()
-                        .concat(),
-                });
-            }
-        }
-        file
+        let parts = self.record["single_file"]["parts"].as_object();
+        let parts = parts.expect("the case has no single file").iter();
+        parts
+            .flat_map(|(component, part)| self.part(component, &text(&part["prefix"]), dtype))
+            .collect()
+    }
+
+    /// One component of the single file, below `prefix` instead of its own.
+    pub(crate) fn part(&self, component: &str, prefix: &str, dtype: Option<Dtype>) -> Vec<Stored> {
+        let part = &self.record["single_file"]["parts"][component];
+        let weights = self.weights(component, dtype);
+        let by_name: HashMap<&str, &Stored> = weights
+            .iter()
+            .map(|tensor| (tensor.name.as_str(), tensor))
+            .collect();
+        let rows = rows(&part["tensors"]).iter();
+        rows.map(|row| assembled(prefix, row, &by_name)).collect()
     }
 
     /// Writes the model as one file in the original layout.
@@ -109,6 +85,35 @@ impl Case {
             }
         }
         save(tensors.iter(), path);
+    }
+}
+
+/// One tensor of the single file, of those in the folder.
+fn assembled(prefix: &str, row: &Value, by_name: &HashMap<&str, &Stored>) -> Stored {
+    let name = format!("{prefix}{}", text(&row[0]));
+    if let Some(source) = row[1]["transpose"].as_str() {
+        return transposed(name, by_name[source]);
+    }
+    if let Some(source) = row[1]["swap"].as_str() {
+        return swapped(name, by_name[source]);
+    }
+    // one source as it is, or [sources] below each other under a shape of their own
+    let sources: Vec<&Stored> = match row[1].as_array() {
+        Some(names) => names
+            .iter()
+            .map(|name| by_name[name.as_str().unwrap()])
+            .collect(),
+        None => vec![by_name[row[1].as_str().unwrap()]],
+    };
+    Stored {
+        name,
+        shape: row.get(2).map_or_else(|| sources[0].shape.clone(), sizes),
+        dtype: sources[0].dtype,
+        bytes: sources
+            .iter()
+            .map(|source| source.bytes.as_slice())
+            .collect::<Vec<_>>()
+            .concat(),
     }
 }
 
