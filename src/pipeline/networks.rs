@@ -16,6 +16,7 @@ use super::coverage::{Coverage, T5, TEXT, UNET, VAE, named, source};
 use super::tower::{LoadedT5, LoadedTower, Runner};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::memory::Memory;
 use crate::spec::ModelSpec;
 use crate::weights::RandomSource;
 
@@ -252,7 +253,7 @@ impl Networks {
             });
         };
         let (graph, output) = self.record_unet((w, h), (batch, tokens))?;
-        let options = self.unet_options(batch == 2 * n);
+        let options = self.unet_options(batch == 2 * n, (&graph, &output))?;
         let mut plan = Plan::compile(&graph, &output, &options, &planned.unet)?;
         let mut distinct: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
         distinct.sort_by(f32::total_cmp);
@@ -365,7 +366,8 @@ impl Networks {
                 buffers: elements * self.dtype.size_in_bytes() as u64,
             });
         }
-        let unet = Plan::sizes(&unet, &noise, &self.unet_options(guided))?;
+        let options = self.unet_options(guided, (&unet, &noise))?;
+        let unet = Plan::sizes(&unet, &noise, &options)?;
         let vae = Plan::sizes(&vae, &picture, &vae_options(self.dtype))?;
         let decoding = vae.buffers + vae.transient;
         Ok(Need {
@@ -374,14 +376,34 @@ impl Networks {
         })
     }
 
-    /// How plans of the UNet are made.
-    fn unet_options(&self, guided: bool) -> Options {
-        Options {
+    /// How plans of the denoising network are made. Where there is no room for all of its packed weights, some are packed at every call.
+    fn unet_options(
+        &self,
+        guided: bool,
+        (graph, output): (&Graph, &sd_kernels::Tensor),
+    ) -> Result<Options> {
+        /// The part of what is free that weights may take.
+        const SHARE: f64 = 0.8;
+        let options = Options {
             timestep: Some("timestep"),
             constant: vec![CONTEXT, ADDED, GUIDANCE],
             halved: if guided { vec!["sample"] } else { Vec::new() },
             ..Options::new(Level::current(), precision(self.dtype))
-        }
+        };
+        let Some(free) = Memory::look().available else {
+            return Ok(options);
+        };
+        let sizes = Plan::sizes(graph, output, &options)?;
+        let held = self
+            .planned
+            .as_ref()
+            .map_or(0, |planned| planned.unet.bytes());
+        let free = (free as f64 * SHARE) as usize + held;
+        let keep = free.saturating_sub(sizes.buffers);
+        Ok(match sizes.weights > keep {
+            true => Options { keep, ..options },
+            false => options,
+        })
     }
 }
 
