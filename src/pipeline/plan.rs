@@ -203,9 +203,13 @@ fn choose_sampling(
         });
     }
     let wanted = request.schedule.as_deref();
+    let flow = spec.levels.is_flow();
     let (sampler, schedule) = match &request.sampler {
-        Some(sampler) => sampling::parse(sampler, wanted)?,
-        None => sampling::parse(spec.defaults.sampler, wanted.or(spec.defaults.schedule))?,
+        Some(sampler) => sampling::parse(sampler, wanted, flow)?,
+        None => {
+            let wanted = wanted.or(spec.defaults.schedule);
+            sampling::parse(spec.defaults.sampler, wanted, flow)?
+        }
     };
     let model = sampling::Model {
         levels: &spec.levels,
