@@ -234,7 +234,7 @@ impl Networks {
     }
 
     /// The UNet for latents of one size under conditions of batch n or 2n, of which the first half is the unconditional one if there are two.
-    /// `timesteps` are those that will be asked for.
+    /// `timesteps` are those that will be asked for, `skipped` the layers that are left out.
     ///
     /// # Errors
     /// When a weight cannot be read or memory is short.
@@ -243,16 +243,17 @@ impl Networks {
         [n, _, h, w]: [usize; 4],
         conditions: &Conditions,
         timesteps: &[f64],
+        skipped: &[usize],
     ) -> Result<Denoiser<'_>> {
         let (batch, tokens, _) = conditions.context.dims3()?;
         let Some(planned) = &self.planned else {
             return Ok(Denoiser {
                 networks: self,
                 repeat: batch / n.max(1),
-                how: How::Eager(conditions.to_dtype(self.dtype)?),
+                how: How::Eager(conditions.to_dtype(self.dtype)?, skipped.to_vec()),
             });
         };
-        let (graph, output) = self.record_unet((w, h), (batch, tokens))?;
+        let (graph, output) = self.record((w, h), (batch, tokens), skipped)?;
         let options = self.unet_options(batch == 2 * n, (&graph, &output))?;
         let mut plan = Plan::compile(&graph, &output, &options, &planned.unet)?;
         let mut distinct: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
@@ -316,6 +317,15 @@ impl Networks {
         (w, h): (usize, usize),
         (batch, tokens): (usize, usize),
     ) -> Result<(Graph, sd_kernels::Tensor)> {
+        self.record((w, h), (batch, tokens), &[])
+    }
+
+    fn record(
+        &self,
+        (w, h): (usize, usize),
+        (batch, tokens): (usize, usize),
+        skipped: &[usize],
+    ) -> Result<(Graph, sd_kernels::Tensor)> {
         let graph = Graph::new();
         let config = &self.config;
         let sample = graph.input("sample", &[batch, config.in_channels(), h, w]);
@@ -324,13 +334,14 @@ impl Networks {
         let vector = |name, width: Option<usize>| width.map(|w| graph.input(name, &[batch, w]));
         let added = vector(ADDED, config.added_width());
         let guidance = vector(GUIDANCE, config.guidance_width());
-        let output = self.unet.forward(&Inputs {
+        let inputs = Inputs {
             sample: &sample,
             timestep: &timestep,
             context: &context,
             added: added.as_ref(),
             guidance: guidance.as_ref(),
-        })?;
+        };
+        let output = self.unet.forward_without(&inputs, skipped)?;
         Ok((graph, output))
     }
 
@@ -439,7 +450,8 @@ pub struct Denoiser<'a> {
 }
 
 enum How {
-    Eager(Conditions),
+    /// And the layers that are left out.
+    Eager(Conditions, Vec<usize>),
     Planned {
         plan: Box<Plan>,
         /// What does not change from call to call; until the first one.
@@ -461,7 +473,7 @@ impl Denoiser<'_> {
             ..
         } = self.networks;
         match &mut self.how {
-            How::Eager(conditions) => {
+            How::Eager(conditions, skipped) => {
                 let sample = Tensor::cat(&vec![sample; self.repeat], 0)?.to_dtype(*dtype)?;
                 let timestep = Tensor::full(timestep as f32, sample.dim(0)?, device)?;
                 let node = |x: &Tensor| sd_kernels::Tensor::from(x.clone());
@@ -469,13 +481,14 @@ impl Denoiser<'_> {
                     conditions.added.as_ref().map(node),
                     conditions.guidance.as_ref().map(node),
                 );
-                let out = unet.forward(&Inputs {
+                let inputs = Inputs {
                     sample: &sample.into(),
                     timestep: &timestep.into(),
                     context: &node(&conditions.context),
                     added: added.as_ref(),
                     guidance: guidance.as_ref(),
-                })?;
+                };
+                let out = unet.forward_without(&inputs, skipped)?;
                 Ok(out.into_data()?.to_dtype(DType::F32)?)
             }
             How::Planned {
