@@ -15,6 +15,8 @@ mod autoencoders;
 mod checkpoint;
 /// The binary: results, exit statuses, messages.
 mod cli;
+/// Stable Diffusion 3 and FLUX: transformers, T5, what their single files are called inside.
+mod dit;
 /// The Hub's client and the models folder, against a Hub on this machine that behaves and misbehaves.
 mod hub;
 /// Networks and whole runs against diffusers and transformers, from every form of file.

@@ -55,7 +55,7 @@ impl Case {
         }
     }
 
-    /// The components that the case has: `unet`, and `vae` and text towers if it is a whole model.
+    /// The components that the case has: `unet` or `transformer`, and `vae` and text towers if it is a whole model.
     pub(crate) fn components(&self) -> Vec<&str> {
         let components = self.record["components"].as_object().unwrap();
         components.keys().map(String::as_str).collect()
@@ -64,6 +64,11 @@ impl Case {
     /// Whether the UNet is of the Stable Diffusion XL family: it is given a pooled text vector and sizes beside the time.
     pub(crate) fn is_sdxl(&self) -> bool {
         self.config("unet")["addition_embed_type"] == "text_time"
+    }
+
+    /// Whether a transformer stands in the UNet's place: Stable Diffusion 3 or FLUX.
+    pub(crate) fn is_dit(&self) -> bool {
+        self.components().contains(&"transformer")
     }
 
     /// Whether the UNet is given anything besides latents, timestep and text.
@@ -82,13 +87,16 @@ impl Case {
         let kept = dtype_named(&record["dtype"]);
         let make = |row: &Value| {
             let (name, shape) = (text(&row[0]), sizes(&row[1]));
-            let law = law(&row[2], &row[3]);
-            Stored {
-                bytes: encode(
-                    &uniform(&format!("{component}/{name}"), &shape, law),
-                    kept,
-                    dtype.unwrap_or(kept),
+            let values = match row[2].as_str() {
+                Some("eye") => identity(shape[0]),
+                _ => uniform(
+                    &format!("{component}/{name}"),
+                    &shape,
+                    law(&row[2], &row[3]),
                 ),
+            };
+            Stored {
+                bytes: encode(&values, kept, dtype.unwrap_or(kept)),
                 dtype: dtype.unwrap_or(kept),
                 name,
                 shape,
@@ -130,6 +138,12 @@ impl Case {
     pub(crate) fn noise(&self, expected: &str) -> Option<f64> {
         self.record["noise"][expected].as_f64()
     }
+}
+
+/// A matrix that changes nothing.
+fn identity(size: usize) -> Vec<f32> {
+    let places = 0..size * size;
+    places.map(|i| f32::from(i % (size + 1) == 0)).collect()
 }
 
 /// The folder of the cases, from any package of the workspace.

@@ -58,6 +58,10 @@ impl Case {
                     file.push(transposed(name, by_name[source]));
                     continue;
                 }
+                if let Some(source) = row[1]["swap"].as_str() {
+                    file.push(swapped(name, by_name[source]));
+                    continue;
+                }
                 // one source as it is, or [sources] below each other under a shape of their own
                 let sources: Vec<&Stored> = match row[1].as_array() {
                     Some(names) => names
@@ -133,6 +137,16 @@ fn transposed(name: String, source: &Stored) -> Stored {
             .flat_map(|column| (0..height).flat_map(move |row| element(row, column)))
             .copied()
             .collect(),
+    }
+}
+
+/// A tensor with its second half of the rows first.
+fn swapped(name: String, source: &Stored) -> Stored {
+    let (first, second) = source.bytes.split_at(source.bytes.len() / 2);
+    Stored {
+        name,
+        bytes: [second, first].concat(),
+        ..source.clone()
     }
 }
 
