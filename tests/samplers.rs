@@ -68,15 +68,20 @@ fn report(failures: &[String], count: usize) {
 
 /// What is wrong with the run of one case of `diffusers.json`.
 fn diffusers_fault(case: &Value) -> Option<String> {
-    let steps = size(&case["steps"]);
     let mut config = case["config"].clone();
     if config["trained_betas"] == "ramp" {
         let ramp: Vec<f64> = (0..1000).map(|i| 0.0005 + 0.00001 * f64::from(i)).collect();
         config["trained_betas"] = json!(ramp);
     }
-    let name = format!("{steps} steps of {}", case["config"]);
-    let config = SchedulerConfig::from_json(&config).unwrap();
-    let (trajectory, warning) = match sampling::diffusers(&config, steps, None) {
+    config_fault(case, &config, None)
+}
+
+/// What is wrong with diffusers' run of a config.
+fn config_fault(case: &Value, config: &Value, flow: Option<sampling::Flow>) -> Option<String> {
+    let steps = size(&case["steps"]);
+    let name = format!("{steps} steps of {} ({flow:?})", case["config"]);
+    let config = SchedulerConfig::from_json(config).unwrap();
+    let (trajectory, warning) = match sampling::diffusers(&config, steps, flow) {
         Ok(run) => run,
         Err(error) => return Some(format!("{name}: {error}")),
     };
@@ -100,32 +105,127 @@ fn diffusers_schedulers() {
     report(&failures, cases.len());
 }
 
+/// What is wrong with a run by name.
+fn named_fault(case: &Value, levels: &NoiseSchedule, prediction: Prediction) -> Option<String> {
+    let text = |name: &str| case[name].as_str().unwrap();
+    let (name, schedule, steps) = (text("sampler"), text("schedule"), size(&case["steps"]));
+    let (sampler, schedule) = sampling::parse(name, Some(schedule), levels.is_flow()).unwrap();
+    let model = sampling::Model {
+        levels,
+        prediction,
+        xl: false,
+    };
+    let trajectory = sampling::by_name(sampler, schedule, steps, &model).unwrap();
+    assert_eq!(trajectory.sigmas.len(), size(&case["levels"]), "{case}");
+    let sigmas = difference(&ends(&trajectory.sigmas), &floats(&case["sigmas"]));
+    let last = difference(&run(&trajectory), &floats(&case["final"]));
+    let right = sigmas <= 1e-5 && last <= TOLERANCE;
+    (!right).then(|| {
+        format!("{last:.1e} (sigmas {sigmas:.1e}) {steps} steps of {name}, {schedule:?}, {prediction:?}, {case}")
+    })
+}
+
 #[test]
 fn k_diffusion_samplers_by_name() {
     let cases = cases("kdiffusion");
     let levels = NoiseSchedule::default();
     let fault = |case: &Value| {
-        let text = |name: &str| case[name].as_str().unwrap();
-        let (name, schedule, steps) = (text("sampler"), text("schedule"), size(&case["steps"]));
-        let prediction = match text("prediction") {
-            "epsilon" => Prediction::Epsilon,
+        let prediction = match case["prediction"].as_str() {
+            Some("epsilon") => Prediction::Epsilon,
             _ => Prediction::V,
         };
-        let (sampler, schedule) = sampling::parse(name, Some(schedule)).unwrap();
-        let model = sampling::Model {
-            levels: &levels,
-            prediction,
-            xl: false,
-        };
-        let trajectory = sampling::by_name(sampler, schedule, steps, &model).unwrap();
-        assert_eq!(trajectory.sigmas.len(), size(&case["levels"]), "{case}");
-        let sigmas = difference(&ends(&trajectory.sigmas), &floats(&case["sigmas"]));
-        let last = difference(&run(&trajectory), &floats(&case["final"]));
-        let right = sigmas <= 1e-5 && last <= TOLERANCE;
-        (!right).then(|| format!("{last:.1e} (sigmas {sigmas:.1e}) {steps} steps of {name}, {schedule:?}, {prediction:?}"))
+        named_fault(case, &levels, prediction)
     };
     let failures: Vec<String> = cases.iter().filter_map(fault).collect();
     report(&failures, cases.len());
+}
+
+#[test]
+fn diffusers_schedulers_of_flow_models() {
+    let cases = cases("flow");
+    let fault = |case: &Value| {
+        let flow = sampling::Flow {
+            patches: size(&case["patches"]),
+            gives_levels: case["gives_levels"].as_bool().unwrap(),
+        };
+        config_fault(case, &case["config"], Some(flow))
+    };
+    let failures: Vec<String> = cases.iter().filter_map(fault).collect();
+    report(&failures, cases.len());
+}
+
+#[test]
+fn comfyui_samplers_on_flow_models_by_name() {
+    let cases = cases("flow_named");
+    let fault = |case: &Value| {
+        let shift = case["shift"].as_f64().unwrap();
+        let levels = NoiseSchedule::flow(shift, size(&case["count"]));
+        named_fault(case, &levels, Prediction::Flow)
+    };
+    let failures: Vec<String> = cases.iter().filter_map(fault).collect();
+    report(&failures, cases.len());
+}
+
+#[test]
+fn samplers_of_consistency_models_by_name() {
+    let cases = cases("distilled");
+    let levels = NoiseSchedule::default();
+    let fault = |case: &Value| named_fault(case, &levels, Prediction::Epsilon);
+    let failures: Vec<String> = cases.iter().filter_map(fault).collect();
+    report(&failures, cases.len());
+}
+
+#[test]
+fn what_means_nothing_for_a_model_is_refused_in_words() {
+    let refused = |sampler: &str, schedule: &str, levels: &NoiseSchedule| {
+        let model = sampling::Model {
+            levels,
+            prediction: Prediction::Epsilon,
+            xl: false,
+        };
+        let (sampler, schedule) = sampling::parse(sampler, Some(schedule), false).unwrap();
+        let error = sampling::by_name(sampler, schedule, 8, &model).unwrap_err();
+        assert!(matches!(error, Error::Unsupported(_)), "{error}");
+        error.to_string()
+    };
+    let flow = NoiseSchedule::flow(3.0, 1000);
+    assert!(refused("Euler", "Align Your Steps", &flow).contains("Align Your Steps"));
+    assert!(refused("Euler", "Turbo", &flow).contains("Turbo"));
+    assert!(refused("TCD", "Simple", &flow).contains("TCD"));
+    let continuous = NoiseSchedule::continuous(0.002, 80.0, 0.5);
+    assert!(refused("LCM", "Normal", &continuous).contains("LCM"));
+}
+
+#[test]
+fn a_folder_whose_scheduler_is_for_other_models() {
+    let sd3 = Some(sampling::Flow {
+        patches: 4096,
+        gives_levels: false,
+    });
+    let read = |config: Value| SchedulerConfig::from_json(&config).unwrap();
+    let euler = read(json!({"_class_name": "EulerDiscreteScheduler"}));
+    assert!(matches!(
+        sampling::diffusers(&euler, 5, sd3),
+        Err(Error::Unsupported(_))
+    ));
+    let dynamic =
+        json!({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": true});
+    assert!(matches!(
+        sampling::diffusers(&read(dynamic), 5, None),
+        Err(Error::Unsupported(_))
+    ));
+    let karras = json!({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": true, "use_karras_sigmas": true});
+    assert!(matches!(
+        sampling::diffusers(&read(karras), 5, sd3),
+        Err(Error::Unsupported(_))
+    ));
+    // flow matching's Euler with the shift that the file has takes an unknown one's place
+    let novel = json!({"_class_name": "NovelScheduler", "shift": 3.0});
+    let (run, warning) = sampling::diffusers(&read(novel), 5, sd3).unwrap();
+    let known = json!({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0});
+    let (known, none) = sampling::diffusers(&read(known), 5, sd3).unwrap();
+    assert!(warning.unwrap().contains("NovelScheduler") && none.is_none());
+    assert_eq!(run, known);
 }
 
 #[test]

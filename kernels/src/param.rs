@@ -18,6 +18,11 @@ pub trait Source: Send + Sync {
     /// rounds far less than they did already. F32 where nothing is known.
     fn dtype(&self, name: &str) -> DType;
 
+    /// Whether a tensor is kept in less room than 16-bit numbers take, so that whoever packs it should not keep what it becomes.
+    fn is_compressed(&self, _name: &str) -> bool {
+        false
+    }
+
     /// Opens a tensor to be read as `shape`, which holds as many numbers.
     ///
     /// # Errors
@@ -61,6 +66,11 @@ impl Param {
     /// A type that holds every number as it is read.
     pub fn dtype(&self) -> DType {
         self.0.source.dtype(&self.0.name)
+    }
+
+    /// Whether it is kept in less room than 16-bit numbers take.
+    pub fn is_compressed(&self) -> bool {
+        self.0.source.is_compressed(&self.0.name)
     }
 
     /// Opens the weight to be read anew: for executors that pack weights into a layout of their own.

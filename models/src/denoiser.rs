@@ -110,6 +110,14 @@ impl Config {
         }
     }
 
+    /// Blocks of a network that can do without some of them.
+    pub fn skippable(&self) -> Option<usize> {
+        match self {
+            Self::Mmdit(config) => Some(config.layers),
+            _ => None,
+        }
+    }
+
     /// The most latents that a side may have, where there is such a bound.
     pub fn most_latents(&self) -> Option<usize> {
         match self {
@@ -144,9 +152,17 @@ impl Denoiser {
     /// # Errors
     /// When the shapes do not fit, an input is missing or the executor fails.
     pub fn forward(&self, inputs: &Inputs<'_>) -> Result<Tensor> {
+        self.forward_without(inputs, &[])
+    }
+
+    /// The same without the blocks `skipped`, which only Stable Diffusion 3's transformer can do without.
+    ///
+    /// # Errors
+    /// As [`Denoiser::forward`].
+    pub fn forward_without(&self, inputs: &Inputs<'_>, skipped: &[usize]) -> Result<Tensor> {
         match self {
             Self::UNet(network) => network.forward(inputs),
-            Self::Mmdit(network) => network.forward(inputs, &[]),
+            Self::Mmdit(network) => network.forward(inputs, skipped),
             Self::Flux(network) => network.forward(inputs),
         }
     }

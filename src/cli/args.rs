@@ -117,6 +117,28 @@ pub struct GenerateArgs {
         help_heading = "SDXL"
     )]
     pub refiner_switch: f64,
+    /// Guidance away from Stable Diffusion 3.5 without some of its layers; 2.8 is usual for medium [default: none]
+    #[arg(long, value_name = "F", help_heading = "Stable Diffusion 3")]
+    pub slg_scale: Option<f64>,
+    /// The layers that it goes away from
+    #[arg(long, value_name = "N,N…", value_delimiter = ',', default_values_t = [7, 8, 9], help_heading = "Stable Diffusion 3")]
+    pub skip_layers: Vec<usize>,
+    /// The part of the steps at which it begins
+    #[arg(
+        long,
+        value_name = "F",
+        default_value_t = 0.01,
+        help_heading = "Stable Diffusion 3"
+    )]
+    pub skip_layer_start: f64,
+    /// The part of the steps at which it ends
+    #[arg(
+        long,
+        value_name = "F",
+        default_value_t = 0.2,
+        help_heading = "Stable Diffusion 3"
+    )]
+    pub skip_layer_end: f64,
     /// What SDXL is told of a picture's size before it was scaled [default: the picture's size]
     #[arg(long, value_name = "WxH", value_parser = size, help_heading = "SDXL")]
     pub original_size: Option<(usize, usize)>,

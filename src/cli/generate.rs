@@ -14,7 +14,9 @@ use crate::device;
 use crate::error::{Error, Result};
 use crate::memory::peak_resident;
 use crate::output::{self, NoiseSource, Parameters, Target};
-use crate::pipeline::{Batch, Control, Engine, Event, Plan, Request, Rng, SizeConditioning};
+use crate::pipeline::{
+    Batch, Control, Engine, Event, Plan, Request, Rng, SizeConditioning, SkipLayers,
+};
 use crate::spec::Others;
 
 /// What does not change from picture to picture.
@@ -143,6 +145,14 @@ fn request(args: &GenerateArgs) -> Result<Request> {
         count: usize::from(args.count),
         clip_skip: args.clip_skip,
         rng: args.rng,
+        skip_layers: args
+            .slg_scale
+            .filter(|scale| *scale != 0.0)
+            .map(|scale| SkipLayers {
+                scale,
+                layers: args.skip_layers.clone(),
+                span: (args.skip_layer_start, args.skip_layer_end),
+            }),
         sizes: SizeConditioning {
             original: args.original_size,
             crop: args.crop,
@@ -301,6 +311,12 @@ impl Job<'_> {
                 fields.insert("refiner".to_owned(), json!(refiner));
                 let switch = json!(self.args.refiner_switch);
                 fields.insert("refiner_switch".to_owned(), switch);
+            }
+            if let Some(slg) = &self.plan.skip_layers {
+                fields.insert(
+                    "skip_layer_guidance".to_owned(),
+                    json!({ "scale": slg.scale, "layers": slg.layers, "start": slg.span.0, "end": slg.span.1 }),
+                );
             }
             fields.insert("clip_skip".to_owned(), json!(self.plan.clip_skip));
             fields.insert(

@@ -104,8 +104,8 @@ impl BatchNoise {
     }
 }
 
-/// A network with guidance: model input and timestep → prediction, all `[b, c, h, w]`.
-pub(super) type Model<'a> = dyn FnMut(&Tensor, f64) -> Result<Tensor> + 'a;
+/// A network with guidance: model input and what is asked → prediction, both `[b, c, h, w]`.
+pub(super) type Model<'a> = dyn FnMut(&Tensor, &Call) -> Result<Tensor> + 'a;
 
 /// Runs `trajectory` and gives the latents and the seconds of every network call. `done` counts steps of earlier batches.
 pub(super) fn run(
@@ -126,7 +126,7 @@ pub(super) fn run(
     for (index, call) in trajectory.calls.iter().enumerate() {
         let start = Instant::now();
         registers.model_input = registers.combine(&call.input)?;
-        registers.model_output = model(&registers.model_input, call.timestep)?;
+        registers.model_output = model(&registers.model_input, call)?;
         step(&mut registers, call, noise)?;
         check_finite(&registers.sample, index + 1)?;
         times.push(start.elapsed());

@@ -5,6 +5,7 @@ mod coverage;
 mod decode;
 mod denoise;
 mod event;
+mod guidance;
 mod memory;
 mod networks;
 mod plan;
@@ -16,6 +17,7 @@ mod tower;
 pub use conditions::Conditions;
 pub use coverage::Coverage;
 pub use event::{Control, Event, Listener};
+pub use guidance::SkipLayers;
 pub use networks::{Configs, Need, Networks};
 pub use plan::Plan;
 pub use request::{Request, Rng};
@@ -29,7 +31,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::checkpoint::{self, Checkpoint};
 use crate::error::{Error, Result};
 use crate::output::Image;
-use crate::sampling::Generator;
+use crate::sampling::{Call, Generator};
 use crate::spec::{ModelSpec, Others};
 use crate::text::{
     self, Behind, Conditioning, LongSpeaker, LongTower, Readers, Speaker, Texts, Tokenizers,
@@ -240,23 +242,26 @@ impl Engine {
         )
     }
 
-    /// Makes this model's network ready for a batch.
+    /// Makes this model's network ready for a batch: with guidance as the plan says, or for the prompt alone without the layers `skipped`.
     fn denoiser(
         &self,
         plan: &Plan,
         size: [usize; 4],
         conditioning: &Conditioning,
+        skipped: Option<&[usize]>,
     ) -> Result<Denoiser<'_>> {
         let numbers = plan.numbers(&self.spec);
         let conditions = Conditions::new(
             &self.spec.unet.config,
             conditioning,
-            (plan.batch_size, plan.guided),
+            (plan.batch_size, plan.guided && skipped.is_none()),
             (&numbers, plan.cfg_scale),
         )?;
         let calls = plan.trajectory.calls.iter();
         let timesteps: Vec<f64> = calls.map(|call| call.timestep).collect();
-        self.networks.denoiser(size, &conditions, &timesteps)
+        let skipped = skipped.unwrap_or_default();
+        self.networks
+            .denoiser(size, &conditions, &timesteps, skipped)
     }
 
     fn readers(&self) -> Readers<'_> {
@@ -307,8 +312,7 @@ impl Engine {
         let mut noise = BatchNoise::new(generators.collect(), shape, self.networks.device());
         let size = [seeds.len(), shape[0], shape[1], shape[2]];
         let mut relay = Relay::new(self, plan, size, conditionings)?;
-        let mut model =
-            |sample: &Tensor, timestep: f64| guided(plan, relay.predict(sample, timestep)?);
+        let mut model = |sample: &Tensor, call: &Call| relay.predict(sample, call);
         let progress = (
             index * plan.trajectory.steps,
             plan.count * plan.trajectory.steps,
@@ -344,17 +348,4 @@ impl Engine {
             },
         })
     }
-}
-
-/// Classifier-free guidance (Ho & Salimans, arXiv 2207.12598): unconditional + scale · (conditional − unconditional), both in
-/// one call of the network.
-fn guided(plan: &Plan, predictions: Tensor) -> Result<Tensor> {
-    if !plan.guided {
-        return Ok(predictions);
-    }
-    let predictions = predictions.chunk(2, 0)?;
-    let [unconditional, conditional] = predictions.as_slice() else {
-        return Err(Error::Numeric("guidance needs two predictions".to_owned()));
-    };
-    Ok((unconditional + ((conditional - unconditional)? * plan.cfg_scale)?)?)
 }

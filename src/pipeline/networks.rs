@@ -16,6 +16,7 @@ use super::coverage::{Coverage, T5, TEXT, UNET, VAE, named, source};
 use super::tower::{LoadedT5, LoadedTower, Runner};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::memory::Memory;
 use crate::spec::ModelSpec;
 use crate::weights::RandomSource;
 
@@ -233,7 +234,7 @@ impl Networks {
     }
 
     /// The UNet for latents of one size under conditions of batch n or 2n, of which the first half is the unconditional one if there are two.
-    /// `timesteps` are those that will be asked for.
+    /// `timesteps` are those that will be asked for, `skipped` the layers that are left out.
     ///
     /// # Errors
     /// When a weight cannot be read or memory is short.
@@ -242,17 +243,18 @@ impl Networks {
         [n, _, h, w]: [usize; 4],
         conditions: &Conditions,
         timesteps: &[f64],
+        skipped: &[usize],
     ) -> Result<Denoiser<'_>> {
         let (batch, tokens, _) = conditions.context.dims3()?;
         let Some(planned) = &self.planned else {
             return Ok(Denoiser {
                 networks: self,
                 repeat: batch / n.max(1),
-                how: How::Eager(conditions.to_dtype(self.dtype)?),
+                how: How::Eager(conditions.to_dtype(self.dtype)?, skipped.to_vec()),
             });
         };
-        let (graph, output) = self.record_unet((w, h), (batch, tokens))?;
-        let options = self.unet_options(batch == 2 * n);
+        let (graph, output) = self.record((w, h), (batch, tokens), skipped)?;
+        let options = self.unet_options(batch == 2 * n, (&graph, &output))?;
         let mut plan = Plan::compile(&graph, &output, &options, &planned.unet)?;
         let mut distinct: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
         distinct.sort_by(f32::total_cmp);
@@ -315,6 +317,15 @@ impl Networks {
         (w, h): (usize, usize),
         (batch, tokens): (usize, usize),
     ) -> Result<(Graph, sd_kernels::Tensor)> {
+        self.record((w, h), (batch, tokens), &[])
+    }
+
+    fn record(
+        &self,
+        (w, h): (usize, usize),
+        (batch, tokens): (usize, usize),
+        skipped: &[usize],
+    ) -> Result<(Graph, sd_kernels::Tensor)> {
         let graph = Graph::new();
         let config = &self.config;
         let sample = graph.input("sample", &[batch, config.in_channels(), h, w]);
@@ -323,13 +334,14 @@ impl Networks {
         let vector = |name, width: Option<usize>| width.map(|w| graph.input(name, &[batch, w]));
         let added = vector(ADDED, config.added_width());
         let guidance = vector(GUIDANCE, config.guidance_width());
-        let output = self.unet.forward(&Inputs {
+        let inputs = Inputs {
             sample: &sample,
             timestep: &timestep,
             context: &context,
             added: added.as_ref(),
             guidance: guidance.as_ref(),
-        })?;
+        };
+        let output = self.unet.forward_without(&inputs, skipped)?;
         Ok((graph, output))
     }
 
@@ -365,7 +377,8 @@ impl Networks {
                 buffers: elements * self.dtype.size_in_bytes() as u64,
             });
         }
-        let unet = Plan::sizes(&unet, &noise, &self.unet_options(guided))?;
+        let options = self.unet_options(guided, (&unet, &noise))?;
+        let unet = Plan::sizes(&unet, &noise, &options)?;
         let vae = Plan::sizes(&vae, &picture, &vae_options(self.dtype))?;
         let decoding = vae.buffers + vae.transient;
         Ok(Need {
@@ -374,14 +387,34 @@ impl Networks {
         })
     }
 
-    /// How plans of the UNet are made.
-    fn unet_options(&self, guided: bool) -> Options {
-        Options {
+    /// How plans of the denoising network are made. Where there is no room for all of its packed weights, some are packed at every call.
+    fn unet_options(
+        &self,
+        guided: bool,
+        (graph, output): (&Graph, &sd_kernels::Tensor),
+    ) -> Result<Options> {
+        /// The part of what is free that weights may take.
+        const SHARE: f64 = 0.8;
+        let options = Options {
             timestep: Some("timestep"),
             constant: vec![CONTEXT, ADDED, GUIDANCE],
             halved: if guided { vec!["sample"] } else { Vec::new() },
             ..Options::new(Level::current(), precision(self.dtype))
-        }
+        };
+        let Some(free) = Memory::look().available else {
+            return Ok(options);
+        };
+        let sizes = Plan::sizes(graph, output, &options)?;
+        let held = self
+            .planned
+            .as_ref()
+            .map_or(0, |planned| planned.unet.bytes());
+        let free = (free as f64 * SHARE) as usize + held;
+        let keep = free.saturating_sub(sizes.buffers);
+        Ok(match sizes.weights > keep {
+            true => Options { keep, ..options },
+            false => options,
+        })
     }
 }
 
@@ -417,7 +450,8 @@ pub struct Denoiser<'a> {
 }
 
 enum How {
-    Eager(Conditions),
+    /// And the layers that are left out.
+    Eager(Conditions, Vec<usize>),
     Planned {
         plan: Box<Plan>,
         /// What does not change from call to call; until the first one.
@@ -439,7 +473,7 @@ impl Denoiser<'_> {
             ..
         } = self.networks;
         match &mut self.how {
-            How::Eager(conditions) => {
+            How::Eager(conditions, skipped) => {
                 let sample = Tensor::cat(&vec![sample; self.repeat], 0)?.to_dtype(*dtype)?;
                 let timestep = Tensor::full(timestep as f32, sample.dim(0)?, device)?;
                 let node = |x: &Tensor| sd_kernels::Tensor::from(x.clone());
@@ -447,13 +481,14 @@ impl Denoiser<'_> {
                     conditions.added.as_ref().map(node),
                     conditions.guidance.as_ref().map(node),
                 );
-                let out = unet.forward(&Inputs {
+                let inputs = Inputs {
                     sample: &sample.into(),
                     timestep: &timestep.into(),
                     context: &node(&conditions.context),
                     added: added.as_ref(),
                     guidance: guidance.as_ref(),
-                })?;
+                };
+                let out = unet.forward_without(&inputs, skipped)?;
                 Ok(out.into_data()?.to_dtype(DType::F32)?)
             }
             How::Planned {

@@ -1,5 +1,6 @@
 //! A request resolved against a model: sizes, seeds, coefficients. Every refusal happens here, before any work.
 
+use super::guidance::SkipLayers;
 use super::request::{Request, Rng};
 use super::sizes::{self, SizeConditioning};
 use super::{Engine, memory};
@@ -43,6 +44,8 @@ pub struct Plan {
     pub rng: Rng,
     /// Whether the negative prompt has a say.
     pub guided: bool,
+    /// Guidance away from a network that skips layers.
+    pub skip_layers: Option<SkipLayers>,
     /// What SDXL is told of sizes, with the negative prompt and with the prompt.
     pub sizes: (SizeConditioning, SizeConditioning),
     /// Bytes at the peak, estimated.
@@ -126,6 +129,12 @@ impl Plan {
                     .to_owned(),
             );
         }
+        if let Some(slg) = &request.skip_layers {
+            slg.check(spec.unet.config.skippable())?;
+            if !guided {
+                warnings.push("skip-layer guidance has no say without --cfg-scale".to_owned());
+            }
+        }
         let latent = (width / scale, height / scale);
         let chosen = choose_sampling(engine, request, (steps, latent), &mut warnings)?;
         let memory = memory::estimate(&engine.all_networks(), latent, batch_size, guided)?;
@@ -146,6 +155,7 @@ impl Plan {
             clip_skip,
             rng: request.rng,
             guided,
+            skip_layers: request.skip_layers.clone(),
             sizes: (request.negative_sizes, request.sizes),
             memory,
             warnings,
@@ -203,9 +213,13 @@ fn choose_sampling(
         });
     }
     let wanted = request.schedule.as_deref();
+    let flow = spec.levels.is_flow();
     let (sampler, schedule) = match &request.sampler {
-        Some(sampler) => sampling::parse(sampler, wanted)?,
-        None => sampling::parse(spec.defaults.sampler, wanted.or(spec.defaults.schedule))?,
+        Some(sampler) => sampling::parse(sampler, wanted, flow)?,
+        None => {
+            let wanted = wanted.or(spec.defaults.schedule);
+            sampling::parse(spec.defaults.sampler, wanted, flow)?
+        }
     };
     let model = sampling::Model {
         levels: &spec.levels,

@@ -4,9 +4,11 @@ use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
 
+use super::guidance::guide;
 use super::networks::Denoiser;
 use super::{Engine, Plan};
 use crate::error::{Error, Result};
+use crate::sampling::Call;
 use crate::text::Conditioning;
 
 /// The networks of a run; one at a time has its buffers.
@@ -17,6 +19,8 @@ pub(super) struct Relay<'a> {
     /// The model's, and the refiner's if there is one.
     conditionings: &'a [Conditioning],
     denoiser: Option<Denoiser<'a>>,
+    /// The network without some layers, while skip-layer guidance acts.
+    lacking: Option<Denoiser<'a>>,
     switched: bool,
     first_load: Duration,
     later_load: Duration,
@@ -35,6 +39,7 @@ impl<'a> Relay<'a> {
             size,
             conditionings,
             denoiser: None,
+            lacking: None,
             switched: false,
             first_load: Duration::ZERO,
             later_load: Duration::ZERO,
@@ -55,18 +60,48 @@ impl<'a> Relay<'a> {
         self.later_load
     }
 
-    /// The prediction for `sample`, by whose turn it is.
-    pub(super) fn predict(&mut self, sample: &Tensor, timestep: f64) -> Result<Tensor> {
+    /// The guided prediction for `sample`, by whose turn it is.
+    pub(super) fn predict(&mut self, sample: &Tensor, call: &Call) -> Result<Tensor> {
+        let timestep = call.timestep;
         if !self.switched && self.is_refiners(timestep) {
             self.switched = true;
             self.denoiser = None;
             let took = self.make_ready()?;
             self.later_load += took;
         }
-        match &mut self.denoiser {
-            Some(denoiser) => denoiser.predict(sample, timestep),
-            None => Err(Error::Numeric("no network is ready".to_owned())),
+        let Some(denoiser) = &mut self.denoiser else {
+            return Err(Error::Numeric("no network is ready".to_owned()));
+        };
+        let predictions = denoiser.predict(sample, timestep)?;
+        let skipped = self.predict_lacking(sample, call)?;
+        guide(self.plan, &predictions, skipped)
+    }
+
+    /// The prediction of the network without some layers, at the steps where it has a say.
+    fn predict_lacking(&mut self, sample: &Tensor, call: &Call) -> Result<Option<Tensor>> {
+        let steps = self.plan.trajectory.steps;
+        let acting = self
+            .plan
+            .skip_layers
+            .as_ref()
+            .filter(|slg| self.plan.guided && !self.switched && slg.acts_at(call.step, steps));
+        let (Some(slg), Some(conditioning)) = (acting, self.conditionings.first()) else {
+            self.lacking = None;
+            return Ok(None);
+        };
+        if self.lacking.is_none() {
+            let start = Instant::now();
+            let layers = Some(slg.layers.as_slice());
+            let denoiser = self
+                .engine
+                .denoiser(self.plan, self.size, conditioning, layers)?;
+            self.lacking = Some(denoiser);
+            self.later_load += start.elapsed();
         }
+        let lacking = self.lacking.as_mut();
+        lacking
+            .map(|denoiser| denoiser.predict(sample, call.timestep))
+            .transpose()
     }
 
     /// diffusers' cut in timesteps; A1111 rounds a fractional one.
@@ -88,7 +123,7 @@ impl<'a> Relay<'a> {
         let Some(conditioning) = self.conditionings.get(turn) else {
             return Err(Error::Numeric("the prompt was not encoded".to_owned()));
         };
-        self.denoiser = Some(engine.denoiser(self.plan, self.size, conditioning)?);
+        self.denoiser = Some(engine.denoiser(self.plan, self.size, conditioning, None)?);
         Ok(start.elapsed())
     }
 }

@@ -1,5 +1,6 @@
 //! What was asked for: plain data, nothing resolved. The command line and every other door end here.
 
+use super::guidance::SkipLayers;
 use super::sizes::SizeConditioning;
 use crate::device::DtypeChoice;
 use crate::text::Syntax;
@@ -45,6 +46,8 @@ pub struct Request {
     pub clip_skip: Option<usize>,
     /// Which random numbers.
     pub rng: Rng,
+    /// Guidance away from a network that skips layers.
+    pub skip_layers: Option<SkipLayers>,
     /// The sizes that SDXL is told.
     pub sizes: SizeConditioning,
     /// What it is told with the negative prompt; those of the prompt where absent.

@@ -1,6 +1,7 @@
 //! The mathematics of noise. Two independent choices make a sampler: which noise levels a run passes through, and how it steps from one
 //! to the next. Either way the result is a [`Trajectory`]: coefficients in f64, known before the run.
 
+mod by_name;
 mod config;
 mod names;
 mod noise;
@@ -10,6 +11,7 @@ mod solvers;
 mod spacing;
 mod trajectory;
 
+pub use by_name::{Model, by_name};
 pub use config::{
     BetaSchedule, Class, DynamicShift, FlowConfig, SchedulerConfig, SigmaMap, Spacing,
 };
@@ -215,66 +217,4 @@ fn discrete_levels(config: &SchedulerConfig, schedule: &NoiseSchedule, steps: us
         },
         clip: config.clip_sample.then_some(config.clip_sample_range),
     }
-}
-
-/// What a run by name needs to know of a model.
-#[derive(Debug, Clone, Copy)]
-pub struct Model<'a> {
-    /// The noise levels that it was trained at.
-    pub levels: &'a NoiseSchedule,
-    /// What it predicts.
-    pub prediction: Prediction,
-    /// Whether tables made for Stable Diffusion XL are for it.
-    pub xl: bool,
-}
-
-/// The run that A1111 makes of a sampler's and a schedule's name, on the noise levels of the model.
-///
-/// # Errors
-/// [`Error::Usage`] for no steps at all, or so many that two levels coincide.
-pub fn by_name(
-    sampler: Sampler,
-    schedule: Schedule,
-    steps: usize,
-    model: &Model<'_>,
-) -> Result<Trajectory> {
-    if steps == 0 {
-        return Err(Error::Usage("--steps is 0, expected at least 1".to_owned()));
-    }
-    let levels = model.levels;
-    let mut sigmas = schedule.sigmas(model, steps + usize::from(sampler.skips_last_but_one()));
-    if sampler.skips_last_but_one() && sigmas.len() > 2 {
-        sigmas.remove(sigmas.len() - 2);
-    }
-    let timesteps = sigmas[..sigmas.len() - 1]
-        .iter()
-        .map(|&s| levels.timestep(s))
-        .collect();
-    let run = Levels {
-        init_noise_sigma: sigmas.first().copied().unwrap_or_default(),
-        sigmas,
-        timesteps,
-        prediction: model.prediction,
-        data: levels.data(),
-        clip: None,
-    };
-    let middle = |sigma| levels.timestep(sigma);
-    let run = match sampler {
-        Sampler::Euler => kdiffusion::euler(&run),
-        Sampler::EulerA => kdiffusion::euler_ancestral(&run, false),
-        Sampler::Heun => kdiffusion::heun(&run),
-        Sampler::Lms => kdiffusion::lms(&run),
-        Sampler::Dpm2 => solvers::dpm2::dpm2(&run, false, &middle),
-        Sampler::Dpm2A => solvers::dpm2::dpm2(&run, true, &middle),
-        Sampler::DpmPp2m => kdiffusion::dpmpp_2m(&run),
-        Sampler::DpmPp2sA => kdiffusion::dpmpp_2s_ancestral(&run, &middle),
-    };
-    if !run.is_finite() {
-        return Err(Error::Usage(format!(
-            "--steps is {steps}, too many for {} with the schedule {}: two of its noise levels coincide",
-            sampler.name(),
-            schedule.name()
-        )));
-    }
-    Ok(run)
 }

@@ -22,17 +22,34 @@ pub enum Sampler {
     DpmPp2m,
     /// DPM++ 2S ancestral.
     DpmPp2sA,
+    /// Latent consistency models.
+    Lcm,
+    /// Trajectory consistency models.
+    Tcd,
 }
 
 /// Each sampler with A1111's name first; the rest in the form that [`plain`] makes of names.
 const SAMPLERS: &[(Sampler, &str, &[&str])] = &[
-    (Sampler::Euler, "Euler", &["euler", "eulerdiscrete"]),
+    (
+        Sampler::Euler,
+        "Euler",
+        &[
+            "euler",
+            "eulerdiscrete",
+            "flowmatcheuler",
+            "flowmatcheulerdiscrete",
+        ],
+    ),
     (
         Sampler::EulerA,
         "Euler a",
         &["eulera", "eulerancestral", "eulerancestraldiscrete"],
     ),
-    (Sampler::Heun, "Heun", &["heun", "heundiscrete"]),
+    (
+        Sampler::Heun,
+        "Heun",
+        &["heun", "heundiscrete", "flowmatchheundiscrete"],
+    ),
     (Sampler::Lms, "LMS", &["lms", "lmsdiscrete"]),
     (
         Sampler::Dpm2,
@@ -59,6 +76,8 @@ const SAMPLERS: &[(Sampler, &str, &[&str])] = &[
         "DPM++ 2S a",
         &["dpm++2sa", "dpm++2sancestral"],
     ),
+    (Sampler::Lcm, "LCM", &["lcm", "flowmatchlcm"]),
+    (Sampler::Tcd, "TCD", &["tcd"]),
 ];
 
 const SCHEDULES: &[(Schedule, &[&str])] = &[
@@ -87,8 +106,6 @@ const KNOWN_SAMPLERS: &[&str] = &[
     "unipc",
     "unipcbh2",
     "unipcmultistep",
-    "lcm",
-    "tcd",
     "ddpm",
     "restart",
     "ipndm",
@@ -125,8 +142,6 @@ const KNOWN_SAMPLERS: &[&str] = &[
     "seeds2",
     "seeds3",
     "sasolver",
-    "lcmscheduler",
-    "flowmatcheuler",
 ];
 const KNOWN_SCHEDULES: &[&str] = &[
     "gits",
@@ -151,12 +166,19 @@ impl Sampler {
             .map_or("", |(_, name, _)| name)
     }
 
-    /// What A1111's schedule "Automatic" means for this sampler.
-    pub fn automatic_schedule(self) -> Schedule {
+    /// What A1111's schedule "Automatic" means for this sampler; on flow models, which A1111 has no word on, it is Simple.
+    pub fn automatic_schedule(self, flow: bool) -> Schedule {
         match self {
+            _ if flow => Schedule::Simple,
+            Self::Tcd => Schedule::Simple,
             Self::DpmPp2m | Self::DpmPp2sA | Self::Dpm2 | Self::Dpm2A => Schedule::Karras,
-            Self::Euler | Self::EulerA | Self::Heun | Self::Lms => Schedule::Normal,
+            Self::Euler | Self::EulerA | Self::Heun | Self::Lms | Self::Lcm => Schedule::Normal,
         }
+    }
+
+    /// Whether it is for models that were distilled at few timesteps.
+    pub(super) fn is_distilled(self) -> bool {
+        matches!(self, Self::Lcm | Self::Tcd)
     }
 
     /// Whether A1111 makes one level more and leaves out the last before the end.
@@ -197,7 +219,7 @@ fn find_schedule(name: &str) -> Option<Schedule> {
 ///
 /// # Errors
 /// [`Error::Unsupported`] for names that other tools know, [`Error::Usage`] for the rest, with the names to choose from.
-pub fn parse(sampler: &str, schedule: Option<&str>) -> Result<(Sampler, Schedule)> {
+pub fn parse(sampler: &str, schedule: Option<&str>, flow: bool) -> Result<(Sampler, Schedule)> {
     let name = plain(sampler);
     let (base, folded) = without_schedule(&name);
     let Some(found) = find_sampler(base) else {
@@ -209,7 +231,7 @@ pub fn parse(sampler: &str, schedule: Option<&str>) -> Result<(Sampler, Schedule
     };
     Ok((
         found,
-        schedule.unwrap_or_else(|| found.automatic_schedule()),
+        schedule.unwrap_or_else(|| found.automatic_schedule(flow)),
     ))
 }
 
@@ -361,13 +383,26 @@ mod tests {
                     "k_dpmpp_2s_a",
                 ],
             ),
+            (
+                Sampler::Lcm,
+                &[
+                    "LCM",
+                    "lcm",
+                    "k_lcm",
+                    "LCMScheduler",
+                    "FlowMatchLCMScheduler",
+                ],
+            ),
+            (Sampler::Tcd, &["TCD", "tcd", "TCDScheduler"]),
+            (Sampler::Euler, &["FlowMatchEulerDiscreteScheduler"]),
+            (Sampler::Heun, &["FlowMatchHeunDiscreteScheduler"]),
         ];
         for (sampler, names) in spellings {
             for name in *names {
-                let (found, schedule) = parse(name, None).unwrap();
+                let (found, schedule) = parse(name, None, false).unwrap();
                 assert_eq!(
                     (found, schedule),
-                    (*sampler, sampler.automatic_schedule()),
+                    (*sampler, sampler.automatic_schedule(false)),
                     "{name}"
                 );
             }
@@ -377,23 +412,45 @@ mod tests {
     #[test]
     fn old_names_carry_the_schedule() {
         assert_eq!(
-            parse("LMS Karras", None).unwrap(),
+            parse("LMS Karras", None, false).unwrap(),
             (Sampler::Lms, Schedule::Karras)
         );
         assert_eq!(
-            parse("Euler a SGM Uniform", None).unwrap(),
+            parse("Euler a SGM Uniform", None, false).unwrap(),
             (Sampler::EulerA, Schedule::SgmUniform)
         );
         assert_eq!(
-            parse("DPM++ 2M Karras", Some("Automatic")).unwrap().1,
+            parse("DPM++ 2M Karras", Some("Automatic"), false)
+                .unwrap()
+                .1,
             Schedule::Karras
         );
         assert_eq!(
-            parse("DPM++ 2M Karras", Some("Simple")).unwrap().1,
+            parse("DPM++ 2M Karras", Some("Simple"), false).unwrap().1,
             Schedule::Simple
         );
         for (schedule, _) in SCHEDULES {
-            assert_eq!(parse("Euler", Some(schedule.name())).unwrap().1, *schedule);
+            assert_eq!(
+                parse("Euler", Some(schedule.name()), false).unwrap().1,
+                *schedule
+            );
+        }
+    }
+
+    #[test]
+    fn written_names_are_read_again() {
+        for (sampler, _, _) in SAMPLERS {
+            for flow in [false, true] {
+                let schedule = sampler.automatic_schedule(flow);
+                let written = (sampler.name(), Some(schedule.name()));
+                assert_eq!(
+                    parse(written.0, written.1, flow).unwrap(),
+                    (*sampler, schedule)
+                );
+                let automatic = parse(sampler.name(), Some("Automatic"), flow).unwrap();
+                assert_eq!(automatic, (*sampler, schedule));
+            }
+            assert_eq!(sampler.automatic_schedule(true), Schedule::Simple);
         }
     }
 
@@ -404,27 +461,28 @@ mod tests {
             "dpmpp_sde",
             "UniPC",
             "uni_pc_bh2",
-            "LCM",
             "Restart",
             "k_dpm_fast",
             "DDIM",
         ] {
             assert!(
-                matches!(parse(name, None), Err(Error::Unsupported(_))),
+                matches!(parse(name, None, false), Err(Error::Unsupported(_))),
                 "{name}"
             );
         }
         assert!(matches!(
-            parse("Euler", Some("gits")),
+            parse("Euler", Some("gits"), false),
             Err(Error::Unsupported(_))
         ));
-        let error = parse("Eular", None).unwrap_err();
+        let error = parse("Eular", None, false).unwrap_err();
         assert!(
             matches!(error, Error::Usage(_))
                 && error.to_string().contains("did you mean \"Euler\"?"),
             "{error}"
         );
-        let error = parse("Euler", Some("Kerras")).unwrap_err().to_string();
+        let error = parse("Euler", Some("Kerras"), false)
+            .unwrap_err()
+            .to_string();
         assert!(
             error.contains("did you mean \"Karras\"?") && error.contains("SGM Uniform"),
             "{error}"

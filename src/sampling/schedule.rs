@@ -235,6 +235,11 @@ impl NoiseSchedule {
         }
     }
 
+    /// Whether the network is told the noise level itself, not a timestep of training.
+    pub(super) fn is_continuous(&self) -> bool {
+        self.time == Time::Continuous
+    }
+
     /// Whether latents are `(1 − σ)·x₀ + σ·ε`.
     pub fn is_flow(&self) -> bool {
         matches!(self.time, Time::Flow(_))

@@ -97,11 +97,33 @@ pub(super) fn exponential(min: f64, max: f64, n: usize) -> Vec<f64> {
 /// Both parameters of the beta distribution.
 const BETA: f64 = 0.6;
 
+/// Even in arctan σ.
+fn kl_optimal(min: f64, max: f64, n: usize) -> Vec<f64> {
+    let angle = |share: &f64| share * min.atan() + (1.0 - share) * max.atan();
+    linspace(0.0, 1.0, n)
+        .iter()
+        .map(|share| angle(share).tan())
+        .collect()
+}
+
 /// Quantiles of the symmetric beta distribution spread over σ: Lee et al., "Beta Sampling is All You Need", arXiv 2407.12173.
 pub(super) fn beta(min: f64, max: f64, n: usize) -> Vec<f64> {
     linspace(0.0, 1.0, n)
         .iter()
         .map(|p| min + beta_quantile(1.0 - p) * (max - min))
+        .collect()
+}
+
+/// ComfyUI's reading: the same quantiles spread over the training levels, each taken once.
+fn beta_of_levels(levels: &[f64], n: usize) -> Vec<f64> {
+    let last = levels.len().saturating_sub(1);
+    let mut places: Vec<usize> = (0..n)
+        .map(|i| round(beta_quantile(1.0 - i as f64 / n as f64) * last as f64) as usize)
+        .collect();
+    places.dedup();
+    places
+        .iter()
+        .map(|&place| levels[place.min(last)])
         .collect()
 }
 
@@ -119,6 +141,10 @@ fn beta_integral(x: f64) -> f64 {
 
 /// The x below which a share `p` of the distribution lies, by bisection of the half where it is.
 fn beta_quantile(p: f64) -> f64 {
+    if p == 0.5 {
+        // exactly: it is rounded to whole places where half of one decides
+        return 0.5;
+    }
     if p > 0.5 {
         return 1.0 - beta_quantile(1.0 - p);
     }
@@ -184,9 +210,9 @@ pub enum Schedule {
     Simple,
     /// Every n-th of the training levels from the second; may be more than asked for.
     Ddim,
-    /// Quantiles of a beta distribution over σ (A1111's reading; ComfyUI spreads them over timesteps).
+    /// Quantiles of a beta distribution over σ (A1111's reading) or, for flow models, over the training levels (ComfyUI's).
     Beta,
-    /// Sabour et al., "Align Your Steps", arXiv 2404.14507, equation 14; its last step ends at the least noise, not at 0.
+    /// Sabour et al., "Align Your Steps", arXiv 2404.14507, equation 14; its last step ends at the least noise, not at 0 (but for flow models).
     KlOptimal,
     /// The tables of the same paper for Stable Diffusion 1.5 and XL.
     AlignYourSteps,
@@ -204,7 +230,7 @@ const ALIGN_YOUR_STEPS_XL: [f64; 11] = [
 ];
 
 impl Schedule {
-    /// `steps` noise levels (more for DDIM where they do not divide the training's) and what the last step leads to, 0 but for KL optimal
+    /// `steps` noise levels (more for DDIM where they do not divide the training's) and what the last step leads to, 0 but for A1111's KL optimal
     /// (k-diffusion `get_sigmas*`, A1111 `sd_schedulers.py`).
     pub(super) fn sigmas(self, model: &Model<'_>, steps: usize) -> Vec<f64> {
         let schedule = model.levels;
@@ -218,6 +244,7 @@ impl Schedule {
                 .collect(),
             Self::Karras => karras(min, max, steps, RHO),
             Self::Exponential => exponential(min, max, steps),
+            Self::Beta if schedule.is_flow() => beta_of_levels(&schedule.sigmas, steps),
             Self::Beta => beta(min, max, steps),
             Self::SgmUniform => {
                 let t = linspace(schedule.timestep(max), schedule.timestep(min), steps + 1);
@@ -242,11 +269,9 @@ impl Schedule {
                 sigmas.reverse();
                 sigmas
             }
-            Self::KlOptimal => {
-                let shares = linspace(0.0, 1.0, steps + 1);
-                let angle = |share: &f64| share * min.atan() + (1.0 - share) * max.atan();
-                return to_f32(shares.iter().map(|share| angle(share).tan()).collect());
-            }
+            // ComfyUI's levels are one fewer, and a step to 0 follows them
+            Self::KlOptimal if schedule.is_flow() => kl_optimal(min, max, steps),
+            Self::KlOptimal => return to_f32(kl_optimal(min, max, steps + 1)),
             Self::AlignYourSteps if model.xl => align_your_steps(&ALIGN_YOUR_STEPS_XL, steps),
             Self::AlignYourSteps => align_your_steps(&ALIGN_YOUR_STEPS, steps),
             Self::Turbo => (1..=steps)

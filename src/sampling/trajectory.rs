@@ -45,7 +45,7 @@ pub enum Assign {
 /// One call of the network and what follows it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Call {
-    /// What the network is told, 0 to 999; may be fractional.
+    /// What the network is told, 0 to 999, or 1000·σ of a flow; may be fractional.
     pub timestep: f64,
     /// The noise level, for display.
     pub sigma: f64,

@@ -139,6 +139,15 @@ impl Source for CheckpointSource {
         }
     }
 
+    fn is_compressed(&self, name: &str) -> bool {
+        let info = self
+            .locate(name)
+            .and_then(|(part, _)| self.tensors.info(&part.stored));
+        info.is_some_and(|info| {
+            is_eight_bits(info.dtype) || matches!(info.dtype, TensorType::Block(_))
+        })
+    }
+
     fn open(&self, name: &str, shape: &[usize]) -> Result<Box<dyn Reader + '_>> {
         let (part, _) = self
             .locate(name)

@@ -11,8 +11,69 @@ use super::micro::{LANES, NR, Operand, Weight};
 /// `k` runs over groups of taps: group by group, in a group tap by tap, in a tap channel by channel.
 pub(crate) struct Panels<W> {
     data: Aligned<W>,
-    groups: Vec<Group>,
+    shape: PanelShape,
+}
+
+/// The sizes of a product's panels.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PanelShape {
     columns: usize,
+    groups: Vec<Group>,
+}
+
+/// A column's weights of one group, in the order `[channel][tap]` in which files keep them: `weight(column, group, out)`.
+pub(crate) type Column<'a> = dyn Fn(usize, usize, &mut [f32]) + Sync + 'a;
+
+/// Where a product finds its panels.
+pub(crate) enum Source<'a, W> {
+    /// Packed.
+    Packed(&'a Panels<W>),
+    /// In the file, from which each is packed when it is its turn, for as long as it takes: weights that are kept smaller than panels would be.
+    Loose(PanelShape, &'a Column<'a>),
+}
+
+/// Room for one panel of [`Source::Loose`].
+pub(crate) struct Scratch<W> {
+    panel: Vec<W>,
+    column: Vec<f32>,
+}
+
+impl<W> Default for Scratch<W> {
+    fn default() -> Self {
+        Self {
+            panel: Vec::new(),
+            column: Vec::new(),
+        }
+    }
+}
+
+impl<W: Weight> Source<'_, W> {
+    /// The sizes.
+    pub(crate) fn shape(&self) -> &PanelShape {
+        match self {
+            Self::Packed(panels) => &panels.shape,
+            Self::Loose(shape, _) => shape,
+        }
+    }
+
+    /// Whether each visit of a panel costs packing it.
+    pub(crate) fn is_loose(&self) -> bool {
+        matches!(self, Self::Loose(..))
+    }
+
+    /// One panel's numbers.
+    pub(crate) fn panel<'b>(&'b self, panel: usize, scratch: &'b mut Scratch<W>) -> &'b [W] {
+        match self {
+            Self::Packed(panels) => panels.panel(panel),
+            Self::Loose(shape, column) => {
+                let len = shape.width(panel) * shape.k::<W>();
+                scratch.panel.clear();
+                scratch.panel.resize(len, W::from_f32(0.0));
+                shape.fill(panel, column, (&mut scratch.column, &mut scratch.panel));
+                &scratch.panel
+            }
+        }
+    }
 }
 
 /// Taps that read equally many channels.
@@ -31,50 +92,13 @@ impl Group {
     }
 }
 
-impl<W: Weight> Panels<W> {
-    /// Packs `columns` columns. `weight(column, group, out)` gives a column's weights of one group in the order `[channel][tap]`, which is
-    /// how files keep them.
-    ///
-    /// # Errors
-    /// When there is no memory.
-    pub(crate) fn pack(
-        columns: usize,
-        groups: &[Group],
-        weight: impl Fn(usize, usize, &mut [f32]) + Sync,
-    ) -> std::io::Result<Self> {
-        let k: usize = groups.iter().map(|g| g.taps * g.k_len::<W::Row>()).sum();
-        let mut data = Aligned::zeros(columns.next_multiple_of(LANES) * k)?;
-        let packed = Self {
-            data: Aligned::zeros(0)?,
-            groups: groups.to_vec(),
+impl PanelShape {
+    /// Of `columns` columns.
+    pub(crate) fn new(columns: usize, groups: &[Group]) -> Self {
+        Self {
             columns,
-        };
-        let largest = groups
-            .iter()
-            .map(|g| g.taps * g.channels)
-            .max()
-            .unwrap_or(0);
-        data.as_mut_slice()
-            .par_chunks_mut((NR * k).max(1))
-            .enumerate()
-            .for_each_init(
-                || vec![0f32; largest],
-                |column_weights, (p, panel)| {
-                    let width = packed.width(p);
-                    for j in 0..(columns - p * NR).min(NR) {
-                        let mut panel = &mut panel[..];
-                        for (g, group) in groups.iter().enumerate() {
-                            let values = &mut column_weights[..group.taps * group.channels];
-                            weight(p * NR + j, g, values);
-                            let (own, rest) =
-                                panel.split_at_mut(group.taps * group.k_len::<W::Row>() * width);
-                            scatter(values, *group, (width, j), own);
-                            panel = rest;
-                        }
-                    }
-                },
-            );
-        Ok(Self { data, ..packed })
+            groups: groups.to_vec(),
+        }
     }
 
     /// Columns, without padding.
@@ -98,17 +122,65 @@ impl<W: Weight> Panels<W> {
     }
 
     /// `k` of all groups, padding included.
-    pub(crate) fn k(&self) -> usize {
+    pub(crate) fn k<W: Weight>(&self) -> usize {
         self.groups
             .iter()
             .map(|g| g.taps * g.k_len::<W::Row>())
             .sum()
     }
 
+    /// Bytes of all panels, packed.
+    pub(crate) fn bytes<W: Weight>(&self) -> usize {
+        self.columns.next_multiple_of(LANES) * self.k::<W>() * size_of::<W>()
+    }
+
+    /// Packs one panel, which is all zeros.
+    fn fill<W: Weight>(
+        &self,
+        p: usize,
+        weight: &Column<'_>,
+        (column, panel): (&mut Vec<f32>, &mut [W]),
+    ) {
+        let width = self.width(p);
+        for j in 0..(self.columns - p * NR).min(NR) {
+            let mut panel = &mut panel[..];
+            for (g, group) in self.groups.iter().enumerate() {
+                column.resize(group.taps * group.channels, 0.0);
+                weight(p * NR + j, g, column);
+                let (own, rest) = panel.split_at_mut(group.taps * group.k_len::<W::Row>() * width);
+                scatter(column, *group, (width, j), own);
+                panel = rest;
+            }
+        }
+    }
+}
+
+impl<W: Weight> Panels<W> {
+    /// Packs `columns` columns.
+    ///
+    /// # Errors
+    /// When there is no memory.
+    pub(crate) fn pack(
+        columns: usize,
+        groups: &[Group],
+        weight: impl Fn(usize, usize, &mut [f32]) + Sync,
+    ) -> std::io::Result<Self> {
+        let shape = PanelShape::new(columns, groups);
+        let k = shape.k::<W>();
+        let mut data = Aligned::zeros(columns.next_multiple_of(LANES) * k)?;
+        data.as_mut_slice()
+            .par_chunks_mut((NR * k).max(1))
+            .enumerate()
+            .for_each_init(Vec::new, |column, (p, panel)| {
+                shape.fill(p, &weight, (column, panel));
+            });
+        Ok(Self { data, shape })
+    }
+
     /// One panel's numbers.
     pub(crate) fn panel(&self, panel: usize) -> &[W] {
-        let k = self.k();
-        &self.data.as_slice()[panel * NR * k..][..self.width(panel) * k]
+        let k = self.shape.k::<W>();
+        &self.data.as_slice()[panel * NR * k..][..self.shape.width(panel) * k]
     }
 
     /// Bytes of the packed numbers.

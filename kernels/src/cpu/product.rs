@@ -13,7 +13,7 @@ use super::Level;
 use super::aligned::Plain;
 use super::epilogue::{self, Epilogue, Finish, ROWS, Stored, Target};
 use super::micro::{Kernel, MR, NR, Tile, Weight};
-use super::panels::{Group, Panels};
+use super::panels::{self, Group, PanelShape, Scratch};
 use super::view::Numbers;
 
 /// Where the taps of one group read: a channels-last picture (or sequence, as a picture one pixel high).
@@ -98,12 +98,13 @@ thread_local! {
 /// When sizes do not fit: a planner's mistake, never a user's.
 pub(crate) fn product<W: Weight, O: Stored>(
     level: Level,
-    weights: &Panels<W>,
+    weights: &panels::Source<'_, W>,
     (grid, sources): (Grid, &[Source<'_, W::Row>]),
     epilogue: &Epilogue<'_>,
     out: &mut [O],
 ) {
-    check(weights, grid, sources, epilogue, out.len());
+    let shape = weights.shape();
+    check::<W>(shape, grid, sources, epilogue, out.len());
     let job = Job {
         level,
         weights,
@@ -113,9 +114,9 @@ pub(crate) fn product<W: Weight, O: Stored>(
         target: Target {
             out: out.as_mut_ptr(),
             columns: if epilogue.gated {
-                weights.columns() / 2
+                shape.columns() / 2
             } else {
-                weights.columns()
+                shape.columns()
             },
         },
     };
@@ -125,13 +126,14 @@ pub(crate) fn product<W: Weight, O: Stored>(
     let cut = Cut::new(grid.rows(), weights, rayon::current_num_threads());
     let next = AtomicUsize::new(0);
     let work = || {
+        let mut scratch = Scratch::default();
         POINTERS.with_borrow_mut(|pointers| {
             loop {
                 let task = next.fetch_add(1, Ordering::Relaxed);
                 let Some((rows, panels)) = cut.task(task) else {
                     return;
                 };
-                job.run(rows, panels, pointers);
+                job.run(rows, panels, (pointers, &mut scratch));
             }
         });
     };
@@ -143,7 +145,7 @@ pub(crate) fn product<W: Weight, O: Stored>(
 }
 
 fn check<W: Weight>(
-    weights: &Panels<W>,
+    weights: &PanelShape,
     grid: Grid,
     sources: &[Source<'_, W::Row>],
     epilogue: &Epilogue<'_>,
@@ -199,18 +201,20 @@ struct Cut {
 impl Cut {
     /// A block of rows stays in a core's second-level cache while all panels pass by; with few rows and many weights the panels are shared out
     /// instead, so that each is fetched once.
-    fn new<W: Weight>(rows: usize, weights: &Panels<W>, threads: usize) -> Self {
+    fn new<W: Weight>(rows: usize, weights: &panels::Source<'_, W>, threads: usize) -> Self {
         const CACHE: usize = 384 << 10;
-        let panels = weights.count();
-        let taps: usize = weights.groups().iter().map(|g| g.taps).max().unwrap_or(1);
-        let row_bytes = weights.k() * size_of::<W::Row>() / taps.clamp(1, 6);
+        let shape = weights.shape();
+        let panels = shape.count();
+        let taps: usize = shape.groups().iter().map(|g| g.taps).max().unwrap_or(1);
+        let row_bytes = shape.k::<W>() * size_of::<W::Row>() / taps.clamp(1, 6);
         let want = 8 * threads;
         let block = (CACHE / row_bytes.max(1))
             .clamp(48, 384)
             .next_multiple_of(MR);
         let (mut block, mut range) = (block.min(rows.next_multiple_of(MR)), panels);
-        if threads > 1 && rows.div_ceil(block) < want {
-            if weights.bytes() > 4 << 20 || rows < 96 * threads {
+        let loose = weights.is_loose();
+        if loose || (threads > 1 && rows.div_ceil(block) < want) {
+            if loose || shape.bytes::<W>() > 4 << 20 || rows < 96 * threads {
                 block = rows.next_multiple_of(MR).min(2048);
                 range = (panels * rows.div_ceil(block)).div_ceil(want).max(1);
             } else {
@@ -244,7 +248,7 @@ impl Cut {
 
 struct Job<'a, W: Weight, O> {
     level: Level,
-    weights: &'a Panels<W>,
+    weights: &'a panels::Source<'a, W>,
     grid: Grid,
     sources: &'a [Source<'a, W::Row>],
     epilogue: &'a Epilogue<'a>,
@@ -256,22 +260,31 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
         &self,
         rows: std::ops::Range<usize>,
         panels: std::ops::Range<usize>,
-        pointers: &mut Vec<*const u8>,
+        (pointers, scratch): (&mut Vec<*const u8>, &mut Scratch<W>),
     ) {
         self.gather(rows.clone(), pointers);
-        let taps: usize = self.weights.groups().iter().map(|g| g.taps).sum();
+        let shape = self.weights.shape();
+        let taps: usize = shape.groups().iter().map(|g| g.taps).sum();
         let mut sums = [0f32; MR * NR];
         let mut stored = [0usize; ROWS];
         for p in panels {
-            let width = self.weights.width(p);
-            let used = (self.weights.columns() - p * NR).min(NR);
+            let width = shape.width(p);
+            let used = (shape.columns() - p * NR).min(NR);
+            let panel = self.weights.panel(p, scratch);
             for (tile, first) in rows.clone().step_by(MR).enumerate() {
                 let count = (rows.end - first).min(MR);
                 let Some(kernel) = W::kernel(self.level, count, width) else {
                     return;
                 };
                 // SAFETY: `gather` listed `count` pointers a tap for this tile
-                unsafe { self.tile(kernel, &pointers[tile * taps * MR..], (p, count), &mut sums) };
+                unsafe {
+                    self.tile(
+                        kernel,
+                        &pointers[tile * taps * MR..],
+                        (panel, width, count),
+                        &mut sums,
+                    );
+                }
                 for (r, stored) in stored.iter_mut().enumerate().take(count) {
                     *stored = self.grid.stored(first + r);
                 }
@@ -281,7 +294,7 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
                     rows: &stored[..count],
                     width: used,
                     column: p * NR,
-                    columns: self.weights.columns(),
+                    columns: shape.columns(),
                     target: self.target,
                 };
                 // SAFETY: tasks differ in rows or panels, and `check` compared the target's size with both
@@ -298,13 +311,11 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
         &self,
         kernel: Kernel<W::Row, W>,
         pointers: &[*const u8],
-        (p, count): (usize, usize),
+        (mut panel, width, count): (&[W], usize, usize),
         sums: &mut [f32; MR * NR],
     ) {
-        let width = self.weights.width(p);
-        let mut panel = self.weights.panel(p);
         let mut pointers = pointers;
-        for (g, group) in self.weights.groups().iter().enumerate() {
+        for (g, group) in self.weights.shape().groups().iter().enumerate() {
             let k_len = group.k_len::<W::Row>();
             let (own, rest) = panel.split_at(group.taps * k_len * width);
             let tile = Tile {

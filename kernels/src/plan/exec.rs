@@ -1,25 +1,29 @@
 //! One step: the right kernel for its work and types.
 
+use half::bf16;
 use smallvec::SmallVec;
 
 use super::ir::{Form, Part, Product, Step, ValueId, View, Work};
 use super::memory::Memory;
 use super::run::Prepared;
-use super::store::Packed;
+use super::store::{Layout, Loose, Packed};
 use crate::Result;
 use crate::cpu::Level;
 use crate::cpu::aligned::Plain;
 use crate::cpu::attention::{self, Shape, attention};
 use crate::cpu::epilogue::{Epilogue, PerImage, Stored};
-use crate::cpu::micro::Weight;
+use crate::cpu::micro::{Brain, Half, Weight};
 use crate::cpu::norm::{AdaptiveNorm, GroupNorm, Side, layer_norm, rms_norm, rotate};
-use crate::cpu::panels::Panels;
+use crate::cpu::panels::{self, Panels};
 use crate::cpu::product::{Grid, Source, product};
 use crate::cpu::view::NumbersMut;
 use crate::cpu::winograd::{self, Kept, WinogradWeights, convolve};
 
 /// As many as a step usually reads, without a place of their own in memory.
 type Few<T> = SmallVec<[T; 4]>;
+
+/// Rows up to which weights are packed panel by panel: more would see a panel packed several times, each for 2048 of them.
+const FEW_ROWS: usize = 6144;
 
 /// Pixels that each tap reads, for result (0, 0).
 pub(super) type Taps = Vec<(isize, isize)>;
@@ -103,6 +107,20 @@ impl Memory<'_> {
                     Some(weights) => weights,
                     None => {
                         let (channels, kind) = self.program().sources(product);
+                        let few = self.batch(step.out) * rows <= FEW_ROWS;
+                        let loose = match few {
+                            true => Loose::open(product, &channels, (kind, level))?,
+                            false => None,
+                        };
+                        if let Some(loose) = loose {
+                            match loose.layout() {
+                                Layout::Bf16 => run.loose::<bf16>(&loose, out),
+                                Layout::Half => run.loose::<Half>(&loose, out),
+                                Layout::Brain => run.loose::<Brain>(&loose, out),
+                                _ => run.loose::<f32>(&loose, out),
+                            }
+                            return Ok(());
+                        }
                         packed = Packed::now(product, &channels, (kind, level))?;
                         &packed
                     }
@@ -294,13 +312,25 @@ impl Run<'_> {
     }
 
     fn direct<W: Weight>(&self, phases: &[Panels<W>], out: NumbersMut<'_>) {
+        let phases: Few<_> = phases.iter().map(panels::Source::Packed).collect();
         match out {
-            NumbersMut::F32(out) => self.phases(phases, out),
-            NumbersMut::Bf16(out) => self.phases(phases, out),
+            NumbersMut::F32(out) => self.phases(&phases, out),
+            NumbersMut::Bf16(out) => self.phases(&phases, out),
         }
     }
 
-    fn phases<W: Weight, O: Stored>(&self, phases: &[Panels<W>], out: &mut [O]) {
+    /// Panel by panel from the file.
+    fn loose<W: Weight>(&self, weights: &Loose<'_>, out: NumbersMut<'_>) {
+        let column =
+            |column: usize, group: usize, out: &mut [f32]| weights.column(column, group, out);
+        let phases = [panels::Source::<W>::Loose(weights.shape(), &column)];
+        match out {
+            NumbersMut::F32(out) => self.phases(&phases, out),
+            NumbersMut::Bf16(out) => self.phases(&phases, out),
+        }
+    }
+
+    fn phases<W: Weight, O: Stored>(&self, phases: &[panels::Source<'_, W>], out: &mut [O]) {
         let (h, w) = self.product.size;
         for (phase, (panels, taps)) in phases.iter().zip(self.taps).enumerate() {
             let grid = if self.product.form == Form::Upsample {

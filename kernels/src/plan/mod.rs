@@ -57,6 +57,8 @@ pub struct Options {
     pub constant: Vec<&'static str>,
     /// Whether weights are packed each time they are needed, and let go of: for a network that runs seldom.
     pub transient: bool,
+    /// The most bytes of packed weights that are kept; the others are packed each time, as all are that the file keeps compressed.
+    pub keep: usize,
     /// Inputs whose second half equals the first, as guidance has it; they are given by half.
     pub halved: Vec<&'static str>,
 }
@@ -69,6 +71,7 @@ impl Options {
             precision,
             timestep: None,
             transient: false,
+            keep: usize::MAX,
             constant: Vec::new(),
             halved: Vec::new(),
         }

@@ -68,12 +68,10 @@ impl Machine {
         let places = place(program);
         check_places(program, &places)?;
         let bytes = places.bytes + most_workspace(program);
-        let prepared = program.steps.par_iter().map(|step| {
-            // what is computed once a run or less reads its weights as seldom
-            let rate = program.values[step.out].rate;
-            let later = options.transient || rate != Rate::Call;
-            prepare(program, step, (store, options.level, later))
-        });
+        let later = transient(program, options);
+        let prepared = program.steps.par_iter().zip(later);
+        let prepared =
+            prepared.map(|(step, later)| prepare(program, step, (store, options.level, later)));
         let prepared = prepared.collect::<Result<Vec<_>>>()?;
         Ok(Self {
             level: options.level,
@@ -339,9 +337,29 @@ fn biases(
         .collect()
 }
 
-/// Whether a step's weights are packed when they are needed: what is computed once a run or less reads them as seldom.
-fn is_transient(program: &Program, step: &Step, options: &Options) -> bool {
-    options.transient || program.values[step.out].rate != Rate::Call
+/// For each step whether its weights are packed when they are needed: what is computed once a run or less reads them as seldom; what the file keeps
+/// compressed would be more than it keeps; and there may be no room for all.
+fn transient(program: &Program, options: &Options) -> Vec<bool> {
+    let mut kept = 0usize;
+    let steps = program.steps.iter();
+    steps
+        .map(|step| {
+            let Work::Product(product) = &step.work else {
+                return false;
+            };
+            let rare = options.transient || program.values[step.out].rate != Rate::Call;
+            let plain = matches!(product.form, Form::Direct | Form::Gated);
+            let mut parts = product.parts.iter();
+            if rare || (plain && parts.all(|part| part.weight.is_compressed())) {
+                return true;
+            }
+            let (_, kind) = program.sources(product);
+            let bytes = packed_bytes(product, (kind, options.level));
+            let fits = kept.checked_add(bytes).filter(|&all| all <= options.keep);
+            kept = fits.unwrap_or(kept);
+            fits.is_none()
+        })
+        .collect()
 }
 
 /// What a machine for `program` would take.
@@ -351,11 +369,11 @@ pub(super) fn sizes(program: &Program, options: &Options) -> Sizes {
         weights: 0,
         transient: 0,
     };
-    for step in &program.steps {
+    for (step, later) in program.steps.iter().zip(transient(program, options)) {
         if let Work::Product(product) = &step.work {
             let (_, kind) = program.sources(product);
             let bytes = packed_bytes(product, (kind, options.level));
-            if is_transient(program, step, options) {
+            if later {
                 sizes.transient = sizes.transient.max(bytes);
             } else {
                 sizes.weights += bytes;

@@ -8,7 +8,7 @@ use half::bf16;
 use super::ir::{Form, Part, Product, Type};
 use crate::cpu::Level;
 use crate::cpu::micro::{Brain, Half, LANES, Weight};
-use crate::cpu::panels::{Group, Panels, geglu_column};
+use crate::cpu::panels::{Group, PanelShape, Panels, geglu_column};
 use crate::cpu::winograd::{self, Kept, WinogradWeights};
 use crate::{Error, Param, Reader, Result};
 use candle_core::DType;
@@ -46,8 +46,8 @@ pub(super) enum Packed {
 type Phases<W> = Arc<Vec<Panels<W>>>;
 
 /// How [`Packed`] keeps weights.
-#[derive(Debug, Clone, Copy)]
-enum Layout {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Layout {
     F32,
     Bf16,
     Half,
@@ -264,16 +264,19 @@ impl<'a> Stored<'a> {
         WinogradWeights::pack(form, self.product.columns, &channels, row).map_err(|e| no_memory(&e))
     }
 
+    /// What each source brings; `taps` where they are not those of the kernel.
+    fn groups(&self, taps: Option<usize>) -> Vec<Group> {
+        let group = |&(p, _, channels): &(usize, usize, usize)| {
+            let (kh, kw) = self.product.parts[p].kernel;
+            let taps = taps.unwrap_or(kh * kw);
+            Group { taps, channels }
+        };
+        self.places.iter().map(group).collect()
+    }
+
     fn panels<W: Weight>(&self) -> Result<Vec<Panels<W>>> {
         let columns = self.product.columns;
-        let groups = |taps: Option<usize>| -> Vec<Group> {
-            let group = |&(p, _, channels): &(usize, usize, usize)| {
-                let (kh, kw) = self.product.parts[p].kernel;
-                let taps = taps.unwrap_or(kh * kw);
-                Group { taps, channels }
-            };
-            self.places.iter().map(group).collect()
-        };
+        let groups = |taps| self.groups(taps);
         let packed = match self.product.form {
             Form::Upsample => (0..4)
                 .map(|phase| {
@@ -296,6 +299,47 @@ impl<'a> Stored<'a> {
             .map(|panels| vec![panels]),
         };
         packed.map_err(|e| no_memory(&e))
+    }
+}
+
+/// The weights of a product where they lie, to be packed panel by panel.
+pub(super) struct Loose<'a> {
+    stored: Stored<'a>,
+    layout: Layout,
+}
+
+impl<'a> Loose<'a> {
+    /// Opens a product's weights; none where its form wants all of them at once.
+    pub(super) fn open(
+        product: &'a Product,
+        channels: &[Vec<usize>],
+        how: (Type, Level),
+    ) -> Result<Option<Self>> {
+        if !matches!(product.form, Form::Direct | Form::Gated) {
+            return Ok(None);
+        }
+        Ok(Some(Self {
+            stored: Stored::open(product, channels)?,
+            layout: Layout::of(product, how),
+        }))
+    }
+
+    pub(super) fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    pub(super) fn shape(&self) -> PanelShape {
+        PanelShape::new(self.stored.product.columns, &self.stored.groups(None))
+    }
+
+    /// A column's weights for one source, `[input][tap]`.
+    pub(super) fn column(&self, column: usize, group: usize, out: &mut [f32]) {
+        let product = self.stored.product;
+        let column = match product.form {
+            Form::Gated => geglu_column(column, product.columns / 2),
+            _ => column,
+        };
+        self.stored.row(column, group, out);
     }
 }
 

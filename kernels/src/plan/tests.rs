@@ -12,7 +12,7 @@ use crate::{
     ops,
 };
 
-/// Weights made up from their names, rounded to a type that they are stored as.
+/// Weights made up from their names, rounded to a type that they are stored as; `U8` stands for a compressed one.
 struct Made(DType);
 
 fn numbers(n: usize, seed: &str) -> Vec<f32> {
@@ -35,7 +35,14 @@ impl Source for Made {
     }
 
     fn dtype(&self, _: &str) -> DType {
-        self.0
+        match self.0 {
+            DType::U8 => DType::F16,
+            other => other,
+        }
+    }
+
+    fn is_compressed(&self, _: &str) -> bool {
+        self.0 == DType::U8
     }
 
     fn open(&self, name: &str, shape: &[usize]) -> Result<Box<dyn Reader + '_>> {
@@ -47,7 +54,7 @@ impl Source for Made {
             0.5
         };
         let values = numbers(n, name).into_iter().map(|v| match self.0 {
-            DType::F16 => half::f16::from_f32(v * scale).to_f32(),
+            DType::F16 | DType::U8 => half::f16::from_f32(v * scale).to_f32(),
             DType::BF16 => half::bf16::from_f32(v * scale).to_f32(),
             _ => v * scale,
         });
@@ -347,6 +354,46 @@ fn a_transformer_with_and_without_halves_and_constants() {
             assert!(error < 3e-2 && error > 1e-4, "bf16: {error}");
         }
     }
+}
+
+#[test]
+fn compressed_weights_and_those_without_room_are_not_kept() {
+    for (stored, keep) in [(DType::U8, usize::MAX), (DType::F16, 0), (DType::F16, 9000)] {
+        let net = Net {
+            stored,
+            inputs: vec![
+                ("x", vec![2, 3, 10, 14]),
+                ("vector", vec![2, 24]),
+                ("context", vec![2, 9, 12]),
+            ],
+            run: transformer,
+        };
+        for level in Level::supported() {
+            let options = Options {
+                keep,
+                ..Options::new(level, Precision::F32)
+            };
+            let error = distance(&net, &options);
+            assert!(error < 3e-6, "{}: {error}", level.name());
+        }
+    }
+    let bytes = |stored, keep| {
+        let graph = Graph::new();
+        let w = weights(stored);
+        let x = graph.input("x", &[3, 64]);
+        let y = linear(&w, "b", &linear(&w, "a", &x, 64).unwrap(), 64).unwrap();
+        let store = Store::default();
+        let options = Options {
+            keep,
+            ..Options::new(Level::Portable, Precision::F32)
+        };
+        Plan::compile(&graph, &y, &options, &store).unwrap();
+        store.bytes()
+    };
+    let (biases, each) = (2 * 64 * 4, 64 * 64 * 4);
+    assert_eq!(bytes(DType::F32, usize::MAX), biases + 2 * each);
+    assert_eq!(bytes(DType::F32, each + 100), biases + each);
+    assert_eq!(bytes(DType::U8, usize::MAX), biases);
 }
 
 /// Convolutions wide enough for Winograd's forms, enlarged ones among them.

@@ -65,18 +65,23 @@ impl FlowConfig {
     /// With the shift that a picture of so many patches has.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] when the shift is dynamic and nobody says how large the picture is.
+    /// [`Error::Unsupported`] when the shift is dynamic and nobody says how large the picture is, [`Error::Usage`] when it comes to nothing.
     pub(in super::super) fn resolved(self, patches: Option<usize>) -> Result<Self> {
-        match (self.dynamic, patches) {
-            (None, _) => Ok(self),
-            (Some(dynamic), Some(patches)) => Ok(Self {
-                shift: dynamic.factor(patches),
-                ..self
-            }),
-            (Some(_), None) => Err(Error::Unsupported(
-                "scheduler config field `use_dynamic_shifting` is for models of flow matching, which this one is not; name a --sampler".to_owned(),
-            )),
+        let (Some(dynamic), Some(patches)) = (self.dynamic, patches) else {
+            return match self.dynamic {
+                None => Ok(self),
+                Some(_) => Err(Error::Unsupported(
+                    "scheduler config field `use_dynamic_shifting` is for models of flow matching, which this one is not; name a --sampler".to_owned(),
+                )),
+            };
+        };
+        let shift = dynamic.factor(patches);
+        if shift > 0.0 && shift.is_finite() {
+            return Ok(Self { shift, ..self });
         }
+        Err(Error::Usage(format!(
+            "scheduler config fields `base_shift` and `max_shift` shift a picture of {patches} patches by {shift}, expected a number above 0"
+        )))
     }
 }
 

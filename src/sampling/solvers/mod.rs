@@ -1,5 +1,6 @@
 //! How to step: one family of papers a file. Each turns noise levels or timesteps into a [`Trajectory`](super::Trajectory).
 
+pub(super) mod consistency;
 pub(super) mod ddim;
 pub(super) mod deis;
 pub(super) mod dpm;

@@ -5,6 +5,7 @@
 use half::bf16;
 
 use super::super::epilogue::PerImage;
+use super::super::panels::Panels;
 use super::*;
 use crate::cpu::micro::Operand;
 
@@ -117,7 +118,7 @@ fn run<T: Operand + Weight<Row = T>>(level: Level, case: &Case) -> f64 {
     let mut out = vec![f32::NAN; batch * oh * ow * columns];
     product(
         level,
-        &panels,
+        &panels::Source::Packed(&panels),
         (Grid::plain(batch, oh, ow), &sources),
         &epilogue,
         &mut out,
@@ -238,7 +239,7 @@ fn row_sums<T: Operand + Weight<Row = T>>(level: Level, rows: usize, values: &[f
     let mut out = vec![0.0; rows * columns];
     product(
         level,
-        &panels,
+        &panels::Source::Packed(&panels),
         (Grid::plain(1, 1, rows), &[source]),
         &Epilogue::default(),
         &mut out,
