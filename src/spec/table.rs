@@ -57,6 +57,8 @@ pub struct TowerRole {
     pub states: bool,
     /// Whether the network reads the whole text's vector.
     pub pooled: bool,
+    /// Whether single files' vector goes through the projection; folders say so themselves.
+    pub(super) projects: bool,
 }
 
 /// T5's part in a family.
@@ -173,6 +175,7 @@ const CLIP_L: TowerRole = TowerRole {
     norm: true,
     states: true,
     pooled: false,
+    projects: false,
 };
 const OPEN_CLIP_H: TowerRole = TowerRole {
     prefix: "cond_stage_model.model",
@@ -196,12 +199,14 @@ const XL_OPEN_CLIP_G: TowerRole = TowerRole {
     norm: false,
     states: true,
     pooled: true,
+    projects: true,
 };
 const REFINER_OPEN_CLIP_G: TowerRole = TowerRole {
     prefix: "conditioner.embedders.0.model",
     ..XL_OPEN_CLIP_G
 };
 
+/// Its vector is taken as it is (diffusers puts the identity in the projection's place), whatever a file has of that name.
 const SD3_CLIP_L: TowerRole = TowerRole {
     prefix: "text_encoders.clip_l.transformer",
     pooled: true,

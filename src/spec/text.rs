@@ -236,8 +236,8 @@ impl TowerRole {
     /// What transformers' spelling does not tell: the activation, and whether the projection is used.
     fn transformers(&self) -> (text_tower::Activation, bool) {
         match self.spelling {
-            Spelling::Transformers(activation) => (activation, self.pooled && self.states),
-            Spelling::OpenClip(_) => (text_tower::Activation::Gelu, self.pooled),
+            Spelling::Transformers(activation) => (activation, self.projects),
+            Spelling::OpenClip(_) => (text_tower::Activation::Gelu, self.projects),
         }
     }
 }
