@@ -423,23 +423,33 @@ fn check_runs(name: &str, case: &Case, path: &Path) {
     }
 }
 
-#[test]
-fn whole_runs() {
+fn folder_runs(t5: bool) {
+    let mut seen = 0;
     for (name, case) in cases("vae") {
-        if t5_folder(&case).is_some() && std::env::var_os("X").is_none() {
-            continue;
+        if t5_folder(&case).is_some() == t5 {
+            let dir = Dir::new();
+            case.write_folder(dir.root(), &FolderForm::default());
+            check_runs(&name, &case, dir.root());
+            seen += 1;
         }
-        let dir = Dir::new();
-        case.write_folder(dir.root(), &FolderForm::default());
-        check_runs(&name, &case, dir.root());
     }
+    assert!(seen > 0);
 }
 
 #[test]
+fn whole_runs_without_t5() {
+    folder_runs(false);
+}
+
+#[test]
+#[ignore = "T5's tokenizer is not built yet"]
+fn whole_runs() {
+    folder_runs(true);
+}
+
+#[test]
+#[ignore = "T5's tokenizer is not built yet"]
 fn single_files_make_their_folders_pictures() {
-    if std::env::var_os("X").is_none() {
-        return;
-    }
     for name in ["single-sd3", "single-flux"] {
         let (case, dir) = (Case::load(name), Dir::new());
         let path = dir.path("model.safetensors");
@@ -448,6 +458,13 @@ fn single_files_make_their_folders_pictures() {
             ..SingleForm::default()
         };
         case.write_single_file(&path, &form);
-        check_runs(name, &case, &path);
+        case.write_folder(dir.root(), &FolderForm::default());
+        // a single file brings no scheduler: the same sampler for both
+        let request = Request {
+            sampler: Some("Euler".to_owned()),
+            ..request(&list(&case.record["runs"])[0], 1)
+        };
+        let of = |path: &Path| flat(&latents(&load(path, Others::default()), &request));
+        assert_eq!(of(&path), of(dir.root()), "{name}");
     }
 }
