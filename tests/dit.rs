@@ -1,7 +1,7 @@
 //! Stable Diffusion 3 and FLUX.1 of odd sizes against diffusers and transformers, as in `models.rs`: transformers in the UNet's place, T5 beside CLIP.
 
 use std::fmt::Debug;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
@@ -270,9 +270,9 @@ fn folder_of(case: &Case) -> (Dir, ModelSpec) {
     (dir, spec)
 }
 
-fn write_part(case: &Case, component: &str, prefix: &str, path: PathBuf) -> Checkpoint {
-    save(case.part(component, prefix, None).iter(), &path);
-    Checkpoint::open(&path).unwrap()
+fn write_part(case: &Case, component: &str, prefix: &str, path: &Path) -> Checkpoint {
+    save(case.part(component, prefix, None).iter(), path);
+    Checkpoint::open(path).unwrap()
 }
 
 #[test]
@@ -305,9 +305,9 @@ fn parts_in_files_of_their_own() {
             .components()
             .into_iter()
             .filter(|component| component.starts_with("text_encoder"))
-            .map(|tower| write_part(&case, tower, "", dir.path(&format!("{tower}.safetensors"))))
+            .map(|tower| write_part(&case, tower, "", &dir.path(&format!("{tower}.safetensors"))))
             .collect();
-        let vae = write_part(&case, "vae", "", dir.path("ae.safetensors"));
+        let vae = write_part(&case, "vae", "", &dir.path("ae.safetensors"));
         let others = Others {
             vae: Some(&vae),
             text: &towers,
@@ -315,7 +315,7 @@ fn parts_in_files_of_their_own() {
         };
         for prefix in ["", "model.diffusion_model."] {
             let path = dir.path("transformer.safetensors");
-            write_part(&case, "transformer", prefix, path.clone());
+            write_part(&case, "transformer", prefix, &path);
             same_model(&case, &folder, &spec(&path, others));
         }
     }
@@ -331,9 +331,7 @@ fn transformers_of_other_shapes_alone() {
             .components()
             .into_iter()
             .filter(|component| component.starts_with("text_encoder"))
-            .map(|tower| {
-                Checkpoint::open(&dir.path(&format!("{tower}/model.safetensors"))).unwrap()
-            })
+            .map(|tower| Checkpoint::open(dir.path(&format!("{tower}/model.safetensors"))).unwrap())
             .collect();
         let vae = Checkpoint::open(dir.root()).unwrap();
         let others = Others {
@@ -343,7 +341,7 @@ fn transformers_of_other_shapes_alone() {
         };
         for prefix in ["", "model.diffusion_model."] {
             let path = dir.path("alone.safetensors");
-            write_part(&case, "transformer", prefix, path.clone());
+            write_part(&case, "transformer", prefix, &path);
             same(
                 &case,
                 "transformer",

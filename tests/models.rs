@@ -209,7 +209,7 @@ fn autoencoder_calls() {
 
 /// Decodes and encodes as the reference did.
 pub(crate) fn autoencoder(name: &str, case: &Case) {
-    let weights = Memory::weights(&case, "vae");
+    let weights = Memory::weights(case, "vae");
     let config = vae::Config::from_json(case.config("vae")).unwrap();
     let (decoder, encoder) = (
         vae::Decoder::load(&weights, &config),

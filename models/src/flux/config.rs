@@ -74,7 +74,8 @@ impl Config {
                 self.axes
             )));
         }
-        if self.in_width % (PATCH * PATCH) != 0 || self.out_width % (PATCH * PATCH) != 0 {
+        let packed = |width: usize| width.is_multiple_of(PATCH * PATCH);
+        if !packed(self.in_width) || !packed(self.out_width) {
             return Err(ConfigError(format!(
                 "config fields `in_channels` and `out_channels` are {} and {}, expected multiples of 4",
                 self.in_width, self.out_width
