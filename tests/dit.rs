@@ -440,13 +440,11 @@ fn whole_runs_without_t5() {
 }
 
 #[test]
-#[ignore = "T5's tokenizer is not built yet"]
 fn whole_runs() {
     folder_runs(true);
 }
 
 #[test]
-#[ignore = "T5's tokenizer is not built yet"]
 fn single_files_make_their_folders_pictures() {
     for name in ["single-sd3", "single-flux"] {
         let (case, dir) = (Case::load(name), Dir::new());

@@ -27,5 +27,7 @@ mod samplers;
 mod sdxl;
 /// Temporary folders, running the binary.
 mod support;
+/// T5's tokens against transformers, and tokenizers that folders bring.
+mod t5;
 /// Prompt grammar, tokens and chunks against transformers and A1111's rules.
 mod text;

@@ -65,7 +65,10 @@ impl Plan {
         let scale = spec.vae.config.scale();
         let side = |name: &str, wanted: Option<usize>| -> Result<usize> {
             let size = wanted.unwrap_or(spec.defaults.size);
-            let multiple = scale.saturating_mul(spec.unet.config.patch()).max(8);
+            let multiple = match spec.unet.config.patch() {
+                1 => scale.max(8),
+                patch => scale.saturating_mul(patch),
+            };
             if size == 0 || size > MAX_SIZE || !size.is_multiple_of(multiple) {
                 return Err(Error::Usage(format!(
                     "--{name} is {size}, expected a multiple of {multiple} from {multiple} to {MAX_SIZE}"

@@ -214,12 +214,7 @@ fn long(behind: Behind<'_>, texts: Texts<'_>) -> Result<Long> {
     let mut of = |text: &str, role: Role| -> Result<Tensor> {
         let tokens = tokenizer.tokenize(text, (texts.syntax, role), length)?;
         warnings.extend(tokens.warning);
-        let states = tower.states(&tokens.ids)?;
-        if tokens.weights.iter().all(|&weight| weight == 1.0) {
-            return Ok(states);
-        }
-        let weights = Tensor::new(tokens.weights, states.device())?.reshape((1, (), 1))?;
-        Ok(states.broadcast_mul(&weights)?)
+        emphasise(&tower.states(&tokens.chunk.ids)?, &tokens.chunk)
     };
     let positive = of(texts.prompt, Role::Prompt)?;
     let negative = match texts.negative {

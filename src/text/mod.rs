@@ -49,11 +49,13 @@ fn t5_tokenizer_for(checkpoint: &Checkpoint, t5: &T5Tower) -> Result<T5Tokenizer
     let own = ["tokenizer.json", "spiece.model"]
         .iter()
         .any(|name| folder.join(name).exists());
-    if checkpoint.is_folder() && own {
-        T5Tokenizer::from_folder(&folder)
+    let tokenizer = if checkpoint.is_folder() && own {
+        T5Tokenizer::from_folder(&folder)?
     } else {
-        T5Tokenizer::embedded()
-    }
+        T5Tokenizer::embedded()?
+    };
+    tokenizer.check_vocab(t5.component.config.vocabulary)?;
+    Ok(tokenizer)
 }
 
 fn tokenizer_for(checkpoint: &Checkpoint, tower: &TextTower) -> Result<ClipTokenizer> {
