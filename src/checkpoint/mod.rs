@@ -33,7 +33,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 pub use self::family::{Detection, Distilled, Family, Noise, Prediction, Variant, detect};
-pub use self::hash::{auto_v2, sha256_file};
+pub use self::hash::{auto_v2, sha256_file, sha256_tensors};
 pub use self::leftover::leftover;
 pub use self::printable::{printable, printable_to};
 pub use self::structure::{Place, Structure, TextStructure, UnetStructure, VaeStructure};

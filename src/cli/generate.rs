@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 
 use super::args::GenerateArgs;
 use super::fetch::{open_model, open_part};
+use super::lora::{self, Worn};
 use super::{interrupt, print_line, set_threads};
 use crate::device;
 use crate::error::{Error, Result};
@@ -25,6 +26,7 @@ struct Job<'a> {
     engine: &'a Engine,
     plan: &'a Plan,
     request: &'a Request,
+    worn: &'a Worn,
     threads: usize,
     start: Instant,
 }
@@ -37,7 +39,11 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     let start = Instant::now();
     interrupt::listen();
     let threads = set_threads(args.threads)?;
-    let request = request(args)?;
+    let worn = lora::wear(args)?;
+    let request = Request {
+        prompt: worn.prompt.clone(),
+        ..request(args)?
+    };
     let device = device::open(args.device)?;
     let dtype = device::dtype(args.dtype, &device)?;
     output::check_target(&args.output, args.save_latents.as_deref(), args.overwrite)?;
@@ -47,7 +53,8 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
         None => None,
     };
     let other = vae.as_ref().map(|vae| &vae.checkpoint);
-    let mut engine = Engine::load_with(&model.checkpoint, other, &device, dtype)?;
+    let mut engine =
+        Engine::load_adapted(&model.checkpoint, other, &worn.adapters, &device, dtype)?;
     let mut refiner_name = None;
     if let Some(refiner) = &args.refiner {
         let refiner = open_model(Some(refiner), &args.library, args.no_mmap)?;
@@ -64,6 +71,7 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
         engine: &engine,
         plan: &plan,
         request: &request,
+        worn: &worn,
         threads,
         start,
     };
@@ -269,7 +277,7 @@ impl Job<'_> {
             for key in ["path", "threads", "device"] {
                 fields.shift_remove(key);
             }
-            fields.insert("prompt".to_owned(), json!(self.request.prompt));
+            fields.insert("prompt".to_owned(), json!(self.worn.shown_prompt));
             fields.insert(
                 "negative_prompt".to_owned(),
                 json!(self.request.negative_prompt),
@@ -296,7 +304,7 @@ impl Job<'_> {
 
     fn parameters(&self, seed: u64) -> Parameters {
         Parameters {
-            prompt: self.request.prompt.clone(),
+            prompt: self.worn.shown_prompt.clone(),
             negative_prompt: self.request.negative_prompt.clone().unwrap_or_default(),
             steps: u32::try_from(self.plan.steps).ok(),
             sampler: Some(self.plan.sampler.clone()),
@@ -328,6 +336,9 @@ impl Job<'_> {
             let switch = self.args.refiner_switch.to_string();
             pairs.push(("Refiner".to_owned(), refiner.to_owned()));
             pairs.push(("Refiner switch at".to_owned(), switch));
+        }
+        if let Some(hashes) = &self.worn.hashes {
+            pairs.push(("Lora hashes".to_owned(), hashes.clone()));
         }
         pairs
     }

@@ -1,5 +1,6 @@
 //! From a request to pictures: texts are encoded, noise is drawn, denoised step by step, decoded.
 
+mod adapted;
 mod conditions;
 mod coverage;
 mod decode;
@@ -13,6 +14,7 @@ mod request;
 mod sizes;
 mod tower;
 
+pub use adapted::bind_adapters;
 pub use conditions::Conditions;
 pub use coverage::Coverage;
 pub use event::{Control, Event, Listener};
@@ -26,6 +28,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::adapters::Adapters;
 use crate::checkpoint::{self, Checkpoint};
 use crate::error::{Error, Result};
 use crate::output::Image;
@@ -108,13 +111,29 @@ impl Engine {
         device: &Device,
         dtype: DType,
     ) -> Result<Self> {
+        Self::load_adapted(checkpoint, vae, &Adapters::default(), device, dtype)
+    }
+
+    /// The same with adapters on its networks.
+    ///
+    /// # Errors
+    /// As [`Engine::load`]; [`Error::BadModel`] when an adapter does not fit the model.
+    pub fn load_adapted(
+        checkpoint: &Checkpoint,
+        vae: Option<&Checkpoint>,
+        adapters: &Adapters,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Self> {
         let start = Instant::now();
         let detection = checkpoint::detect(checkpoint);
         let spec = ModelSpec::read_with(checkpoint, &detection, vae)?;
         let tokenizers = text::tokenizers_for(checkpoint, &spec)?;
-        let (networks, coverage) = Networks::load(checkpoint, &spec, device, dtype)?;
+        let (networks, coverage) =
+            Networks::load_adapted(checkpoint, &spec, adapters, device, dtype)?;
         let mut warnings = checkpoint.warnings().to_vec();
         warnings.extend(coverage.warning(checkpoint));
+        warnings.extend(networks.adapters().warnings().iter().cloned());
         Ok(Self {
             spec,
             tokenizers,

@@ -10,9 +10,11 @@ use sd_models::clip::{self, TextEncoder};
 use sd_models::unet::{self, UNet};
 use sd_models::vae::{self, AnyDecoder, TinyConfig};
 
+use super::adapted::bind_adapters;
 use super::conditions::{ADDED, CONTEXT, Conditions, GUIDANCE};
 use super::coverage::{Coverage, TEXT, UNET, VAE, named, source};
 use super::tower::LoadedTower;
+use crate::adapters::{Adapters, Bound, Owner};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::spec::ModelSpec;
@@ -28,6 +30,7 @@ pub struct Networks {
     device: Device,
     dtype: DType,
     weight_bytes: u64,
+    adapters: Arc<Bound>,
     /// Where plans run networks: the packed weights. `None`: the eager executor holds weights as tensors.
     planned: Option<Planned>,
 }
@@ -79,12 +82,34 @@ impl Networks {
         device: &Device,
         dtype: DType,
     ) -> Result<(Self, Coverage)> {
+        Self::load_adapted(checkpoint, spec, &Adapters::default(), device, dtype)
+    }
+
+    /// The same with adapters on them.
+    ///
+    /// # Errors
+    /// As [`Networks::load`], and when an adapter does not fit.
+    pub fn load_adapted(
+        checkpoint: &Checkpoint,
+        spec: &ModelSpec,
+        adapters: &Adapters,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<(Self, Coverage)> {
         let coverage = Coverage::of(checkpoint, spec);
         coverage.check(checkpoint)?;
+        let adapters = bind_adapters(spec, adapters)?;
         let towers = spec.text.iter().map(|tower| &tower.component);
         let sources = Sources {
-            towers: towers.clone().map(|tower| source(tower) as _).collect(),
-            unet: source(&spec.unet),
+            towers: spec
+                .text
+                .iter()
+                .map(|tower| {
+                    let owner = Owner::Text(tower.role.component);
+                    adapters.wrap(owner, source(&tower.component))
+                })
+                .collect(),
+            unet: adapters.wrap(Owner::Denoiser, source(&spec.unet)),
             vae: match &spec.tiny {
                 Some(tiny) => source(tiny),
                 None => source(&spec.vae),
@@ -97,10 +122,11 @@ impl Networks {
             vae: &spec.vae.config,
             tiny: spec.tiny.as_ref().map(|tiny| &tiny.config),
         };
-        let networks = Self::build(configs, sources, device, dtype).map_err(|e| match e {
+        let mut networks = Self::build(configs, sources, device, dtype).map_err(|e| match e {
             Error::Weights(reason) => Error::bad_model(checkpoint.path(), reason),
             other => other,
         })?;
+        networks.adapters = adapters;
         Ok((networks, coverage))
     }
 
@@ -160,8 +186,14 @@ impl Networks {
             device: device.clone(),
             dtype,
             weight_bytes,
+            adapters: Arc::default(),
             planned,
         })
+    }
+
+    /// What adapters change in them.
+    pub fn adapters(&self) -> &Bound {
+        &self.adapters
     }
 
     /// The text encoders.

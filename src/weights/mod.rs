@@ -9,6 +9,7 @@ mod numbers;
 mod quantised;
 mod random;
 mod source;
+pub(crate) mod values;
 pub(crate) mod taesd;
 pub(crate) mod text_tower;
 
