@@ -75,7 +75,10 @@ impl Adapters {
                 || (path.is_some() && real(other.adapter.path()) == path)
         });
         let sum = match &same {
-            Some(other) => (f64::from(other.text) + text, f64::from(other.denoiser) + denoiser),
+            Some(other) => (
+                f64::from(other.text) + text,
+                f64::from(other.denoiser) + denoiser,
+            ),
             None => (text, denoiser),
         };
         for strength in [sum.0, sum.1] {
@@ -200,14 +203,16 @@ impl Match<'_> {
             }
         }
         match misfit {
-            Some((module, reason)) => Err(self.refuse(&format!(
-                "module `{}` {reason}",
-                printable(&module.name)
-            ))),
+            Some((module, reason)) => {
+                Err(self.refuse(&format!("module `{}` {reason}", printable(&module.name))))
+            }
             None if self.modules == 0 => Err(self.refuse(&format!(
                 "none of its {} modules, such as `{}`, is in the model",
                 adapter.modules.len(),
-                adapter.modules.first().map_or_else(String::new, |m| printable(&m.name)),
+                adapter
+                    .modules
+                    .first()
+                    .map_or_else(String::new, |m| printable(&m.name)),
             ))),
             None => Ok(()),
         }
@@ -217,9 +222,10 @@ impl Match<'_> {
     fn places(&self, flat: &str) -> Vec<(Owner, Vec<Target>)> {
         let mut places = Vec::new();
         for (owner, rest) in owners(flat) {
-            let known = self.known.iter().filter(|known| {
-                owner.is_none_or(|owner| owner == known.network.owner)
-            });
+            let known = self
+                .known
+                .iter()
+                .filter(|known| owner.is_none_or(|owner| owner == known.network.owner));
             for known in known {
                 let owner = known.network.owner;
                 let found = known.names.find(owner, rest);
@@ -274,7 +280,11 @@ impl Match<'_> {
             }
             if let Some(magnitude) = &module.magnitude {
                 let per_input = is_per_input(magnitude, extent);
-                let wanted = if per_input { extent.inputs } else { extent.rows };
+                let wanted = if per_input {
+                    extent.inputs
+                } else {
+                    extent.rows
+                };
                 if magnitude.elements() != wanted {
                     return Err(format!(
                         "has a dora_scale of the shape {:?}, and the weight that it changes is {shape:?}",
@@ -285,8 +295,8 @@ impl Match<'_> {
             patches.push((owner, name, patch(false)));
         }
         if let Some((bias, _)) = &module.bias {
-            let (name, shape) = shape("bias")
-                .ok_or("changes a bias, and the module has none in the model")?;
+            let (name, shape) =
+                shape("bias").ok_or("changes a bias, and the module has none in the model")?;
             let wanted = whole(Extent::of(&shape), target.rows).rows;
             if bias.elements() != wanted {
                 return Err(format!(
@@ -304,7 +314,10 @@ impl Match<'_> {
         let adapter = &self.wanted.adapter;
         let made = match made_for(adapter) {
             Some((family, evidence)) => {
-                format!("this LoRA was made for {family} ({evidence}), and the model is {}", self.title)
+                format!(
+                    "this LoRA was made for {family} ({evidence}), and the model is {}",
+                    self.title
+                )
             }
             None => format!("this LoRA does not fit the model, which is {}", self.title),
         };

@@ -3,8 +3,8 @@
 
 use candle_core::{Device, Tensor};
 
-use super::turn::Turns;
 use super::form::{Extent, Factor, Form, Stored, is_old, kronecker};
+use super::turn::Turns;
 use crate::error::Result;
 
 /// Which lengths DoRA divides by.
@@ -91,7 +91,9 @@ pub(super) fn change(
             let by_tap = weight()?.reshape((of.rows, of.inputs, of.taps))?;
             let by_tap = by_tap.transpose(1, 2)?.contiguous()?;
             let flat = by_tap.reshape((of.rows * of.taps, of.inputs))?;
-            let turned = flat.matmul(&matrix(read, a1)?)?.matmul(&matrix(read, a2)?)?;
+            let turned = flat
+                .matmul(&matrix(read, a1)?)?
+                .matmul(&matrix(read, a2)?)?;
             let turned = turned.reshape((of.rows, of.taps, of.inputs))?;
             let turned = turned.transpose(1, 2)?.contiguous()?;
             (turned.reshape((of.rows, of.columns()))? + own)?

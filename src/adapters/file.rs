@@ -62,8 +62,9 @@ impl Adapter {
             refused("a model's folder is not a LoRA; give a LoRA's file with --lora".to_owned())
         })?;
         let texts = tensors.files().flat_map(|file| file.metadata());
-        let metadata: BTreeMap<String, String> =
-            texts.map(|(key, value)| (key.clone(), value.clone())).collect();
+        let metadata: BTreeMap<String, String> = texts
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect();
         let settings = Settings::read(&metadata, &file);
         let (groups, strange) = group(&tensors);
         if groups.is_empty() {
@@ -76,7 +77,10 @@ impl Adapter {
         for (name, parts) in groups {
             let module = Module::new(name, &parts, &tensors, &settings);
             modules.push(module.map_err(|(name, reason)| {
-                refused(format!("module `{}` cannot be used: {reason}", printable(&name)))
+                refused(format!(
+                    "module `{}` cannot be used: {reason}",
+                    printable(&name)
+                ))
             })?);
         }
         Ok(Self {

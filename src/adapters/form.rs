@@ -194,9 +194,7 @@ impl Form {
         } else if has(Role::DiffBias) {
             return Ok(None);
         } else {
-            return Err(
-                "it has an alpha or a scale and nothing that these would scale".to_owned(),
-            );
+            return Err("it has an alpha or a scale and nothing that these would scale".to_owned());
         }))
     }
 
@@ -223,11 +221,9 @@ impl Form {
                 (_, Factor::Product(_, b, _)) | (Factor::Product(_, b, _), _) => Some(b.rows()),
                 _ => None,
             },
-            Self::Generalised { a, b, .. } => Some(if is_old(a, b) {
-                a.0.rows()
-            } else {
-                a.1.rows()
-            }),
+            Self::Generalised { a, b, .. } => {
+                Some(if is_old(a, b) { a.0.rows() } else { a.1.rows() })
+            }
             Self::Full(_) | Self::Rotation { .. } | Self::Scaling { .. } => None,
         }
     }
@@ -371,9 +367,7 @@ pub(super) fn kronecker(
 ) -> Option<((usize, usize), (usize, usize))> {
     let whole = |factor: &Factor| match factor {
         Factor::Whole(stored) => Some((stored.rows(), stored.columns())),
-        Factor::Product(a, b, None) => {
-            (a.columns() == b.rows()).then(|| (a.rows(), b.columns()))
-        }
+        Factor::Product(a, b, None) => (a.columns() == b.rows()).then(|| (a.rows(), b.columns())),
         Factor::Product(a, b, Some(core)) => {
             let second = core.shape.get(1).copied();
             let fits = core.rows() == a.rows() && second == Some(b.rows());

@@ -294,10 +294,7 @@ mod tests {
                 "output_blocks_0_0_skip_connection",
                 "up_blocks.0.resnets.0.conv_shortcut",
             ),
-            (
-                "output_blocks_0_2_conv",
-                "up_blocks.0.upsamplers.0.conv",
-            ),
+            ("output_blocks_0_2_conv", "up_blocks.0.upsamplers.0.conv"),
             (
                 "output_blocks_1_0_out_layers_3",
                 "up_blocks.1.resnets.0.conv2",

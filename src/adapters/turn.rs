@@ -46,7 +46,12 @@ impl Turns {
         };
         let blocks = self.blocks.chunks_exact((self.size * self.size).max(1));
         let squares: f64 = blocks
-            .map(|block| skew(block, self.size, 1.0).iter().map(|q| q * q).sum::<f64>())
+            .map(|block| {
+                skew(block, self.size, 1.0)
+                    .iter()
+                    .map(|q| q * q)
+                    .sum::<f64>()
+            })
             .sum();
         let norm = squares.sqrt() + 1e-8;
         (f64::from(most) / norm).min(1.0)

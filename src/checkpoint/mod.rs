@@ -391,7 +391,7 @@ fn what_folder(path: &Path) -> String {
         .iter()
         .any(|name| name == "adapter_config.json" || name.contains("lora"))
     {
-        return "this is a LoRA's folder, not a base model; give a base model with --model"
+        return "this is a LoRA's folder, not a base model; give a base model with --model, and this with --lora"
             .to_owned();
     }
     let files: Vec<String> = names

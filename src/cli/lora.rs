@@ -52,7 +52,11 @@ pub(super) fn wear(args: &GenerateArgs) -> Result<Worn> {
         } else {
             format!("<lora:{name}:{text}:{denoiser}>")
         };
-        let space = if worn.shown_prompt.is_empty() { "" } else { " " };
+        let space = if worn.shown_prompt.is_empty() {
+            ""
+        } else {
+            " "
+        };
         worn.shown_prompt = format!("{}{space}{tag}", worn.shown_prompt);
     }
     if !tags.is_empty() {
@@ -91,7 +95,8 @@ impl Worn {
 
 /// A1111's hash of an adapter: what its trainer wrote, or the same computed.
 fn short_hash(adapter: &Adapter) -> Result<String> {
-    let is_hash = |hash: &&String| hash.len() >= DIGITS && hash.chars().all(|c| c.is_ascii_hexdigit());
+    let is_hash =
+        |hash: &&String| hash.len() >= DIGITS && hash.chars().all(|c| c.is_ascii_hexdigit());
     let written = adapter.metadata().get("sshs_model_hash").filter(is_hash);
     let hash = match written {
         Some(hash) => hash.clone(),

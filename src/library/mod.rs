@@ -145,7 +145,11 @@ impl Library {
         if found.is_empty() {
             let own = |entry: &&Entry| {
                 let file = TensorFile::open(&entry.path, true).ok();
-                file.is_some_and(|f| f.metadata().get("ss_output_name").is_some_and(|n| n == name))
+                file.is_some_and(|f| {
+                    f.metadata()
+                        .get("ss_output_name")
+                        .is_some_and(|n| n == name)
+                })
             };
             found = loras.iter().filter(own).cloned().collect();
         }

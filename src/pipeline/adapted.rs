@@ -40,7 +40,11 @@ fn networks(spec: &ModelSpec) -> Vec<Network> {
 
 fn network<C>(owner: Owner, component: &Component<C>, load: &dyn Fn(&Weights)) -> Network {
     let source = source(component);
-    let weights = Weights::new(Arc::clone(&source) as Arc<dyn Source>, DType::F32, &Device::Cpu);
+    let weights = Weights::new(
+        Arc::clone(&source) as Arc<dyn Source>,
+        DType::F32,
+        &Device::Cpu,
+    );
     load(&weights);
     // that nothing is missing was found before
     let names = weights.check().unwrap_or_default().into_iter();

@@ -9,9 +9,9 @@ mod numbers;
 mod quantised;
 mod random;
 mod source;
-pub(crate) mod values;
 pub(crate) mod taesd;
 pub(crate) mod text_tower;
+pub(crate) mod values;
 
 pub use layout::{Layout, Part, Rename};
 pub use numbers::is_readable;

@@ -34,8 +34,12 @@ pub(crate) fn scalar(tensors: &TensorSet, name: &str) -> Result<Option<f64>> {
     let bytes: &[u8] = &bytes;
     let whole = match info.dtype {
         TensorType::Plain(Dtype::BOOL | Dtype::U8) => bytes.first().map(|b| f64::from(*b)),
-        TensorType::Plain(Dtype::I16) => bytes.first_chunk().map(|b| f64::from(i16::from_le_bytes(*b))),
-        TensorType::Plain(Dtype::I32) => bytes.first_chunk().map(|b| f64::from(i32::from_le_bytes(*b))),
+        TensorType::Plain(Dtype::I16) => bytes
+            .first_chunk()
+            .map(|b| f64::from(i16::from_le_bytes(*b))),
+        TensorType::Plain(Dtype::I32) => bytes
+            .first_chunk()
+            .map(|b| f64::from(i32::from_le_bytes(*b))),
         TensorType::Plain(Dtype::I64) => bytes.first_chunk().map(|b| i64::from_le_bytes(*b) as f64),
         dtype if numbers::is_readable(dtype) => {
             let mut out = [0.0];
