@@ -2,6 +2,7 @@
 //! refused in a sentence. The cases are described in `fixtures/adapters/README.md`.
 
 mod command;
+mod forms;
 mod hostile;
 
 use std::collections::{BTreeMap, HashMap};

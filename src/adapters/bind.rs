@@ -4,15 +4,15 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::about::made_for;
-use super::delta::{self, DoraNorm};
+use super::bound::{Bound, Patch, is_per_input, whole};
+use super::delta::DoraNorm;
 use super::file::{Adapter, Module};
-use super::form::{Extent, Stored};
+use super::form::Extent;
 use super::keys::{Owner, flat, owners};
 use super::names::{Names, Target};
 use crate::checkpoint::printable;
 use crate::error::{Error, Result};
 use crate::weights::layout::Rows;
-use crate::weights::values;
 
 /// How many adapters there may be at once.
 pub const MOST: usize = 64;
@@ -41,24 +41,6 @@ pub struct Network {
     pub owner: Owner,
     /// Names and shapes.
     pub tensors: BTreeMap<String, Vec<usize>>,
-}
-
-/// Adapters on a model: what each of its weights becomes.
-#[derive(Debug, Default)]
-pub struct Bound {
-    patches: BTreeMap<Owner, BTreeMap<String, Vec<Patch>>>,
-    warnings: Vec<String>,
-    norm: DoraNorm,
-}
-
-/// One module's change of one tensor.
-#[derive(Debug, Clone)]
-struct Patch {
-    adapter: Arc<Adapter>,
-    module: usize,
-    strength: f32,
-    rows: Option<Rows>,
-    bias: bool,
 }
 
 impl Adapters {
@@ -262,36 +244,9 @@ impl Match<'_> {
             bias,
         };
         let mut patches = Vec::new();
-        if let Some(form) = &module.form {
+        if module.form.is_some() {
             let (name, shape) = shape("weight").ok_or("has no weight in the model")?;
-            let extent = whole(Extent::of(&shape), target.rows);
-            if !form.fits(extent) {
-                return Err(format!(
-                    "({}) has the shapes {}, and the weight that it changes is {shape:?}",
-                    form.name(),
-                    form.shapes()
-                ));
-            }
-            if target.rows.is_some() && (form.needs_base() || module.magnitude.is_some()) {
-                return Err(format!(
-                    "({}) changes queries, keys and values together by what they are, which is not supported",
-                    form.name()
-                ));
-            }
-            if let Some(magnitude) = &module.magnitude {
-                let per_input = is_per_input(magnitude, extent);
-                let wanted = if per_input {
-                    extent.inputs
-                } else {
-                    extent.rows
-                };
-                if magnitude.elements() != wanted {
-                    return Err(format!(
-                        "has a dora_scale of the shape {:?}, and the weight that it changes is {shape:?}",
-                        magnitude.shape
-                    ));
-                }
-            }
+            check(module, &shape, target.rows)?;
             patches.push((owner, name, patch(false)));
         }
         if let Some((bias, _)) = &module.bias {
@@ -347,111 +302,39 @@ impl Match<'_> {
     }
 }
 
-/// The weight that an adapter was made for, of which the model's is a part.
-fn whole(part: Extent, rows: Option<Rows>) -> Extent {
-    Extent {
-        rows: part.rows.saturating_mul(rows.map_or(1, |rows| rows.count)),
-        ..part
+/// Whether a module's change is one of a weight of this shape, which is these rows of what it was made for; an error says why not.
+fn check(module: &Module, shape: &[usize], rows: Option<Rows>) -> std::result::Result<(), String> {
+    let Some(form) = &module.form else {
+        return Ok(());
+    };
+    let extent = whole(Extent::of(shape), rows);
+    if !form.fits(extent) {
+        return Err(format!(
+            "({}) has the shapes {}, and the weight that it changes is {shape:?}",
+            form.name(),
+            form.shapes()
+        ));
     }
-}
-
-/// Whether DoRA's lengths are of inputs: their first axis is one, and there are more of them.
-fn is_per_input(magnitude: &Stored, of: Extent) -> bool {
-    magnitude.shape.len() > 1 && magnitude.rows() == 1 && of.rows != 1
-}
-
-impl Bound {
-    /// Whether a tensor is changed.
-    pub fn changes(&self, owner: Owner, name: &str) -> bool {
-        self.patches_of(owner, name)
-            .is_some_and(|patches| patches.iter().any(|patch| patch.strength != 0.0))
+    if rows.is_some() && (form.needs_base() || module.magnitude.is_some()) {
+        return Err(format!(
+            "({}) changes queries, keys and values together by what they are, which is not supported",
+            form.name()
+        ));
     }
-
-    /// Whether anything of a network is changed.
-    pub(super) fn has(&self, owner: Owner) -> bool {
-        self.patches.contains_key(&owner)
+    let Some(magnitude) = &module.magnitude else {
+        return Ok(());
+    };
+    let per_input = is_per_input(magnitude, extent);
+    let wanted = if per_input {
+        extent.inputs
+    } else {
+        extent.rows
+    };
+    if magnitude.elements() == wanted {
+        return Ok(());
     }
-
-    /// How many tensors are changed.
-    pub fn len(&self) -> usize {
-        self.patches.values().map(BTreeMap::len).sum()
-    }
-
-    /// Whether nothing is changed.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// What was not used of the adapters.
-    pub fn warnings(&self) -> &[String] {
-        &self.warnings
-    }
-
-    fn patches_of(&self, owner: Owner, name: &str) -> Option<&[Patch]> {
-        let patches = self.patches.get(&owner)?.get(name)?;
-        Some(patches)
-    }
-
-    /// What the numbers `values` of a tensor become, of which `shape` is the model's: all of them, row-major, in f32.
-    ///
-    /// # Errors
-    /// When a tensor of an adapter cannot be read.
-    pub fn apply(
-        &self,
-        owner: Owner,
-        name: &str,
-        shape: &[usize],
-        values: &mut [f32],
-    ) -> Result<()> {
-        for patch in self.patches_of(owner, name).unwrap_or_default() {
-            if patch.strength != 0.0 {
-                patch.apply(Extent::of(shape), values, self.norm)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Patch {
-    fn apply(&self, extent: Extent, weight: &mut [f32], norm: DoraNorm) -> Result<()> {
-        let Some(module) = self.adapter.modules.get(self.module) else {
-            return Ok(());
-        };
-        let read = |stored: &Stored| values::all(&self.adapter.tensors, &stored.name);
-        if self.bias {
-            if let Some((bias, scaled)) = &module.bias {
-                let scale = if *scaled { module.scale } else { 1.0 };
-                self.add(weight, &read(bias)?, self.strength * scale);
-            }
-            return Ok(());
-        }
-        let Some(form) = &module.form else {
-            return Ok(());
-        };
-        let of = whole(extent, self.rows);
-        let change = delta::change(form, &read, weight, of, module.alpha)?;
-        let Some(magnitude) = &module.magnitude else {
-            self.add(weight, &change, self.strength * module.scale);
-            return Ok(());
-        };
-        // the whole change, of which the strength is a part: as ComfyUI and A1111 do
-        let mut merged = weight.to_vec();
-        self.add(&mut merged, &change, module.scale);
-        let lengths = read(magnitude)?;
-        let lengths = (lengths.as_slice(), is_per_input(magnitude, of));
-        delta::decompose(&mut merged, weight, of, lengths, norm);
-        for (w, merged) in weight.iter_mut().zip(&merged) {
-            *w += self.strength * (merged - *w);
-        }
-        Ok(())
-    }
-
-    /// Adds the rows that are meant.
-    fn add(&self, weight: &mut [f32], change: &[f32], scale: f32) {
-        let first = self.rows.map_or(0, |rows| weight.len() * rows.index);
-        let change = change.get(first..).unwrap_or_default();
-        for (w, change) in weight.iter_mut().zip(change) {
-            *w += scale * change;
-        }
-    }
+    Err(format!(
+        "has a dora_scale of the shape {:?}, and the weight that it changes is {shape:?}",
+        magnitude.shape
+    ))
 }

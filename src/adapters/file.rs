@@ -161,6 +161,7 @@ impl Module {
         };
         let on_input = scalar(Role::Ia3OnInput)? != Some(0.0);
         let alpha = scalar(Role::Alpha)?.map(|alpha| alpha as f32);
+        let alpha = alpha.or_else(|| settings.alpha(&name));
         for stored in parts.values() {
             if stored.shape.contains(&0) {
                 let (shown, shape) = (printable(&stored.name), &stored.shape);
@@ -180,10 +181,9 @@ impl Module {
         let rank = form.as_ref().and_then(Form::rank);
         // a rotation's alpha is a bound, not a scale
         let scale = match (alpha, rank) {
-            (_, None) => 1.0,
             (Some(alpha), Some(rank)) if alpha != 0.0 => alpha / rank as f32,
-            (Some(_), _) => 1.0,
             (None, Some(rank)) => settings.scale(&name, rank),
+            _ => 1.0,
         };
         let bias = parts.get(&Role::DiffBias).map(|diff| (diff.clone(), false));
         let bias = bias.or_else(|| Some((parts.get(&Role::UpBias)?.clone(), true)));

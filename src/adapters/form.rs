@@ -104,98 +104,120 @@ pub(super) enum Form {
 /// The tensors of one module by role.
 pub(super) type Parts = BTreeMap<Role, Stored>;
 
+/// A part that a form cannot do without; `end` is how its name ends.
+fn need(parts: &Parts, role: Role, end: &str) -> Result<Stored, String> {
+    let found = parts.get(&role).cloned();
+    found.ok_or_else(|| format!("its `{end}` is missing"))
+}
+
+/// A factor of a Kronecker product, whole or as a product.
+fn factor(
+    parts: &Parts,
+    [whole, a, b]: [(Role, &str); 3],
+    core: Option<Role>,
+) -> Result<Factor, String> {
+    if let Some(whole) = parts.get(&whole.0) {
+        return Ok(Factor::Whole(whole.clone()));
+    }
+    Ok(Factor::Product(
+        need(parts, a.0, a.1)?,
+        need(parts, b.0, b.1)?,
+        core.and_then(|core| parts.get(&core).cloned()),
+    ))
+}
+
 impl Form {
     /// Makes a form of a module's tensors; none where they only change a bias.
     ///
     /// # Errors
     /// A sentence's part that says what is missing or not built.
     pub(super) fn of(parts: &Parts, on_input: bool) -> Result<Option<Self>, String> {
-        let has = |role: Role| parts.contains_key(&role);
-        let get = |role: Role, end: &str| {
-            let found = parts.get(&role).cloned();
-            found.ok_or_else(|| format!("its `{end}` is missing"))
-        };
+        let has = |roles: &[Role]| roles.iter().any(|role| parts.contains_key(role));
+        let get = |role, end| need(parts, role, end);
         let optional = |role: Role| parts.get(&role).cloned();
-        Ok(Some(if has(Role::Up) || has(Role::Down) {
+        Ok(Some(if has(&[Role::Up, Role::Down]) {
             Self::LowRank {
                 up: get(Role::Up, "lora_up")?,
                 down: get(Role::Down, "lora_down")?,
                 mid: optional(Role::Mid),
             }
-        } else if has(Role::HadaW1A) || has(Role::HadaW2A) {
-            let cores = match (optional(Role::HadaT1), optional(Role::HadaT2)) {
-                (None, None) => None,
-                _ => Some((get(Role::HadaT1, "hada_t1")?, get(Role::HadaT2, "hada_t2")?)),
-            };
-            Self::Hadamard {
-                first: (
-                    get(Role::HadaW1A, "hada_w1_a")?,
-                    get(Role::HadaW1B, "hada_w1_b")?,
-                ),
-                second: (
-                    get(Role::HadaW2A, "hada_w2_a")?,
-                    get(Role::HadaW2B, "hada_w2_b")?,
-                ),
-                cores,
+        } else if has(&[Role::HadaW1A, Role::HadaW2A]) {
+            Self::hadamard(parts)?
+        } else if has(&[Role::LokrW1, Role::LokrW1A, Role::LokrW2, Role::LokrW2A]) {
+            let first = [
+                (Role::LokrW1, "lokr_w1"),
+                (Role::LokrW1A, "lokr_w1_a"),
+                (Role::LokrW1B, "lokr_w1_b"),
+            ];
+            let second = [
+                (Role::LokrW2, "lokr_w2"),
+                (Role::LokrW2A, "lokr_w2_a"),
+                (Role::LokrW2B, "lokr_w2_b"),
+            ];
+            Self::Kronecker {
+                first: factor(parts, first, None)?,
+                second: factor(parts, second, Some(Role::LokrT2))?,
             }
-        } else if [Role::LokrW1, Role::LokrW1A, Role::LokrW2, Role::LokrW2A]
-            .into_iter()
-            .any(has)
-        {
-            let first = match optional(Role::LokrW1) {
-                Some(whole) => Factor::Whole(whole),
-                None => Factor::Product(
-                    get(Role::LokrW1A, "lokr_w1_a")?,
-                    get(Role::LokrW1B, "lokr_w1_b")?,
-                    None,
-                ),
-            };
-            let second = match optional(Role::LokrW2) {
-                Some(whole) => Factor::Whole(whole),
-                None => Factor::Product(
-                    get(Role::LokrW2A, "lokr_w2_a")?,
-                    get(Role::LokrW2B, "lokr_w2_b")?,
-                    optional(Role::LokrT2),
-                ),
-            };
-            Self::Kronecker { first, second }
-        } else if has(Role::GloraA1) || has(Role::GloraB1) {
+        } else if has(&[Role::GloraA1, Role::GloraB1]) {
+            let pair = |one, two| Ok::<_, String>((one?, two?));
             Self::Generalised {
-                a: (
-                    get(Role::GloraA1, "a1.weight")?,
-                    get(Role::GloraA2, "a2.weight")?,
-                ),
-                b: (
-                    get(Role::GloraB1, "b1.weight")?,
-                    get(Role::GloraB2, "b2.weight")?,
-                ),
+                a: pair(
+                    get(Role::GloraA1, "a1.weight"),
+                    get(Role::GloraA2, "a2.weight"),
+                )?,
+                b: pair(
+                    get(Role::GloraB1, "b1.weight"),
+                    get(Role::GloraB2, "b2.weight"),
+                )?,
                 mid: optional(Role::GloraBm),
             }
         } else if let Some(difference) = optional(Role::Diff) {
             Self::Full(difference)
-        } else if let Some(blocks) = optional(Role::OftBlocks) {
-            if blocks.shape.len() != 3 {
-                return Err("it is a butterfly rotation (BOFT), which is not supported".to_owned());
-            }
-            Self::Rotation {
-                blocks,
-                rescale: optional(Role::Rescale),
-            }
-        } else if has(Role::OftDiagonal) {
-            return Err(
-                "it is a diagonal rotation of an old form (oft_diag), which is not supported"
-                    .to_owned(),
-            );
-        } else if has(Role::Ia3OnInput) {
+        } else if has(&[Role::OftBlocks, Role::OftDiagonal]) {
+            Self::rotation(parts)?
+        } else if has(&[Role::Ia3OnInput]) {
             Self::Scaling {
                 weight: get(Role::Ia3Weight, "weight")?,
                 on_input,
             }
-        } else if has(Role::DiffBias) {
+        } else if has(&[Role::DiffBias]) {
             return Ok(None);
         } else {
             return Err("it has an alpha or a scale and nothing that these would scale".to_owned());
         }))
+    }
+
+    fn hadamard(parts: &Parts) -> Result<Self, String> {
+        let get = |role, end| need(parts, role, end);
+        let cores = match parts.contains_key(&Role::HadaT1) || parts.contains_key(&Role::HadaT2) {
+            true => Some((get(Role::HadaT1, "hada_t1")?, get(Role::HadaT2, "hada_t2")?)),
+            false => None,
+        };
+        Ok(Self::Hadamard {
+            first: (
+                get(Role::HadaW1A, "hada_w1_a")?,
+                get(Role::HadaW1B, "hada_w1_b")?,
+            ),
+            second: (
+                get(Role::HadaW2A, "hada_w2_a")?,
+                get(Role::HadaW2B, "hada_w2_b")?,
+            ),
+            cores,
+        })
+    }
+
+    fn rotation(parts: &Parts) -> Result<Self, String> {
+        match parts.get(&Role::OftBlocks) {
+            Some(blocks) if blocks.shape.len() == 3 => Ok(Self::Rotation {
+                blocks: blocks.clone(),
+                rescale: parts.get(&Role::Rescale).cloned(),
+            }),
+            Some(_) => Err("it is a butterfly rotation (BOFT), which is not supported".to_owned()),
+            None => Err(
+                "it is a diagonal rotation of an old form (oft_diag), which is not supported"
+                    .to_owned(),
+            ),
+        }
     }
 
     /// The form's usual name.

@@ -10,6 +10,7 @@
 
 mod about;
 mod bind;
+mod bound;
 mod delta;
 mod file;
 mod form;
@@ -20,7 +21,8 @@ mod source;
 mod turn;
 
 pub use about::About;
-pub use bind::{Adapters, Bound, MOST, Network};
+pub use bind::{Adapters, MOST, Network};
+pub use bound::Bound;
 pub use delta::DoraNorm;
 pub use file::Adapter;
 pub use keys::Owner;

@@ -11,7 +11,11 @@ const MAX_SIZE: u64 = 1 << 20;
 
 /// What the file or folder says of alphas.
 #[derive(Debug, Default)]
-pub(super) struct Settings(Map<String, Value>);
+pub(super) struct Settings {
+    peft: Map<String, Value>,
+    /// `….alpha` that pickles hold as plain numbers.
+    alphas: BTreeMap<String, f32>,
+}
 
 impl Settings {
     /// From the header's texts, else from the file beside `path`.
@@ -26,10 +30,22 @@ impl Settings {
                 .filter(|_| is_peft && small)
         });
         let value = text.and_then(|text| serde_json::from_str(&text).ok());
-        match value {
-            Some(Value::Object(fields)) => Self(fields),
-            _ => Self::default(),
+        let plain = metadata.iter().filter(|(key, _)| key.ends_with(".alpha"));
+        Self {
+            peft: match value {
+                Some(Value::Object(fields)) => fields,
+                _ => Map::new(),
+            },
+            alphas: plain
+                .filter_map(|(key, value)| Some((key.clone(), value.parse().ok()?)))
+                .collect(),
         }
+    }
+
+    /// The alpha of a module that is no tensor.
+    pub(super) fn alpha(&self, module: &str) -> Option<f32> {
+        let alpha = self.alphas.get(&format!("{module}.alpha")).copied();
+        alpha.filter(|alpha| alpha.is_finite())
     }
 
     /// alpha / rank of a module without an alpha of its own; alpha / √rank where rank-stabilised. 1 where nothing is said.
@@ -39,8 +55,8 @@ impl Settings {
         let mut owner = component.into_iter();
         let owner = owner.find(|owner| module.starts_with(&format!("{owner}.")));
         let get = |key: &str| {
-            let qualified = owner.and_then(|owner| self.0.get(&format!("{owner}.{key}")));
-            qualified.or_else(|| self.0.get(key))
+            let qualified = owner.and_then(|owner| self.peft.get(&format!("{owner}.{key}")));
+            qualified.or_else(|| self.peft.get(key))
         };
         let pattern = get("alpha_pattern").and_then(Value::as_object);
         let mut patterns = pattern.into_iter().flatten();

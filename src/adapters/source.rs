@@ -3,10 +3,14 @@
 use std::sync::Arc;
 
 use candle_core::DType;
+use rayon::prelude::*;
 use sd_kernels::{Reader, Result, Source};
 
-use super::bind::Bound;
+use super::bound::Bound;
 use super::keys::Owner;
+
+/// How many numbers a thread reads at a time: whole blocks of every quantised type.
+const PIECE: usize = 1 << 16;
 
 /// Another source's weights, of which some are changed. A changed weight is merged when it is opened, in f32, and stays f32: a file's 16 bits would
 /// not hold it.
@@ -49,7 +53,8 @@ impl Source for AdaptedSource {
             return Ok(reader);
         }
         let mut values = vec![0.0; shape.iter().product()];
-        reader.read(0, &mut values);
+        let pieces = values.par_chunks_mut(PIECE).enumerate();
+        pieces.for_each(|(i, piece)| reader.read(i * PIECE, piece));
         let merged = self.bound.apply(self.owner, name, shape, &mut values);
         merged.map_err(|e| sd_kernels::Error::Weights(e.to_string()))?;
         Ok(Box::new(Merged(values)))

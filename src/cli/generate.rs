@@ -11,6 +11,7 @@ use super::args::GenerateArgs;
 use super::fetch::{open_model, open_part};
 use super::lora::{self, Worn};
 use super::{interrupt, print_line, set_threads};
+use crate::adapters::DoraNorm;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::memory::peak_resident;
@@ -289,6 +290,9 @@ impl Job<'_> {
                 fields.insert("refiner".to_owned(), json!(refiner));
                 let switch = json!(self.args.refiner_switch);
                 fields.insert("refiner_switch".to_owned(), switch);
+            }
+            if self.args.dora_norm != DoraNorm::default() {
+                fields.insert("dora_norm".to_owned(), json!("original"));
             }
             fields.insert("clip_skip".to_owned(), json!(self.plan.clip_skip));
             fields.insert(

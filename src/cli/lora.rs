@@ -148,7 +148,7 @@ fn find(args: &GenerateArgs, typed: &Path) -> Result<Model> {
         Err(error) => match resolve(typed, &args.library) {
             Ok(model) => Ok(model),
             Err(Error::Interrupted) => Err(Error::Interrupted),
-            Err(other) if text.contains(['/', '\\']) => Err(other),
+            Err(other) if text.contains(['/', '\\', ':', '@']) => Err(other),
             Err(_) => Err(error),
         },
     }

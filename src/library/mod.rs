@@ -142,6 +142,11 @@ impl Library {
         if found.is_empty() {
             found = called(false);
         }
+        if found.is_empty() && name.contains('/') {
+            // some of the folders above it, as ComfyUI writes names
+            let below = |entry: &&Entry| entry.path.with_extension("").ends_with(name);
+            found = loras.iter().filter(below).cloned().collect();
+        }
         if found.is_empty() {
             let own = |entry: &&Entry| {
                 let file = TensorFile::open(&entry.path, true).ok();
