@@ -138,6 +138,7 @@ const WRAPPERS: [&str; 2] = ["base_model_model_", "lycoris_"];
 const BEGINNINGS: &[(&str, Owner)] = &[
     ("lora_unet_", Owner::Denoiser),
     ("lora_transformer_", Owner::Denoiser),
+    ("oft_unet_", Owner::Denoiser),
     ("lora_te1_", TEXT),
     ("lora_te2_", TEXT_2),
     ("lora_te3_", TEXT_3),
