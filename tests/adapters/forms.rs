@@ -39,7 +39,7 @@ fn change_with(
     weight
 }
 
-fn stored(name: &str, shape: &[usize], numbers: Vec<f32>) -> Stored {
+fn stored(name: &str, shape: &[usize], numbers: &[f32]) -> Stored {
     Stored {
         name: name.to_owned(),
         shape: shape.to_vec(),
@@ -100,12 +100,8 @@ fn a_fused_projection_gives_each_its_rows() {
     let module = "lora_te2_transformer_resblocks_0_attn_in_proj";
     let up: Vec<f32> = (0..6).map(|row| row as f32).collect();
     let parts = [
-        stored(&format!("{module}.lora_up.weight"), &[6, 1], up),
-        stored(
-            &format!("{module}.lora_down.weight"),
-            &[1, 2],
-            vec![1.0, 10.0],
-        ),
+        stored(&format!("{module}.lora_up.weight"), &[6, 1], &up),
+        stored(&format!("{module}.lora_down.weight"), &[1, 2], &[1.0, 10.0]),
     ];
     write_tensors(&parts, &Value::Null, &path);
     let owner = Owner::Text("text_encoder_2");
@@ -127,9 +123,9 @@ fn lengths_of_dora_are_of_what_is_asked() {
     let weight = (Owner::Denoiser, "conv_in.weight", &[2usize, 2][..]);
     let make = |end: &str, shape: &[usize]| {
         let parts = [
-            stored("conv_in.lora_up.weight", &[2, 1], vec![3.0, 0.0]),
-            stored("conv_in.lora_down.weight", &[1, 2], vec![1.0, 1.0]),
-            stored(&format!("conv_in.{end}"), shape, vec![2.0, 2.0]),
+            stored("conv_in.lora_up.weight", &[2, 1], &[3.0, 0.0]),
+            stored("conv_in.lora_down.weight", &[1, 2], &[1.0, 1.0]),
+            stored(&format!("conv_in.{end}"), shape, &[2.0, 2.0]),
         ];
         write_tensors(&parts, &Value::Null, &path);
     };
