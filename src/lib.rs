@@ -1,5 +1,6 @@
 #![doc = include_str!("ARCHITECTURE.md")]
 
+pub mod adapters;
 pub mod checkpoint;
 pub mod cli;
 pub mod demo;

@@ -9,10 +9,15 @@ use std::path::{Path, PathBuf};
 
 /// What each module of `src/` may name: other modules (or a part of them), and those crates that are listed in [`CRATES`].
 const ALLOWED: &[(&str, &[&str])] = &[
+    (
+        "adapters",
+        &["checkpoint", "weights", "sd_kernels", "candle_core"],
+    ),
     ("checkpoint", &[]),
     (
         "cli",
         &[
+            "adapters",
             "checkpoint",
             "demo",
             "device",
@@ -43,6 +48,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "pipeline",
         &[
+            "adapters",
             "checkpoint",
             "device",
             "memory",

@@ -7,6 +7,8 @@
     unreachable_pub
 )]
 
+/// LoRA and its relatives against diffusers, PEFT and LyCORIS.
+mod adapters;
 /// Guards the direction of imports and the places of `cfg(feature)` and `unsafe` by reading the sources.
 mod architecture;
 /// Autoencoders of other files, tiny ones too.

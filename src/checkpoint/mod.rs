@@ -33,7 +33,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 pub use self::family::{Detection, Distilled, Family, Noise, Prediction, Variant, detect};
-pub use self::hash::{auto_v2, sha256_file};
+pub use self::hash::{auto_v2, sha256_file, sha256_tensors};
 pub use self::leftover::leftover;
 pub use self::printable::{printable, printable_to};
 pub(crate) use self::structure::NETWORK_PREFIXES;
@@ -392,7 +392,7 @@ fn what_folder(path: &Path) -> String {
         .iter()
         .any(|name| name == "adapter_config.json" || name.contains("lora"))
     {
-        return "this is a LoRA's folder, not a base model; give a base model with --model"
+        return "this is a LoRA's folder, not a base model; give a base model with --model, and this with --lora"
             .to_owned();
     }
     let files: Vec<String> = names

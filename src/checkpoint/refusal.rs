@@ -122,7 +122,7 @@ fn and(names: &[&str]) -> String {
 fn advice(family: Family) -> &'static str {
     match family {
         Family::Lora => {
-            "not a base model; give a base model with --model, and the LoRA with --lora (not built yet)"
+            "not a base model; give a base model with --model, and the LoRA with --lora"
         }
         Family::Vae => {
             "not a base model; give a base model with --model, and the VAE with --vae (not built yet)"

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::adapters::DoraNorm;
 use crate::device::{DeviceChoice, DtypeChoice};
 use crate::output::save::DEFAULT_NAME;
 use crate::pipeline::Rng;
@@ -69,6 +70,12 @@ pub struct GenerateArgs {
     /// Tokens of T5 that a text is filled up to, and cut at [default: the model family's own]
     #[arg(long, value_name = "N")]
     pub t5_length: Option<usize>,
+    /// A LoRA or LyCORIS, a file or a name in the models folders, and its weight; may be repeated. `NAME:TEXT:UNET` weighs it apart
+    #[arg(long, value_name = "FILE_OR_NAME[:WEIGHT]")]
+    pub lora: Vec<String>,
+    /// Which lengths DoRA divides by: those of the changed weight (PEFT, LyCORIS, A1111) or of the weight before (ComfyUI)
+    #[arg(long, value_name = "WHICH", value_enum, default_value_t)]
+    pub dora_norm: DoraNorm,
     /// Where names are looked up
     #[command(flatten)]
     pub library: LibraryArgs,

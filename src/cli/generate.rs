@@ -9,7 +9,9 @@ use serde_json::{Value, json};
 
 use super::args::GenerateArgs;
 use super::fetch::{open_model, open_part};
+use super::lora::{self, Worn};
 use super::{interrupt, print_line, set_threads};
+use crate::adapters::DoraNorm;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::memory::peak_resident;
@@ -29,6 +31,7 @@ struct Job<'a> {
     engine: &'a Engine,
     plan: &'a Plan,
     request: &'a Request,
+    worn: &'a Worn,
     threads: usize,
     start: Instant,
 }
@@ -41,7 +44,11 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     let start = Instant::now();
     interrupt::listen();
     let threads = set_threads(args.threads)?;
-    let request = request(args)?;
+    let worn = lora::wear(args)?;
+    let request = Request {
+        prompt: worn.prompt.clone(),
+        ..request(args)?
+    };
     let device = device::open(args.device)?;
     let dtype = device::dtype(args.dtype, &device)?;
     output::check_target(&args.output, args.save_latents.as_deref(), args.overwrite)?;
@@ -62,7 +69,8 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
         text: &text,
         t5_length: args.t5_length,
     };
-    let mut engine = Engine::load_with(&model.checkpoint, others, &device, dtype)?;
+    let mut engine =
+        Engine::load_adapted(&model.checkpoint, others, &worn.adapters, &device, dtype)?;
     let mut refiner_name = None;
     if let Some(refiner) = &args.refiner {
         let refiner = open_model(Some(refiner), &args.library, args.no_mmap)?;
@@ -80,6 +88,7 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
         engine: &engine,
         plan: &plan,
         request: &request,
+        worn: &worn,
         threads,
         start,
     };
@@ -293,7 +302,7 @@ impl Job<'_> {
             for key in ["path", "threads", "device"] {
                 fields.shift_remove(key);
             }
-            fields.insert("prompt".to_owned(), json!(self.request.prompt));
+            fields.insert("prompt".to_owned(), json!(self.worn.shown_prompt));
             fields.insert(
                 "negative_prompt".to_owned(),
                 json!(self.request.negative_prompt),
@@ -318,6 +327,9 @@ impl Job<'_> {
                     json!({ "scale": slg.scale, "layers": slg.layers, "start": slg.span.0, "end": slg.span.1 }),
                 );
             }
+            if self.args.dora_norm != DoraNorm::default() {
+                fields.insert("dora_norm".to_owned(), json!("original"));
+            }
             fields.insert("clip_skip".to_owned(), json!(self.plan.clip_skip));
             fields.insert(
                 "rng".to_owned(),
@@ -332,7 +344,7 @@ impl Job<'_> {
 
     fn parameters(&self, seed: u64) -> Parameters {
         Parameters {
-            prompt: self.request.prompt.clone(),
+            prompt: self.worn.shown_prompt.clone(),
             negative_prompt: self.request.negative_prompt.clone().unwrap_or_default(),
             steps: u32::try_from(self.plan.steps).ok(),
             sampler: Some(self.plan.sampler.clone()),
@@ -368,6 +380,9 @@ impl Job<'_> {
             let switch = self.args.refiner_switch.to_string();
             pairs.push(("Refiner".to_owned(), refiner.to_owned()));
             pairs.push(("Refiner switch at".to_owned(), switch));
+        }
+        if let Some(hashes) = &self.worn.hashes {
+            pairs.push(("Lora hashes".to_owned(), hashes.clone()));
         }
         pairs
     }

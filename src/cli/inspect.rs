@@ -1,15 +1,18 @@
 //! `sd-rs inspect`: what a file is and why, in a screenful or as one JSON object. Reads headers and configs; weights only to hash them.
 
+mod adapter;
+
 use std::collections::BTreeMap;
 use std::io::Write;
 
 use serde::Serialize;
 
+use self::adapter::AdapterReport;
 use super::args::InspectArgs;
 use super::fetch::open_model;
 use crate::checkpoint::{
     Checkpoint, Detection, Structure, TensorInfo, TensorSet, auto_v2, detect, leftover, printable,
-    printable_to, sha256_file,
+    printable_to, sha256_file, sha256_tensors,
 };
 use crate::error::{Error, Result};
 use crate::pipeline::Coverage;
@@ -46,6 +49,8 @@ pub(super) struct Report {
     pub evidence: Vec<String>,
     /// The components by name.
     pub components: BTreeMap<String, Component>,
+    /// What a LoRA is; null for all else.
+    pub adapter: Option<AdapterReport>,
     /// The sizes of the networks.
     pub structure: serde_json::Value,
     /// The header's texts, control characters escaped.
@@ -126,6 +131,7 @@ impl Report {
             refusal: detection.refusal(),
             evidence: detection.evidence.clone(),
             components: BTreeMap::new(),
+            adapter: None,
             structure: structure_json(&detection.structure),
             metadata: BTreeMap::new(),
             sha256: None,
@@ -154,6 +160,10 @@ impl Report {
         match checkpoint.single() {
             Some(tensors) => report.count_single(&tensors, detection),
             None => report.count_folder(checkpoint),
+        }
+        match AdapterReport::of(checkpoint, detection) {
+            Ok(adapter) => report.adapter = adapter,
+            Err(reason) => report.problems.push(reason),
         }
         if report.refusal.is_none() {
             report.cover(checkpoint, detection);
@@ -235,6 +245,9 @@ impl Report {
             let sha256 = sha256_file(checkpoint.path())?;
             self.autov2 = Some(auto_v2(&sha256).to_owned());
             self.sha256 = Some(sha256);
+            if let Some(adapter) = &mut self.adapter {
+                adapter.tensors_sha256 = Some(sha256_tensors(checkpoint.path())?);
+            }
             return Ok(());
         }
         for (report, file) in self.files.iter_mut().zip(checkpoint.files()) {
@@ -266,6 +279,9 @@ impl Report {
             text.push_str(&line("sha-256", sha256));
             text.push_str(&line("model hash", &format!("{short} (AutoV2)")));
         }
+        if let Some(adapter) = &self.adapter {
+            text.push_str(&adapter.hash_text());
+        }
         for file in &self.files {
             let sha256 = file.sha256.as_deref().unwrap_or_default();
             let about = format!(
@@ -291,6 +307,7 @@ impl Report {
         );
         text.push_str(&line("is", &self.title));
         text.push_str(&match &self.refusal {
+            _ if self.adapter.is_some() => line("usable", "yes, with `sd-rs generate --lora`"),
             Some(why) => line("usable", &format!("no: {why}")),
             None => line("usable", "yes, with `sd-rs generate --model`"),
         });
@@ -298,6 +315,9 @@ impl Report {
             text.push_str(&line("predicts", prediction));
         }
         list(&mut text, "because", &self.evidence, usize::MAX);
+        if let Some(adapter) = &self.adapter {
+            text.push_str(&adapter.text());
+        }
         let components: Vec<String> = self.components.iter().map(component_line).collect();
         list(&mut text, "components", &components, usize::MAX);
         list(

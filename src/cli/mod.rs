@@ -9,6 +9,7 @@ mod generate;
 pub mod inspect;
 mod interrupt;
 mod kernels;
+mod lora;
 mod models;
 
 use std::io::Write;

@@ -17,7 +17,7 @@ pub use self::places::{Kind, Options, Place};
 pub use self::scan::Entry;
 
 use self::scan::extension_of_model;
-use crate::checkpoint::printable;
+use crate::checkpoint::{TensorFile, printable};
 use crate::error::{Error, Result};
 use crate::hub::{self, Event, Listener, RepoName, Settings};
 
@@ -118,21 +118,80 @@ impl Library {
             found.retain(|entry| entry.is_called(name, true));
         }
         if found.len() > 1 {
-            let shown: Vec<String> = found
-                .iter()
-                .take(SHOWN)
-                .map(|entry| entry.path.display().to_string())
-                .collect();
-            return Err(Error::NotFound {
-                what: format!("one model `{}`", printable(name)),
-                hint: format!(
-                    "{} have that name: {}; give the path of one, or more of its folders",
-                    found.len(),
-                    shown.join(", ")
-                ),
-            });
+            return Err(ambiguous(name, &found));
         }
         Ok(found.pop())
+    }
+
+    /// The adapter of that name in the folders for them: by its file's name as [`Library::find`], else by what a file calls itself
+    /// (`ss_output_name`), as A1111 does.
+    ///
+    /// # Errors
+    /// As [`Library::find`]; [`Error::NotFound`] with where was looked when there is none.
+    pub fn find_lora(&self, name: &str) -> Result<Model> {
+        let loras: Vec<Entry> = self
+            .entries()
+            .into_iter()
+            .filter(|entry| entry.kind == Kind::Lora)
+            .collect();
+        let called = |exact| {
+            let found = loras.iter().filter(|entry| entry.is_called(name, exact));
+            found.cloned().collect::<Vec<_>>()
+        };
+        let mut found = called(true);
+        if found.is_empty() {
+            found = called(false);
+        }
+        if found.is_empty() && name.contains('/') {
+            // some of the folders above it, as ComfyUI writes names
+            let below = |entry: &&Entry| entry.path.with_extension("").ends_with(name);
+            found = loras.iter().filter(below).cloned().collect();
+        }
+        if found.is_empty() {
+            let own = |entry: &&Entry| {
+                let file = TensorFile::open(&entry.path, true).ok();
+                file.is_some_and(|f| {
+                    f.metadata()
+                        .get("ss_output_name")
+                        .is_some_and(|n| n == name)
+                })
+            };
+            found = loras.iter().filter(own).cloned().collect();
+        }
+        match found.as_slice() {
+            [entry] => Ok(Model {
+                path: entry.path.clone(),
+                name: entry.name.clone(),
+            }),
+            [] => Err(self.no_lora(name, &loras)),
+            several => Err(ambiguous(name, several)),
+        }
+    }
+
+    fn no_lora(&self, name: &str, loras: &[Entry]) -> Error {
+        let folders = self.places.iter().filter_map(|place| match place.kind {
+            None => Some(place.path.join("loras")),
+            Some(Kind::Lora) => Some(place.path.clone()),
+            Some(_) => None,
+        });
+        let folders: Vec<String> = folders.map(|path| path.display().to_string()).collect();
+        let wanted = name.to_lowercase();
+        let near = loras.iter().map(|entry| entry.name.as_str());
+        let near: Vec<&str> = near
+            .filter(|other| other.to_lowercase().contains(&wanted))
+            .take(3)
+            .collect();
+        let near = match near.as_slice() {
+            [] => String::new(),
+            some => format!(" (near it: {})", some.join(", ")),
+        };
+        Error::NotFound {
+            what: format!("the LoRA `{}`", printable(name)),
+            hint: format!(
+                "no file of that name lies in {}{near}; put it there, or give its path with --lora",
+                folders.join(" or in ")
+            ),
+        }
     }
 
     /// The file with that beginning of a SHA-256. Files whose hash is not known are read, those of the models' kind first.
@@ -198,6 +257,23 @@ impl Library {
             what: printable(&text),
             hint,
         }
+    }
+}
+
+/// Several models have one name.
+fn ambiguous(name: &str, found: &[Entry]) -> Error {
+    let shown: Vec<String> = found
+        .iter()
+        .take(SHOWN)
+        .map(|entry| entry.path.display().to_string())
+        .collect();
+    Error::NotFound {
+        what: format!("one model `{}`", printable(name)),
+        hint: format!(
+            "{} have that name: {}; give the path of one, or more of its folders",
+            found.len(),
+            shown.join(", ")
+        ),
     }
 }
 

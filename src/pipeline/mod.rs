@@ -1,5 +1,6 @@
 //! From a request to pictures: texts are encoded, noise is drawn, denoised step by step, decoded.
 
+mod adapted;
 mod conditions;
 mod coverage;
 mod decode;
@@ -14,6 +15,7 @@ mod request;
 mod sizes;
 mod tower;
 
+pub use adapted::bind_adapters;
 pub use conditions::Conditions;
 pub use coverage::Coverage;
 pub use event::{Control, Event, Listener};
@@ -28,6 +30,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::adapters::Adapters;
 use crate::checkpoint::{self, Checkpoint};
 use crate::error::{Error, Result};
 use crate::output::Image;
@@ -112,13 +115,29 @@ impl Engine {
         device: &Device,
         dtype: DType,
     ) -> Result<Self> {
+        Self::load_adapted(checkpoint, others, &Adapters::default(), device, dtype)
+    }
+
+    /// The same with adapters on its networks.
+    ///
+    /// # Errors
+    /// As [`Engine::load`]; [`Error::BadModel`] when an adapter does not fit the model.
+    pub fn load_adapted(
+        checkpoint: &Checkpoint,
+        others: Others<'_>,
+        adapters: &Adapters,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Self> {
         let start = Instant::now();
         let detection = checkpoint::detect(checkpoint);
         let spec = ModelSpec::read_with(checkpoint, &detection, others)?;
         let tokenizers = text::tokenizers_for(checkpoint, &spec)?;
-        let (networks, coverage) = Networks::load(checkpoint, &spec, device, dtype)?;
+        let (networks, coverage) =
+            Networks::load_adapted(checkpoint, &spec, adapters, device, dtype)?;
         let mut warnings = checkpoint.warnings().to_vec();
         warnings.extend(coverage.warning(checkpoint));
+        warnings.extend(networks.adapters().warnings().iter().cloned());
         Ok(Self {
             spec,
             tokenizers,

@@ -11,9 +11,11 @@ use sd_models::denoiser::{self, Denoiser as Network, Inputs};
 use sd_models::t5::{self, T5Encoder};
 use sd_models::vae::{self, AnyDecoder, TinyConfig};
 
+use super::adapted::bind_adapters;
 use super::conditions::{ADDED, CONTEXT, Conditions, GUIDANCE};
 use super::coverage::{Coverage, T5, TEXT, UNET, VAE, named, source};
 use super::tower::{LoadedT5, LoadedTower, Runner};
+use crate::adapters::{Adapters, Bound, Owner};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::memory::Memory;
@@ -32,6 +34,7 @@ pub struct Networks {
     device: Device,
     dtype: DType,
     weight_bytes: u64,
+    adapters: Arc<Bound>,
     /// Where plans run networks: the packed weights. `None`: the eager executor holds weights as tensors.
     planned: Option<Planned>,
 }
@@ -88,13 +91,35 @@ impl Networks {
         device: &Device,
         dtype: DType,
     ) -> Result<(Self, Coverage)> {
+        Self::load_adapted(checkpoint, spec, &Adapters::default(), device, dtype)
+    }
+
+    /// The same with adapters on them.
+    ///
+    /// # Errors
+    /// As [`Networks::load`], and when an adapter does not fit.
+    pub fn load_adapted(
+        checkpoint: &Checkpoint,
+        spec: &ModelSpec,
+        adapters: &Adapters,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<(Self, Coverage)> {
         let coverage = Coverage::of(checkpoint, spec);
         coverage.check(checkpoint)?;
+        let adapters = bind_adapters(spec, adapters)?;
         let towers = spec.text.iter().map(|tower| &tower.component);
         let sources = Sources {
-            towers: towers.clone().map(|tower| source(tower) as _).collect(),
+            towers: spec
+                .text
+                .iter()
+                .map(|tower| {
+                    let owner = Owner::Text(tower.role.component);
+                    adapters.wrap(owner, source(&tower.component))
+                })
+                .collect(),
             t5: spec.t5.as_ref().map(|t5| source(&t5.component) as _),
-            unet: source(&spec.unet),
+            unet: adapters.wrap(Owner::Denoiser, source(&spec.unet)),
             vae: match &spec.tiny {
                 Some(tiny) => source(tiny),
                 None => source(&spec.vae),
@@ -109,10 +134,11 @@ impl Networks {
             vae: &spec.vae.config,
             tiny: spec.tiny.as_ref().map(|tiny| &tiny.config),
         };
-        let networks = Self::build(configs, sources, device, dtype).map_err(|e| match e {
+        let mut networks = Self::build(configs, sources, device, dtype).map_err(|e| match e {
             Error::Weights(reason) => Error::bad_model(checkpoint.path(), reason),
             other => other,
         })?;
+        networks.adapters = adapters;
         Ok((networks, coverage))
     }
 
@@ -189,8 +215,14 @@ impl Networks {
             device: device.clone(),
             dtype,
             weight_bytes,
+            adapters: Arc::default(),
             planned,
         })
+    }
+
+    /// What adapters change in them.
+    pub fn adapters(&self) -> &Bound {
+        &self.adapters
     }
 
     /// The text encoders.

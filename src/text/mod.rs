@@ -2,6 +2,7 @@
 
 pub mod chunks;
 mod encode;
+mod extra;
 pub mod prompt;
 mod refusals;
 pub mod t5;
@@ -12,6 +13,7 @@ pub use encode::{
     Behind, Conditioning, Encoded, LongSpeaker, LongTower, Readers, Reading, Speaker, Texts, Tower,
     encode,
 };
+pub use extra::{LoraTag, take_loras};
 pub use prompt::Syntax;
 pub use t5::T5Tokenizer;
 pub use tokenizer::ClipTokenizer;

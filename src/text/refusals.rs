@@ -43,7 +43,7 @@ fn refusal(what: &str, found: &str, role: Role) -> Error {
 }
 
 /// The first `<name:…>`.
-fn find_network(text: &str) -> Option<&str> {
+pub(super) fn find_network(text: &str) -> Option<&str> {
     for (at, _) in text.match_indices('<') {
         let tag = text.get(at..)?;
         let name = tag.get(1..)?;

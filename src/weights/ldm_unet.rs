@@ -9,7 +9,7 @@ use sd_models::unet::{Added, Config, Level, Mid};
 
 use super::layout::{Inner, Layout, inner};
 
-const RESNET: &[Inner] = &[
+pub(crate) const RESNET: &[Inner] = &[
     inner("norm1", "in_layers.0"),
     inner("conv1", "in_layers.2"),
     inner("time_emb_proj", "emb_layers.1"),
@@ -17,8 +17,8 @@ const RESNET: &[Inner] = &[
     inner("conv2", "out_layers.3"),
     inner("conv_shortcut", "skip_connection"),
 ];
-const DOWNSAMPLE: &[Inner] = &[inner("conv", "op")];
-const TIME: &[Inner] = &[inner("linear_1", "0"), inner("linear_2", "2")];
+pub(crate) const DOWNSAMPLE: &[Inner] = &[inner("conv", "op")];
+pub(crate) const TIME: &[Inner] = &[inner("linear_1", "0"), inner("linear_2", "2")];
 
 /// Group norms of CompVis' code always have 32 groups.
 const GROUPS: usize = 32;

@@ -10,7 +10,7 @@ const fn third(canonical: &'static str, stored: &'static str, index: usize) -> I
     part_of(canonical, stored, (index, 1, 3))
 }
 
-const BLOCK: &[Inner] = &[
+pub(crate) const BLOCK: &[Inner] = &[
     inner("layer_norm1", "ln_1"),
     third("self_attn.q_proj.weight", "attn.in_proj_weight", 0),
     third("self_attn.k_proj.weight", "attn.in_proj_weight", 1),

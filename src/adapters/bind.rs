@@ -1,0 +1,340 @@
+//! Adapters meet a model: each module of a file finds the weights that it changes, shapes are compared, and what fits nothing is told.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::about::made_for;
+use super::bound::{Bound, Patch, is_per_input, whole};
+use super::delta::DoraNorm;
+use super::file::{Adapter, Module};
+use super::form::Extent;
+use super::keys::{Owner, flat, owners};
+use super::names::{Names, Target};
+use crate::checkpoint::printable;
+use crate::error::{Error, Result};
+use crate::weights::layout::Rows;
+
+/// How many adapters there may be at once.
+pub const MOST: usize = 64;
+/// The largest strength, of either sign: no picture survives a fraction of it.
+const MOST_STRENGTH: f64 = 100.0;
+
+/// An adapter and how much of it.
+#[derive(Debug, Clone)]
+struct Wanted {
+    adapter: Arc<Adapter>,
+    text: f32,
+    denoiser: f32,
+}
+
+/// The adapters that a model wears, in the order in which they are put on.
+#[derive(Debug, Clone, Default)]
+pub struct Adapters {
+    list: Vec<Wanted>,
+    norm: DoraNorm,
+}
+
+/// A network that adapters may change: its tensors by canonical names, with their shapes.
+#[derive(Debug, Clone)]
+pub struct Network {
+    /// Which one.
+    pub owner: Owner,
+    /// Names and shapes.
+    pub tensors: BTreeMap<String, Vec<usize>>,
+}
+
+impl Adapters {
+    /// Puts an adapter on, at these strengths in the text towers and in the denoising network. The same file twice is one with both strengths.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when there are more than [`MOST`], or a strength is beyond 100 of either sign.
+    pub fn add(&mut self, adapter: &Arc<Adapter>, text: f64, denoiser: f64) -> Result<()> {
+        let real = |path: &std::path::Path| std::fs::canonicalize(path).ok();
+        let path = real(adapter.path());
+        let mut list = self.list.iter_mut();
+        let same = list.find(|other| {
+            other.adapter.path() == adapter.path()
+                || (path.is_some() && real(other.adapter.path()) == path)
+        });
+        let sum = match &same {
+            Some(other) => (
+                f64::from(other.text) + text,
+                f64::from(other.denoiser) + denoiser,
+            ),
+            None => (text, denoiser),
+        };
+        for strength in [sum.0, sum.1] {
+            if !(-MOST_STRENGTH..=MOST_STRENGTH).contains(&strength) {
+                return Err(Error::Usage(format!(
+                    "the LoRA {} has a weight of {strength}, expected -{MOST_STRENGTH} to {MOST_STRENGTH}; 1 is as it was trained",
+                    adapter.path().display()
+                )));
+            }
+        }
+        let (text, denoiser) = (sum.0 as f32, sum.1 as f32);
+        if let Some(other) = same {
+            (other.text, other.denoiser) = (text, denoiser);
+            return Ok(());
+        }
+        if self.list.len() >= MOST {
+            return Err(Error::Usage(format!(
+                "there are more than {MOST} LoRAs; merge some of them"
+            )));
+        }
+        self.list.push(Wanted {
+            adapter: Arc::clone(adapter),
+            text,
+            denoiser,
+        });
+        Ok(())
+    }
+
+    /// Which lengths DoRA divides by.
+    pub fn set_dora_norm(&mut self, norm: DoraNorm) {
+        self.norm = norm;
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.list.is_empty()
+    }
+
+    /// Finds what the adapters change in these networks of a model, which is `title` in words: "a Stable Diffusion 1 checkpoint".
+    ///
+    /// # Errors
+    /// [`Error::BadModel`] when an adapter fits nothing in the model, or something of it has another shape there.
+    pub fn bind(&self, networks: &[Network], title: &str) -> Result<Bound> {
+        let mut bound = Bound {
+            norm: self.norm,
+            ..Bound::default()
+        };
+        let known: Vec<Known<'_>> = networks.iter().map(Known::new).collect();
+        for wanted in &self.list {
+            let mut match_ = Match {
+                known: &known,
+                wanted,
+                title,
+                patches: Vec::new(),
+                modules: 0,
+                unmatched: Vec::new(),
+            };
+            match_.run()?;
+            bound.warnings.extend(match_.warning());
+            for (owner, name, patch) in match_.patches {
+                let network = bound.patches.entry(owner).or_default();
+                network.entry(name).or_default().push(patch);
+            }
+        }
+        Ok(bound)
+    }
+}
+
+/// A network and its names.
+struct Known<'a> {
+    network: &'a Network,
+    names: Names,
+}
+
+impl<'a> Known<'a> {
+    fn new(network: &'a Network) -> Self {
+        let tensors = network.tensors.keys().map(String::as_str);
+        Self {
+            names: Names::of(network.owner, tensors),
+            network,
+        }
+    }
+}
+
+/// One adapter while its modules look for their weights.
+struct Match<'a> {
+    known: &'a [Known<'a>],
+    wanted: &'a Wanted,
+    title: &'a str,
+    patches: Vec<(Owner, String, Patch)>,
+    /// Modules that were found.
+    modules: usize,
+    unmatched: Vec<String>,
+}
+
+impl Match<'_> {
+    fn run(&mut self) -> Result<()> {
+        let adapter = Arc::clone(&self.wanted.adapter);
+        let mut misfit = None;
+        for (index, module) in adapter.modules.iter().enumerate() {
+            let flat = flat(&module.name);
+            let mut places = self.places(&flat).into_iter();
+            let mut outcome = None;
+            // where the name does not tell the network, shapes do
+            for (owner, targets) in places.by_ref() {
+                let fits = targets.iter().try_fold(Vec::new(), |mut patches, target| {
+                    patches.extend(self.patches_of((index, module), owner, target)?);
+                    Ok::<_, String>(patches)
+                });
+                outcome = Some(fits);
+                if matches!(outcome, Some(Ok(_))) {
+                    break;
+                }
+            }
+            match outcome {
+                None => self.unmatched.push(module.name.clone()),
+                Some(Err(reason)) => misfit = misfit.or(Some((module, reason))),
+                Some(Ok(patches)) => {
+                    self.modules += 1;
+                    self.patches.extend(patches);
+                }
+            }
+        }
+        match misfit {
+            Some((module, reason)) => {
+                Err(self.refuse(&format!("module `{}` {reason}", printable(&module.name))))
+            }
+            None if self.modules == 0 => Err(self.refuse(&format!(
+                "none of its {} modules, such as `{}`, is in the model",
+                adapter.modules.len(),
+                adapter
+                    .modules
+                    .first()
+                    .map_or_else(String::new, |m| printable(&m.name)),
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// The networks that know a name, and what it means there.
+    fn places(&self, flat: &str) -> Vec<(Owner, Vec<Target>)> {
+        let mut places = Vec::new();
+        for (owner, rest) in owners(flat) {
+            let known = self
+                .known
+                .iter()
+                .filter(|known| owner.is_none_or(|owner| owner == known.network.owner));
+            for known in known {
+                let owner = known.network.owner;
+                let found = known.names.find(owner, rest);
+                places.extend(found.map(|targets| (owner, targets.to_vec())));
+            }
+            if !places.is_empty() {
+                break;
+            }
+        }
+        places
+    }
+
+    /// What a module changes in a target: its weight, its bias. An error says why its shape does not fit.
+    fn patches_of(
+        &self,
+        (index, module): (usize, &Module),
+        owner: Owner,
+        target: &Target,
+    ) -> std::result::Result<Vec<(Owner, String, Patch)>, String> {
+        let shape = |end: &str| {
+            let name = format!("{}.{end}", target.module);
+            let known = self.known.iter().find(|k| k.network.owner == owner)?;
+            let shape = known.network.tensors.get(&name)?.clone();
+            Some((name, shape))
+        };
+        let patch = |bias| Patch {
+            adapter: Arc::clone(&self.wanted.adapter),
+            module: index,
+            strength: match owner {
+                Owner::Denoiser => self.wanted.denoiser,
+                Owner::Text(_) => self.wanted.text,
+            },
+            rows: target.rows,
+            bias,
+        };
+        let mut patches = Vec::new();
+        if module.form.is_some() {
+            let (name, shape) = shape("weight").ok_or("has no weight in the model")?;
+            check(module, &shape, target.rows)?;
+            patches.push((owner, name, patch(false)));
+        }
+        if let Some((bias, _)) = &module.bias {
+            let (name, shape) =
+                shape("bias").ok_or("changes a bias, and the module has none in the model")?;
+            let wanted = whole(Extent::of(&shape), target.rows).rows;
+            if bias.elements() != wanted {
+                return Err(format!(
+                    "changes a bias by {} numbers, and it has {wanted}",
+                    bias.elements()
+                ));
+            }
+            patches.push((owner, name, patch(true)));
+        }
+        Ok(patches)
+    }
+
+    /// What the adapter and the model are, and why the one does not go with the other.
+    fn refuse(&self, reason: &str) -> Error {
+        let adapter = &self.wanted.adapter;
+        let made = match made_for(adapter) {
+            Some((family, evidence)) => {
+                format!(
+                    "this LoRA was made for {family} ({evidence}), and the model is {}",
+                    self.title
+                )
+            }
+            None => format!("this LoRA does not fit the model, which is {}", self.title),
+        };
+        Error::bad_model(
+            adapter.path(),
+            format!("{made}: {reason}; give a LoRA that was made for such a model"),
+        )
+    }
+
+    /// One sentence about what was not used.
+    fn warning(&self) -> Option<String> {
+        let adapter = &self.wanted.adapter;
+        let strange = adapter.strange.iter();
+        let all: Vec<&String> = self.unmatched.iter().chain(strange).collect();
+        let first = all.first()?;
+        let more = match all.len() - 1 {
+            0 => String::new(),
+            n => format!(" and {n} more"),
+        };
+        Some(format!(
+            "{}: {} of its {} modules are used; there is no place in the model for `{}`{more}",
+            adapter.path().display(),
+            self.modules,
+            adapter.modules.len(),
+            printable(first)
+        ))
+    }
+}
+
+/// Whether a module's change is one of a weight of this shape, which is these rows of what it was made for; an error says why not.
+fn check(module: &Module, shape: &[usize], rows: Option<Rows>) -> std::result::Result<(), String> {
+    let Some(form) = &module.form else {
+        return Ok(());
+    };
+    let extent = whole(Extent::of(shape), rows);
+    if !form.fits(extent) {
+        return Err(format!(
+            "({}) has the shapes {}, and the weight that it changes is {shape:?}",
+            form.name(),
+            form.shapes()
+        ));
+    }
+    if rows.is_some() && (form.needs_base() || module.magnitude.is_some()) {
+        return Err(format!(
+            "({}) changes queries, keys and values together by what they are, which is not supported",
+            form.name()
+        ));
+    }
+    let Some(magnitude) = &module.magnitude else {
+        return Ok(());
+    };
+    let per_input = is_per_input(magnitude, extent);
+    let wanted = if per_input {
+        extent.inputs
+    } else {
+        extent.rows
+    };
+    if magnitude.elements() == wanted {
+        return Ok(());
+    }
+    Err(format!(
+        "has a dora_scale of the shape {:?}, and the weight that it changes is {shape:?}",
+        magnitude.shape
+    ))
+}
