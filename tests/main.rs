@@ -15,6 +15,8 @@ mod autoencoders;
 mod checkpoint;
 /// The binary: results, exit statuses, messages.
 mod cli;
+/// `convert`: round trips, types, quantised, merged; against diffusers, gguf and torch.
+mod convert;
 /// The Hub's client and the models folder, against a Hub on this machine that behaves and misbehaves.
 mod hub;
 /// Networks and whole runs against diffusers and transformers, from every form of file.

@@ -2,6 +2,7 @@
 //! Presets are in `table.rs`.
 
 mod autoencoder;
+mod single;
 mod table;
 
 use std::sync::Arc;
@@ -18,8 +19,9 @@ pub(crate) use autoencoder::SINGLE_VAE;
 use sd_models::config::ConfigResult;
 use sd_models::vae::TinyConfig;
 use sd_models::{clip, unet, vae};
+pub(crate) use single::{SINGLE_UNET, difference, layouts, unet_difference};
 pub use table::{Defaults, Pad, TowerRole, native_size, towers};
-use table::{NORMALISED_FACTOR, Row, Spelling, row};
+use table::{NORMALISED_FACTOR, Row, row};
 
 /// Everything about a model that is known before a tensor is read.
 pub struct ModelSpec {
@@ -84,7 +86,6 @@ impl ModelSpec {
         vae: Option<&Checkpoint>,
     ) -> Result<Self> {
         let mut detection = detection.clone();
-        let detection = &mut detection;
         if vae.is_some() {
             detection.missing.retain(|name| *name != "vae");
         }
@@ -94,8 +95,20 @@ impl ModelSpec {
                 checkpoint.path().display()
             )));
         }
+        Self::read_any(checkpoint, &detection, vae)
+    }
+
+    /// The same of models that need more than a text, such as those for inpainting: nothing is refused but what is not there.
+    ///
+    /// # Errors
+    /// [`Error::BadModel`] when a component is missing or broken, or the family has no components that are known.
+    pub fn read_any(
+        checkpoint: &Checkpoint,
+        detection: &Detection,
+        vae: Option<&Checkpoint>,
+    ) -> Result<Self> {
         let Some(row) = row(detection.family) else {
-            let reason = format!("no pictures are made with {}", detection.title());
+            let reason = format!("this is {}, whose parts are not known", detection.title());
             return Err(Error::bad_model(checkpoint.path(), reason));
         };
         let other = match vae {
@@ -214,7 +227,7 @@ impl ModelSpec {
         let shapes = |name: &str| tensors.info(name).map(|info| info.shape.clone());
         let broken = |reason: String| Error::bad_model(checkpoint.path(), reason);
         let (unet, layout) =
-            crate::weights::ldm_unet::read("model.diffusion_model", &shapes).map_err(&broken)?;
+            crate::weights::ldm_unet::read(SINGLE_UNET, &shapes).map_err(&broken)?;
         let unet = Component::new(unet, &tensors, layout);
         let mut vae = match vae {
             Some(vae) => vae,
@@ -228,13 +241,7 @@ impl ModelSpec {
             .towers
             .iter()
             .map(|role| {
-                let (config, layout) = match role.spelling {
-                    Spelling::Transformers => text_tower::read_transformers(role.prefix, &shapes),
-                    Spelling::OpenClip(used) => {
-                        text_tower::read_open_clip(role.prefix, used, &shapes)
-                    }
-                }
-                .map_err(&broken)?;
+                let (config, layout) = single::read_tower(role, &shapes).map_err(&broken)?;
                 Ok(TextTower {
                     component: Component::new(config, &tensors, layout),
                     role: *role,
@@ -358,8 +365,7 @@ fn folder_tower(checkpoint: &Checkpoint, role: TowerRole) -> Result<TextTower> {
     let layout = &mut component.layout;
     let nested = "text_model.embeddings.token_embedding.weight";
     if component.tensors.info(nested).is_some() {
-        *layout = Layout::identity("text_model");
-        layout.rename("text_projection", "text_projection", &[]);
+        *layout = text_tower::transformers_layout("");
     }
     for name in [
         "text_model.embeddings.position_ids",

@@ -2,12 +2,14 @@
 
 pub mod chunks;
 mod encode;
+mod files;
 pub mod prompt;
 mod refusals;
 pub mod tokenizer;
 mod vocabulary;
 
 pub use encode::{Conditioning, Encoded, Reading, Speaker, Texts, Tower, encode};
+pub use files::tokenizer_files;
 pub use prompt::Syntax;
 pub use tokenizer::ClipTokenizer;
 

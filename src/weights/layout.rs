@@ -11,6 +11,8 @@ pub struct Part {
     pub rows: Option<Rows>,
     /// The file has the matrix with rows and columns exchanged.
     pub transposed: bool,
+    /// The file has the matrix as a 1×1 convolution's weight; readers need not care, writers must.
+    pub convolution: bool,
 }
 
 /// One of several equal parts of a fused tensor, along its first axis.
@@ -42,6 +44,8 @@ pub struct Inner {
     pub rows: Option<Rows>,
     /// A matrix that is stored with rows and columns exchanged.
     pub transposed: bool,
+    /// Matrices below it are stored as weights of 1×1 convolutions.
+    pub convolution: bool,
 }
 
 /// A plain renaming inside a block.
@@ -51,6 +55,15 @@ pub const fn inner(canonical: &'static str, stored: &'static str) -> Inner {
         stored,
         rows: None,
         transposed: false,
+        convolution: false,
+    }
+}
+
+/// A renaming of what is a linear layer here and a 1×1 convolution there.
+pub const fn convolution(canonical: &'static str, stored: &'static str) -> Inner {
+    Inner {
+        convolution: true,
+        ..inner(canonical, stored)
     }
 }
 
@@ -108,7 +121,8 @@ impl Layout {
         places
     }
 
-    fn place(&self, canonical: &str) -> Option<Part> {
+    /// Where `canonical` lies in a file of this layout, newest spelling.
+    pub fn place(&self, canonical: &str) -> Option<Part> {
         // the longest prefix decides: walk from the whole name upwards
         let mut end = canonical.len();
         loop {
@@ -131,14 +145,19 @@ impl Rename {
             .inner
             .iter()
             .find_map(|rule| Some((rule, below(rest, rule.canonical)?)));
-        let (tail, rows, transposed) = match fit {
-            Some((rule, tail)) => (join(rule.stored, tail), rule.rows, rule.transposed),
-            None => (rest.to_owned(), None, false),
-        };
-        Part {
-            stored: join(&self.stored, &tail),
-            rows,
-            transposed,
+        match fit {
+            Some((rule, tail)) => Part {
+                stored: join(&self.stored, &join(rule.stored, tail)),
+                rows: rule.rows,
+                transposed: rule.transposed,
+                convolution: rule.convolution,
+            },
+            None => Part {
+                stored: join(&self.stored, rest),
+                rows: None,
+                transposed: false,
+                convolution: false,
+            },
         }
     }
 }
@@ -170,7 +189,7 @@ mod tests {
             canonical: "attn.to_q.weight",
             stored: "attn.in_proj_weight",
             rows: Some(Rows { index: 0, count: 3 }),
-            transposed: false,
+            ..inner("", "")
         },
     ];
 

@@ -15,4 +15,4 @@ pub(crate) mod text_tower;
 pub use layout::{Layout, Part, Rename};
 pub use numbers::is_readable;
 pub use random::RandomSource;
-pub use source::CheckpointSource;
+pub use source::{CheckpointSource, StoredPart};

@@ -11,7 +11,7 @@ const fn third(canonical: &'static str, stored: &'static str, index: usize) -> I
         canonical,
         stored,
         rows: Some(Rows { index, count: 3 }),
-        transposed: false,
+        ..inner(canonical, stored)
     }
 }
 
@@ -31,10 +31,8 @@ const BLOCK: &[Inner] = &[
 
 /// OpenCLIP multiplies by this matrix from the other side.
 const PROJECT: &[Inner] = &[Inner {
-    canonical: "weight",
-    stored: "text_projection",
-    rows: None,
     transposed: true,
+    ..inner("weight", "text_projection")
 }];
 
 /// Heads are 64 wide in every CLIP tower; narrower towers have one.
@@ -135,33 +133,22 @@ pub(crate) fn read_open_clip(
     let (positions, _) = matrix(shapes, &format!("{prefix}.positional_embedding"))?;
     let (intermediate, _) = matrix(shapes, &format!("{}.mlp.c_fc.weight", block(0)))?;
     let stored = count_layers(shapes, |i| format!("{}.mlp.c_fc.weight", block(i)));
-    let mut layout = Layout::default();
-    layout.rename(
-        "embeddings.token_embedding",
-        &format!("{prefix}.token_embedding"),
-        &[],
-    );
-    layout.rename(
-        "embeddings.position_embedding.weight",
-        &format!("{prefix}.positional_embedding"),
-        &[],
-    );
-    layout.rename("final_layer_norm", &format!("{prefix}.ln_final"), &[]);
-    let (layers, projection) = match used {
+    let layers = match used {
+        OpenClip::AllButLast => stored.saturating_sub(1),
+        OpenClip::Whole => stored,
+    };
+    let mut layout = open_clip_layout(prefix, layers);
+    let projection = match used {
         OpenClip::AllButLast => {
-            let layers = stored.saturating_sub(1);
             layout.ignore(
                 &block(layers),
                 "tensors of the text encoder's last layer, which Stable Diffusion 2 leaves out",
             );
             layout.ignore(&format!("{prefix}.text_projection"), PROJECTION);
-            (layers, None)
+            None
         }
-        OpenClip::Whole => (stored, Some(projection(prefix, shapes, &mut layout)?)),
+        OpenClip::Whole => Some(projection(prefix, shapes, &mut layout)?),
     };
-    for i in 0..layers {
-        layout.rename(&format!("encoder.layers.{i}"), &block(i), BLOCK);
-    }
     for name in ["logit_scale", "attn_mask"] {
         layout.ignore(&format!("{prefix}.{name}"), PROJECTION);
     }
@@ -179,6 +166,41 @@ pub(crate) fn read_open_clip(
     Ok((config, layout))
 }
 
+/// The names below `prefix` of an OpenCLIP tower of so many layers, the projection included.
+pub(crate) fn open_clip_layout(prefix: &str, layers: usize) -> Layout {
+    let mut layout = Layout::default();
+    layout.rename(
+        "embeddings.token_embedding",
+        &format!("{prefix}.token_embedding"),
+        &[],
+    );
+    layout.rename(
+        "embeddings.position_embedding.weight",
+        &format!("{prefix}.positional_embedding"),
+        &[],
+    );
+    layout.rename("final_layer_norm", &format!("{prefix}.ln_final"), &[]);
+    layout.rename("text_projection", prefix, PROJECT);
+    for i in 0..layers {
+        let block = format!("{prefix}.transformer.resblocks.{i}");
+        layout.rename(&format!("encoder.layers.{i}"), &block, BLOCK);
+    }
+    layout
+}
+
+/// The names below `prefix` of a tower in transformers' spelling, with `text_model.`, as folders and single files have it but for the oldest and
+/// the newest; the projection stands outside.
+pub(crate) fn transformers_layout(prefix: &str) -> Layout {
+    let below = |name: &str| {
+        format!("{prefix}.{name}")
+            .trim_start_matches('.')
+            .to_owned()
+    };
+    let mut layout = Layout::identity(&below("text_model"));
+    layout.rename("text_projection", &below("text_projection"), &[]);
+    layout
+}
+
 /// The width of a whole text's vector. Files from some tools keep the matrix as a linear layer's weight.
 fn projection(prefix: &str, shapes: &Shapes<'_>, layout: &mut Layout) -> Result<usize, String> {
     let linear = format!("{prefix}.text_projection");
@@ -187,6 +209,5 @@ fn projection(prefix: &str, shapes: &Shapes<'_>, layout: &mut Layout) -> Result<
         return Ok(output);
     }
     let (_, output) = matrix(shapes, &linear)?;
-    layout.rename("text_projection", prefix, PROJECT);
     Ok(output)
 }
