@@ -121,6 +121,15 @@ pub enum Quantised {
     /// 8 bits: next to no loss
     #[value(name = "q8_0", alias = "int8")]
     Q8_0,
+    /// 6 bits, in larger blocks with scales of scales
+    #[value(name = "q6_k")]
+    Q6_K,
+    /// 5 bits, in larger blocks
+    #[value(name = "q5_k")]
+    Q5_K,
+    /// 4 bits, in larger blocks
+    #[value(name = "q4_k")]
+    Q4_K,
     /// 5 bits, with an offset
     #[value(name = "q5_1")]
     Q5_1,

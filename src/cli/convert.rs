@@ -95,6 +95,9 @@ impl From<Quantised> for BlockType {
     fn from(quantised: Quantised) -> Self {
         match quantised {
             Quantised::Q8_0 => Self::Q8_0,
+            Quantised::Q6_K => Self::Q6K,
+            Quantised::Q5_K => Self::Q5K,
+            Quantised::Q4_K => Self::Q4K,
             Quantised::Q5_1 => Self::Q5_1,
             Quantised::Q5_0 => Self::Q5_0,
             Quantised::Q4_1 => Self::Q4_1,

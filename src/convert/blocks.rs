@@ -1,6 +1,8 @@
 //! Numbers to ggml's quantised blocks, bit for bit as ggml's reference (`quantize_row_…_ref` in `ggml-quants.c`) and the Python package `gguf`
-//! make them. The other direction, with the layouts, is `weights/quantised.rs`.
+//! make them; the K types as candle does. The other direction, with the layouts, is `weights/quantised.rs`.
 
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
 use half::f16;
 
 use super::encode::Overflow;
@@ -8,10 +10,36 @@ use crate::checkpoint::BlockType;
 
 /// Whether blocks of this type are made.
 pub(super) fn can_encode(block: BlockType) -> bool {
-    matches!(
-        block,
-        BlockType::Q4_0 | BlockType::Q4_1 | BlockType::Q5_0 | BlockType::Q5_1 | BlockType::Q8_0
-    )
+    match block {
+        BlockType::Q4_0 | BlockType::Q4_1 | BlockType::Q5_0 | BlockType::Q5_1 | BlockType::Q8_0 => {
+            true
+        }
+        other => k_type(other).is_some(),
+    }
+}
+
+/// The K types, whose scales are searched for: candle's port of ggml's search.
+fn k_type(block: BlockType) -> Option<GgmlDType> {
+    match block {
+        BlockType::Q4K => Some(GgmlDType::Q4K),
+        BlockType::Q5K => Some(GgmlDType::Q5K),
+        BlockType::Q6K => Some(GgmlDType::Q6K),
+        _ => None,
+    }
+}
+
+/// Blocks of a K type.
+fn search(dtype: GgmlDType, numbers: &[f32]) -> Result<Vec<u8>, Overflow> {
+    let most = largest(numbers);
+    // the largest scale of a block is at most its largest number
+    if f16::from_f32(most).is_infinite() {
+        return Err(Overflow(most));
+    }
+    let blocks = || -> candle_core::Result<Vec<u8>> {
+        let tensor = Tensor::from_slice(numbers, numbers.len(), &Device::Cpu)?;
+        Ok(QTensor::quantize(&tensor, dtype)?.data()?.into_owned())
+    };
+    blocks().map_err(|_| Overflow(most))
 }
 
 /// Whole blocks of `numbers`.
@@ -19,6 +47,9 @@ pub(super) fn can_encode(block: BlockType) -> bool {
 /// # Errors
 /// The largest number of a block whose scale is beyond f16.
 pub(super) fn encode(block: BlockType, numbers: &[f32]) -> Result<Vec<u8>, Overflow> {
+    if let Some(dtype) = k_type(block) {
+        return search(dtype, numbers);
+    }
     let blocks = numbers.chunks_exact(block.elements());
     let mut out = Vec::with_capacity(blocks.len() * block.bytes());
     for numbers in blocks {

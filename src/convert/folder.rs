@@ -5,10 +5,12 @@ use std::fs;
 use std::path::Path;
 
 use super::item::Item;
+use super::merge::flat;
 use super::provenance::{self, About};
 use super::target::Target;
+use super::task::Task;
 use super::view::{Folder, Model};
-use super::{Request, Watch, configs, plan, safetensors, title, usage};
+use super::{Request, Watch, configs, plan, safetensors, title};
 use crate::error::{Error, Result};
 use crate::output::{NewFile, NewFolder};
 use crate::text::tokenizer_files;
@@ -23,44 +25,25 @@ const MAX_COPY: u64 = 64 << 20;
 /// # Errors
 /// Whatever stops it; then nothing is left behind.
 pub(super) fn write(request: &Request<'_>, model: &mut Model<'_>, watch: &dyn Watch) -> Result<()> {
-    if request.merge.is_some() {
-        return usage(
-            "merged models are written to single files; end the output in .safetensors, and convert that to a folder",
-        );
-    }
     let from_folder = model.checkpoint.is_folder();
-    let mut parts = match from_folder {
-        true => model.folder_as_it_is(),
-        false => model.folder()?,
-    };
-    if from_folder && (request.vae.is_some() || request.change.is_some()) {
-        let known = model.folder()?;
-        for part in known {
-            let replaced = request.change.is_some() || part.component == "vae";
-            if let Some(old) = parts
-                .iter_mut()
-                .find(|old| old.component == part.component && replaced)
-            {
-                *old = part;
-            }
-        }
-    }
+    let parts = parts(request, model)?;
     let linear = is_linear(&parts);
     let about = About {
         title: title(&request.output),
         date: request.date.as_deref(),
-        merge: None,
+        merge: request.merge.as_ref(),
         safetensors: true,
     };
     let metadata = provenance::metadata(model, &about);
-    let mut planned = Vec::new();
-    for Folder { component, items } in parts {
-        planned.push((
-            component,
-            plan::tasks(request, Target::Folder, items, watch)?,
-        ));
+    let mut planned: BTreeMap<String, Vec<Task>> = BTreeMap::new();
+    for mut task in plan::tasks(request, Target::Folder, flat(parts), watch)? {
+        let name = task.item.name.split_once('/');
+        if let Some((component, name)) = name.map(|(a, b)| (a.to_owned(), b.to_owned())) {
+            task.item.name = name;
+            planned.entry(component).or_default().push(task);
+        }
     }
-    let bytes = planned.iter().map(|(_, tasks)| plan::bytes(tasks));
+    let bytes = planned.values().map(|tasks| plan::bytes(tasks));
     watch.planned(bytes.sum::<Result<u64>>()?);
 
     let folder = NewFolder::create(&request.output, request.force, INDEX)?;
@@ -85,6 +68,30 @@ pub(super) fn write(request: &Request<'_>, model: &mut Model<'_>, watch: &dyn Wa
         safetensors::write(file, &place, tasks, metadata, (request.change, watch))?;
     }
     folder.finish()
+}
+
+/// The tensors of each component. A folder's own stay as they are unless their weights change: those are then under today's names.
+fn parts(request: &Request<'_>, model: &mut Model<'_>) -> Result<Vec<Folder>> {
+    if !model.checkpoint.is_folder() {
+        return model.folder();
+    }
+    let mut parts = model.folder_as_it_is();
+    let changed = request.merge.is_some() || request.change.is_some();
+    if !changed && request.vae.is_none() {
+        return Ok(parts);
+    }
+    let known = model.folder()?;
+    if request.merge.is_some() {
+        return Ok(known); // what is no network cannot be merged, and goes
+    }
+    for part in known {
+        let is_other = changed || part.component == "vae";
+        let old = parts.iter_mut().find(|old| old.component == part.component);
+        if let Some(old) = old.filter(|_| is_other) {
+            *old = part;
+        }
+    }
+    Ok(parts)
 }
 
 /// What diffusers and transformers call a component's weights.

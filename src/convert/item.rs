@@ -43,6 +43,8 @@ pub(super) struct Item {
     pub(super) constant: Option<Vec<f32>>,
     /// What it is to the model.
     pub(super) role: Role,
+    /// Its name in a single file, by which its block is told.
+    pub(super) block: String,
 }
 
 /// A tensor of the input, or a part of one.
@@ -79,6 +81,7 @@ impl Item {
             }],
             constant: None,
             role,
+            block: name.to_owned(),
         }
     }
 
@@ -90,6 +93,7 @@ impl Item {
             pieces: Vec::new(),
             constant: Some(numbers),
             role: Role::Aside,
+            block: name.to_owned(),
         }
     }
 

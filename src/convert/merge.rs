@@ -3,10 +3,10 @@
 //! `m` is one number, or one for each block of the UNet ("merge block weighted"): the blocks on the way in, the middle, the blocks on the way
 //! out, in front of them perhaps one for all else. The time's embedding belongs to the first block, the last norm and convolution to the last.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::item::{Item, Numbers, Role, refuse};
-use super::view::Model;
+use super::view::{Folder, Model};
 use crate::checkpoint::{Checkpoint, printable};
 use crate::error::{Error, Result};
 use crate::spec::SINGLE_UNET;
@@ -31,9 +31,21 @@ pub enum Others<'a> {
 
 /// The other models' tensors under the names of the input's.
 pub(super) struct Partners {
-    b: HashMap<String, Item>,
-    c: Option<HashMap<String, Item>>,
+    b: Tensors,
+    c: Option<Tensors>,
     multipliers: Multipliers,
+}
+
+/// By the name in the output.
+type Tensors = HashMap<String, Item>;
+
+/// The form in which tensors of several models are found by each other's names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// As in a single file.
+    Single,
+    /// As in a folder: the component, a slash, the name there.
+    Folder,
 }
 
 /// What a tensor is mixed with.
@@ -144,19 +156,19 @@ impl Partners {
     ///
     /// # Errors
     /// [`Error::BadModel`] that names the first tensor in which they differ.
-    pub(super) fn new(merge: &Merge<'_>, own: &[Item]) -> Result<Self> {
+    pub(super) fn new(merge: &Merge<'_>, form: Form, own: &[&Item]) -> Result<Self> {
         let (b, c) = match merge.others {
             Others::Sum(b) => (b, None),
             Others::Difference(b, c) => (b, Some(c)),
         };
-        let names = own.iter().map(|item| item.name.as_str());
+        let names = own.iter().map(|item| item.block.as_str());
         Ok(Self {
             multipliers: Multipliers::new(merge.alpha, merge.blocks.as_deref(), names)?,
             c: match c {
-                Some(c) => Some(partner(c, own)?),
+                Some(c) => Some(partner(c, form, own)?),
                 None => None,
             },
-            b: partner(b, own)?,
+            b: partner(b, form, own)?,
         })
     }
 
@@ -194,7 +206,7 @@ impl Partners {
                 ),
             ));
         }
-        let multiplier = self.multipliers.of(&item.name);
+        let multiplier = self.multipliers.of(&item.block);
         Ok(Some(Mix {
             b,
             c,
@@ -207,7 +219,7 @@ impl Partners {
 /// A model for inpainting or editing takes more channels than others; the latents' are the first (A1111 merges those alone).
 fn fewer_channels(item: &Item, other: &Item) -> Result<(usize, usize)> {
     if let (&[o, i, h, w], &[o2, i2, h2, w2]) = (item.shape.as_slice(), other.shape.as_slice())
-        && item.name.ends_with("input_blocks.0.0.weight")
+        && item.block.ends_with("input_blocks.0.0.weight")
         && (o, h, w) == (o2, h2, w2)
     {
         if i > i2 {
@@ -230,44 +242,57 @@ fn fewer_channels(item: &Item, other: &Item) -> Result<(usize, usize)> {
 }
 
 /// The tensors of another model under the input's names.
-fn partner(checkpoint: &Checkpoint, own: &[Item]) -> Result<HashMap<String, Item>> {
-    let path = checkpoint.path().to_owned();
-    let items = Model::new(checkpoint, None)?.single()?;
-    let mut items: HashMap<String, Item> = items
-        .into_iter()
-        .map(|item| (item.name.clone(), item))
-        .collect();
+fn partner(checkpoint: &Checkpoint, form: Form, own: &[&Item]) -> Result<Tensors> {
+    let mut model = Model::new(checkpoint, None)?;
+    let items = match form {
+        Form::Single => model.single()?,
+        Form::Folder => flat(model.folder()?),
+    };
+    let named = items.into_iter().map(|item| (item.name.clone(), item));
+    let mut items: Tensors = named.collect();
+    let differs = |name: &str, what: &str| {
+        let name = printable(name);
+        let reason = format!("tensor `{name}` {what}; they are not of one structure");
+        Err(Error::bad_model(checkpoint.path(), reason))
+    };
     for item in own {
         if items.contains_key(&item.name) {
             continue;
         }
-        let other = other_spelling(&item.name).and_then(|name| items.remove(&name));
-        match other {
+        match other_spelling(&item.name).and_then(|name| items.remove(&name)) {
             Some(other) => {
                 items.insert(item.name.clone(), other);
             }
             None if item.role == Role::Weight => {
-                let name = printable(&item.name);
-                let reason = format!(
-                    "tensor `{name}` of the model that it is merged into is not in it; they are not of one structure"
+                return differs(
+                    &item.name,
+                    "of the model that it is merged into is not in it",
                 );
-                return Err(Error::bad_model(path, reason));
             }
             None => {}
         }
     }
-    let known: std::collections::HashSet<&str> =
-        own.iter().map(|item| item.name.as_str()).collect();
-    let mut more = items
-        .values()
-        .filter(|item| item.role == Role::Weight && !known.contains(item.name.as_str()));
-    if let Some(name) = more.by_ref().map(|item| printable(&item.name)).min() {
-        let reason = format!(
-            "tensor `{name}` is not in the model that it is merged into; they are not of one structure"
-        );
-        return Err(Error::bad_model(path, reason));
+    let known: HashSet<&str> = own.iter().map(|item| item.name.as_str()).collect();
+    let more = items
+        .iter()
+        .filter(|(_, item)| item.role == Role::Weight)
+        .map(|(name, _)| name.as_str())
+        .filter(|name| !known.contains(name));
+    match more.min() {
+        Some(name) => differs(name, "is not in the model that it is merged into"),
+        None => Ok(items),
     }
-    Ok(items)
+}
+
+/// The tensors of a folder with their components in front of their names.
+pub(super) fn flat(parts: Vec<Folder>) -> Vec<Item> {
+    let part = |Folder { component, items }| {
+        items.into_iter().map(move |mut item: Item| {
+            item.name = format!("{component}/{}", item.name);
+            item
+        })
+    };
+    parts.into_iter().flat_map(part).collect()
 }
 
 /// CLIP's names with `text_model.` or without: files have either.

@@ -6,7 +6,7 @@ use safetensors::Dtype as Plain;
 
 use super::encode::can_encode;
 use super::item::{Item, Role};
-use super::merge::Partners;
+use super::merge::{Form, Partners};
 use super::target::Target;
 use super::task::Task;
 use super::{Dtype, Request, Watch, gguf};
@@ -41,7 +41,7 @@ const PRECISE: [&str; 22] = [
     "model_ema.",
 ];
 
-/// What each of `items` becomes. The file of the kind `target` holds them all.
+/// What each of `items` becomes.
 ///
 /// # Errors
 /// When models that are to be merged differ.
@@ -51,8 +51,13 @@ pub(super) fn tasks(
     items: Vec<Item>,
     watch: &dyn Watch,
 ) -> Result<Vec<Task>> {
+    let form = match target {
+        Target::Folder => Form::Folder,
+        _ => Form::Single,
+    };
+    let own: Vec<&Item> = items.iter().collect();
     let mut partners = match &request.merge {
-        Some(merge) => Some(Partners::new(merge, &items)?),
+        Some(merge) => Some(Partners::new(merge, form, &own)?),
         None => None,
     };
     let as_it_is = request.dtype == Dtype::Keep
@@ -155,11 +160,24 @@ fn target_type(request: &Request<'_>, target: Target, item: &Item) -> TensorType
         Dtype::F16 => TensorType::Plain(Plain::F16),
         Dtype::Bf16 => TensorType::Plain(Plain::BF16),
     };
-    match request.quantise {
+    match request.quantise.map(|block| fitting(item, block)) {
         Some(block) if is_quantised(item, block) => TensorType::Block(block),
         // blocks of another kind do not stay beside those that were asked for
         Some(_) if matches!(wanted, TensorType::Block(_)) => plain.unwrap_or(natural),
         _ => wanted,
+    }
+}
+
+/// The block type for an item: where rows are no whole blocks of 256, llama.cpp takes these in the place of the K types.
+fn fitting(item: &Item, block: BlockType) -> BlockType {
+    if is_whole(item, TensorType::Block(block)) {
+        return block;
+    }
+    match block {
+        BlockType::Q4K => BlockType::Q5_0,
+        BlockType::Q5K => BlockType::Q5_1,
+        BlockType::Q6K => BlockType::Q8_0,
+        other => other,
     }
 }
 

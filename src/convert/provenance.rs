@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::merge::{Merge, Others};
 use super::safetensors::HASH;
 use super::view::Model;
-use crate::checkpoint::{Checkpoint, Family, Prediction, Variant};
+use crate::checkpoint::{Checkpoint, Family, Variant};
 use crate::sampling;
 use crate::spec::native_size;
 
@@ -36,7 +36,7 @@ pub(super) struct About<'a> {
     pub(super) date: Option<&'a str>,
     /// What was merged.
     pub(super) merge: Option<&'a Merge<'a>>,
-    /// Whether tensors have other bytes than the input's.
+    /// The output is of safetensors, which can hold a hash of its tensors.
     pub(super) safetensors: bool,
 }
 
@@ -70,8 +70,8 @@ pub(super) fn metadata(model: &Model<'_>, about: &About<'_>) -> BTreeMap<String,
             set("resolution", format!("{size}x{size}"));
         }
         let word = match prediction {
-            sampling::Prediction::V => Some(Prediction::V.id()),
-            sampling::Prediction::Epsilon => Some(Prediction::Epsilon.id()),
+            sampling::Prediction::V => Some("v"),
+            sampling::Prediction::Epsilon => Some("epsilon"),
             _ => None,
         };
         if let Some(word) = word {

@@ -154,14 +154,23 @@ impl<'a> Model<'a> {
     /// When its networks are not known, or lack something.
     pub(super) fn folder(&mut self) -> Result<Vec<Folder>> {
         let spec = self.spec()?;
+        let single = layouts(spec).unet;
         let folder = |network: Network| {
             let layout = match network.component {
                 "unet" | "vae" => Layout::identity(""),
                 _ => transformers_layout(""),
             };
+            let mut items = lay_out(&network, &layout);
+            if network.component == "unet" {
+                for item in &mut items {
+                    if let Some(part) = single.place(&item.name) {
+                        item.block = part.stored;
+                    }
+                }
+            }
             Folder {
                 component: network.component.to_owned(),
-                items: lay_out(&network, &layout),
+                items,
             }
         };
         Ok(networks(spec)?.into_iter().map(folder).collect())
@@ -318,6 +327,7 @@ fn lay_out(network: &Network, layout: &Layout) -> Vec<Item> {
         let pieces: Vec<Piece> = pieces.into_values().collect();
         Some(Item {
             shape: shape_there(part, &pieces),
+            block: name.clone(),
             name,
             pieces,
             constant: None,

@@ -203,7 +203,7 @@ pub(super) fn numbered(path: &Path, number: usize) -> PathBuf {
 }
 
 /// Whether a path is there and is neither file nor folder: a device, a pipe.
-fn is_special(path: &Path) -> bool {
+pub(super) fn is_special(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|found| !found.is_file() && !found.is_dir())
 }
 

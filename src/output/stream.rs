@@ -29,6 +29,11 @@ impl NewFile {
             false => Existing::Refuse,
         };
         file::check(path, existing)?;
+        if file::is_special(path) {
+            let reason = "it is a device or a pipe; name a file";
+            let source = io::Error::new(io::ErrorKind::InvalidInput, reason);
+            return Err(Error::disk(path, "write", source));
+        }
         let folder = folder_of(path);
         sweep(folder);
         let part = part_file(folder).map_err(|e| Error::disk(path, "write", e))?;

@@ -10,7 +10,7 @@ use sd_rs::{Checkpoint, checkpoint};
 
 use super::{Content, by_name, same, singles, tensors};
 use crate::support::Dir;
-use crate::support::weights::{Case, FolderForm, SingleForm, edit};
+use crate::support::weights::{Case, FolderForm, SingleForm, Stored, edit};
 
 /// The weights of a component as folders have them: those of text towers below `text_model.`.
 fn folder_weights(case: &Case, component: &str) -> BTreeMap<String, Content> {
@@ -236,7 +236,7 @@ fn types_change_for_weights_alone() {
 
 #[test]
 fn what_the_file_says_of_itself() {
-    let case = Case::load("single-sdxl");
+    let case = Case::load("single-sd2-v");
     let dir = Dir::new();
     case.write_folder(&dir.path("in"), &FolderForm::default());
     dir.ok(&[
@@ -250,13 +250,10 @@ fn what_the_file_says_of_itself() {
     let file = checkpoint::TensorFile::open(&path, true).unwrap();
     let said = |key: &str| file.metadata()[key].as_str();
     assert_eq!(said("modelspec.sai_model_spec"), "1.0.0");
-    assert_eq!(
-        said("modelspec.architecture"),
-        "stable-diffusion-xl-v1-base"
-    );
+    assert_eq!(said("modelspec.architecture"), "stable-diffusion-v2-768-v");
     assert_eq!(said("modelspec.title"), "my model");
-    assert_eq!(said("modelspec.resolution"), "1024x1024");
-    assert_eq!(said("modelspec.prediction_type"), "epsilon");
+    assert_eq!(said("modelspec.resolution"), "768x768");
+    assert_eq!(said("modelspec.prediction_type"), "v");
     assert_eq!(said("modelspec.date"), "2025-02-03");
     assert_eq!(said("format"), "pt");
     let bytes = std::fs::read(&path).unwrap();
@@ -288,4 +285,143 @@ fn another_autoencoder_is_baked_in() {
     want.retain(|name, _| !name.starts_with("first_stage_model."));
     want.extend(tensors(&dir.path("vae.safetensors")));
     same("baked", &tensors(&dir.path("out.safetensors")), &want);
+}
+
+/// A single file and, of other models, what is put in.
+fn edited(name: &str, change: impl FnOnce(&mut Vec<Stored>)) -> Dir {
+    let dir = Dir::new();
+    let form = SingleForm {
+        ema: false,
+        ..SingleForm::default()
+    };
+    Case::load(name).write_single_file(&dir.path("in.safetensors"), &form);
+    edit(&dir.path("in.safetensors"), change);
+    dir
+}
+
+fn json(path: &Path) -> serde_json::Value {
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+/// Goes to a folder and back, and compares the tensors that are of the model.
+fn there_and_back(dir: &Dir) -> BTreeMap<String, Content> {
+    dir.ok(&["convert", "in.safetensors", "folder"]);
+    dir.ok(&["convert", "folder", "back.safetensors"]);
+    let mut want = tensors(&dir.path("in.safetensors"));
+    let got = tensors(&dir.path("back.safetensors"));
+    want.retain(|name, _| got.contains_key(name));
+    same("back", &got, &want);
+    got
+}
+
+#[test]
+fn models_for_inpainting_and_editing() {
+    let pipelines = [
+        ("single-sd1", 5, "StableDiffusionInpaintPipeline"),
+        ("single-sd1", 4, "StableDiffusionInstructPix2PixPipeline"),
+        ("single-sdxl", 5, "StableDiffusionXLInpaintPipeline"),
+        ("single-sdxl", 4, "StableDiffusionXLInstructPix2PixPipeline"),
+    ];
+    for (name, more, pipeline) in pipelines {
+        let dir = edited(name, |tensors| {
+            let conv = "model.diffusion_model.input_blocks.0.0.weight";
+            let conv = tensors.iter_mut().find(|t| t.name == conv).unwrap();
+            let bytes = conv.bytes.len() / conv.shape[1];
+            conv.bytes.extend((0..more * bytes).map(|i| (i % 7) as u8));
+            conv.shape[1] += more;
+        });
+        there_and_back(&dir);
+        assert_eq!(
+            json(&dir.path("folder/model_index.json"))["_class_name"],
+            pipeline
+        );
+        assert_eq!(
+            json(&dir.path("folder/unet/config.json"))["in_channels"],
+            4 + more
+        );
+    }
+}
+
+#[test]
+fn continuous_noise_levels_are_kept() {
+    let float = |name: &str, shape: &[usize], numbers: &[f32]| Stored {
+        name: name.to_owned(),
+        shape: shape.to_vec(),
+        dtype: Dtype::F32,
+        bytes: numbers.iter().flat_map(|x| x.to_le_bytes()).collect(),
+    };
+    let playground = [
+        float("edm_mean", &[1, 4, 1, 1], &[-1.5, 0.25, 0.5, 1.0]),
+        float("edm_std", &[1, 4, 1, 1], &[5.0, 4.5, 6.25, 3.5]),
+    ];
+    let cos = [
+        float("edm_vpred.sigma_max", &[], &[90.0]),
+        float("edm_vpred.sigma_min", &[], &[0.25]),
+    ];
+    for (marks, class) in [
+        (playground, "EDMDPMSolverMultistepScheduler"),
+        (cos, "EDMEulerScheduler"),
+    ] {
+        let dir = edited("single-sdxl", |tensors| tensors.extend(marks.clone()));
+        let back = there_and_back(&dir);
+        assert!(
+            marks.iter().all(|mark| back.contains_key(&mark.name)),
+            "{class}"
+        );
+        let scheduler = json(&dir.path("folder/scheduler/scheduler_config.json"));
+        assert_eq!(scheduler["_class_name"], class);
+        let want = latents(&dir.path("in.safetensors"));
+        assert!(latents(&dir.path("folder")) == want, "{class}");
+        assert!(latents(&dir.path("back.safetensors")) == want, "{class}");
+    }
+}
+
+#[test]
+fn checkpoints_of_other_containers() {
+    let containers = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/containers");
+    let dir = Dir::new();
+    for name in ["lightning.ckpt", "lightning-old.ckpt"] {
+        std::fs::copy(containers.join(name), dir.path(name)).unwrap();
+        dir.ok(&["convert", name, "out.safetensors", "--force"]);
+        let (got, want) = (
+            tensors(&dir.path("out.safetensors")),
+            tensors(&containers.join("lightning.safetensors")),
+        );
+        same(name, &got, &want);
+    }
+    // fp8 with scales: as it is, and as numbers, which the scales are then part of
+    std::fs::copy(
+        containers.join("eight-bits.safetensors"),
+        dir.path("eight.safetensors"),
+    )
+    .unwrap();
+    dir.ok(&["convert", "eight.safetensors", "kept.safetensors"]);
+    same(
+        "fp8",
+        &tensors(&dir.path("kept.safetensors")),
+        &tensors(&dir.path("eight.safetensors")),
+    );
+    dir.ok(&[
+        "convert",
+        "eight.safetensors",
+        "wide.safetensors",
+        "--dtype",
+        "f32",
+    ]);
+    let (wide, want) = (
+        tensors(&dir.path("wide.safetensors")),
+        tensors(&containers.join("eight-bits-expected.safetensors")),
+    );
+    let mut seen = 0;
+    for (name, content) in &want {
+        let Some(got) = wide.get(name) else { continue };
+        assert!(got == content, "{name}");
+        seen += 1;
+    }
+    assert!(seen > 0);
+    assert!(
+        !wide
+            .keys()
+            .any(|name| name.ends_with("scale_weight") || name == "scaled_fp8")
+    );
 }
