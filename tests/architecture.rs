@@ -37,6 +37,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "checkpoint",
             "output::NewFile",
             "output::NewFolder",
+            "output::check_room",
             "sampling",
             "spec",
             "text::tokenizer_files",

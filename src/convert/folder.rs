@@ -12,7 +12,7 @@ use super::task::Task;
 use super::view::{Folder, Model};
 use super::{Request, Watch, configs, plan, safetensors, title};
 use crate::error::{Error, Result};
-use crate::output::{NewFile, NewFolder};
+use crate::output::{NewFile, NewFolder, check_room};
 use crate::text::tokenizer_files;
 
 /// The file by which a folder is known to be a model's.
@@ -44,7 +44,9 @@ pub(super) fn write(request: &Request<'_>, model: &mut Model<'_>, watch: &dyn Wa
         }
     }
     let bytes = planned.values().map(|tasks| plan::bytes(tasks));
-    watch.planned(bytes.sum::<Result<u64>>()?);
+    let bytes = bytes.sum::<Result<u64>>()?;
+    check_room(&request.output, bytes)?;
+    watch.planned(bytes);
 
     let folder = NewFolder::create(&request.output, request.force, INDEX)?;
     if from_folder {

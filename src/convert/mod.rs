@@ -29,7 +29,7 @@ use self::target::Target;
 use self::view::Model;
 use crate::checkpoint::{BlockType, Checkpoint};
 use crate::error::{Error, Result};
-use crate::output::NewFile;
+use crate::output::{NewFile, check_room};
 
 pub use self::item::WeightName;
 pub use self::merge::{Merge, Others};
@@ -123,7 +123,9 @@ fn single(
         safetensors: target == Target::SafeTensors,
     };
     let metadata = provenance::metadata(model, &about);
-    watch.planned(plan::bytes(&tasks)?);
+    let bytes = plan::bytes(&tasks)?;
+    check_room(&request.output, bytes)?;
+    watch.planned(bytes);
     let file = NewFile::create(&request.output, request.force)?;
     let with = (request.change, watch);
     match target {

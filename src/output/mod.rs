@@ -10,4 +10,4 @@ mod stream;
 pub use image::Image;
 pub use infotext::{NoiseSource, Parameters};
 pub use save::{Target, check_target, save, save_latents};
-pub use stream::{NewFile, NewFolder};
+pub use stream::{NewFile, NewFolder, check_room};

@@ -11,6 +11,37 @@ use crate::error::{Error, Result};
 /// Bytes that are collected before they are written.
 const BUFFER: usize = 1 << 20;
 
+/// Fails when the disk that `path` is to be written to has less room than `bytes`, where the system tells.
+///
+/// # Errors
+/// [`Error::Disk`].
+pub fn check_room(path: &Path, bytes: u64) -> Result<()> {
+    let Some(free) = free(folder_of(&normal(path))).filter(|free| *free < bytes) else {
+        return Ok(());
+    };
+    let mega = |bytes: u64| bytes.div_ceil(1_000_000);
+    let reason = format!(
+        "it needs {} MB, and the disk has {} MB left; make room or choose another disk",
+        mega(bytes),
+        free / 1_000_000
+    );
+    let source = io::Error::new(io::ErrorKind::StorageFull, reason);
+    Err(Error::disk(path, "write", source))
+}
+
+/// Bytes that the user may still write to the disk of this folder.
+#[cfg(unix)]
+fn free(folder: &Path) -> Option<u64> {
+    let disk = rustix::fs::statvfs(folder).ok()?;
+    Some(disk.f_bavail.saturating_mul(disk.f_frsize))
+}
+
+/// Not known here; a full disk ends the run then.
+#[cfg(not(unix))]
+fn free(_: &Path) -> Option<u64> {
+    None
+}
+
 /// A file that is being written.
 pub struct NewFile {
     part: BufWriter<tempfile::NamedTempFile>,
@@ -201,4 +232,41 @@ impl NewFolder {
 /// A path without a separator at its end.
 fn normal(path: &Path) -> PathBuf {
     path.components().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn a_disk_without_room_is_told_before() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        check_room(&path, 1).unwrap();
+        let error = check_room(&path, u64::MAX).unwrap_err().to_string();
+        assert!(error.contains("it needs 18446744073710 MB"), "{error}");
+    }
+
+    #[test]
+    fn a_folder_takes_the_place_of_its_like_alone() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("model");
+        let make = |overwrite| -> Result<()> {
+            let folder = NewFolder::create(&path, overwrite, "mark")?;
+            folder.write("mark", b"1")?;
+            folder.write("inside/x", b"2")?;
+            folder.finish()
+        };
+        make(false).unwrap();
+        assert_eq!(fs::read(path.join("inside/x")).unwrap(), b"2");
+        assert!(make(false).is_err());
+        make(true).unwrap();
+        fs::remove_file(path.join("mark")).unwrap();
+        assert!(make(true).is_err());
+        let names = fs::read_dir(root.path()).unwrap().count();
+        assert_eq!(names, 1);
+    }
 }
