@@ -81,38 +81,7 @@ fn pipeline(family: Family, variant: Variant) -> &'static str {
 
 fn unet(spec: &ModelSpec, linear: bool) -> Result<Value> {
     let config = &spec.unet.config;
-    let size = spec.defaults.size / spec.vae.config.scale();
-    let (levels, reversed): (Vec<&Level>, Vec<&Level>) = (
-        config.levels.iter().collect(),
-        config.levels.iter().rev().collect(),
-    );
-    let block = |attends: bool, way: &str| match attends {
-        true => format!("CrossAttn{way}Block2D"),
-        false => format!("{way}Block2D"),
-    };
-    let attends = |depths: &[usize]| depths.iter().any(|&depth| depth > 0);
-    let down: Vec<String> = levels
-        .iter()
-        .map(|l| block(attends(&l.down), "Down"))
-        .collect();
-    let up: Vec<String> = reversed
-        .iter()
-        .map(|l| block(attends(&l.up), "Up"))
-        .collect();
-    let middle = match config.mid {
-        Mid::Attention { depth } => Some(depth),
-        _ => None,
-    };
-    let mut depths: Vec<Value> = levels.iter().map(|level| depths(&level.down)).collect();
-    if let (Some(depth), Some(level), Some(last)) = (middle, levels.last(), depths.last_mut())
-        && !attends(&level.down)
-    {
-        *last = json!(depth);
-    }
-    let up_depths: Vec<Value> = reversed
-        .iter()
-        .map(|level| self::depths(&level.up))
-        .collect();
+    let levels = &config.levels;
     let mut json = json!({
         "_class_name": "UNet2DConditionModel",
         "_diffusers_version": VERSION,
@@ -123,34 +92,20 @@ fn unet(spec: &ModelSpec, linear: bool) -> Result<Value> {
         "conv_in_kernel": config.conv_in_kernel,
         "conv_out_kernel": config.conv_out_kernel,
         "cross_attention_dim": config.context_width(),
-        "down_block_types": down,
         "downsample_padding": config.downsample_padding,
         "flip_sin_to_cos": config.time.flip_sin_to_cos,
         "freq_shift": number(config.time.freq_shift),
         "in_channels": config.in_channels,
         "layers_per_block": shared(levels.iter().map(|level| level.down.len())),
         "mid_block_scale_factor": number(config.mid_scale),
-        "mid_block_type": match config.mid {
-            Mid::Attention { .. } => json!("UNetMidBlock2DCrossAttn"),
-            Mid::Resnet => json!("UNetMidBlock2D"),
-            Mid::None => Value::Null,
-        },
         "norm_eps": config.eps,
         "norm_num_groups": config.groups,
         "out_channels": config.out_channels,
-        "sample_size": size,
-        "transformer_layers_per_block": depths,
-        "up_block_types": up,
+        "sample_size": spec.defaults.size / spec.vae.config.scale(),
         "upcast_attention": spec.family == Family::Sd2,
         "use_linear_projection": linear,
     });
-    if up_follows_down(&levels) {
-        if depths.iter().all(|depth| *depth == 1) {
-            json["transformer_layers_per_block"] = json!(1);
-        }
-    } else {
-        json["reverse_transformer_layers_per_block"] = json!(up_depths);
-    }
+    set_blocks(&mut json, config);
     let first = levels.first().map_or(0, |level| level.channels);
     if config.time.output != 4 * first {
         json["time_embedding_dim"] = json!(config.time.output);
@@ -168,6 +123,46 @@ fn unet(spec: &ModelSpec, linear: bool) -> Result<Value> {
             "diffusers' config of a UNet cannot say what this one is ({what}); keep it as a single file"
         ))),
     }
+}
+
+/// The kinds of blocks and the depths of their transformers.
+fn set_blocks(json: &mut Value, config: &unet::Config) {
+    let levels: Vec<&Level> = config.levels.iter().collect();
+    let reversed = || levels.iter().rev();
+    let attends = |depths: &[usize]| depths.iter().any(|&depth| depth > 0);
+    let block = |depths: &[usize], way: &str| match attends(depths) {
+        true => format!("CrossAttn{way}Block2D"),
+        false => format!("{way}Block2D"),
+    };
+    let down: Vec<String> = levels
+        .iter()
+        .map(|level| block(&level.down, "Down"))
+        .collect();
+    let up: Vec<String> = reversed().map(|level| block(&level.up, "Up")).collect();
+    json["down_block_types"] = json!(down);
+    json["up_block_types"] = json!(up);
+    json["mid_block_type"] = match config.mid {
+        Mid::Attention { .. } => json!("UNetMidBlock2DCrossAttn"),
+        Mid::Resnet => json!("UNetMidBlock2D"),
+        Mid::None => Value::Null,
+    };
+    let mut depths: Vec<Value> = levels
+        .iter()
+        .map(|level| self::depths(&level.down))
+        .collect();
+    // the middle takes the last level's
+    if let (Mid::Attention { depth }, Some(level), Some(last)) =
+        (config.mid, levels.last(), depths.last_mut())
+        && !attends(&level.down)
+    {
+        *last = json!(depth);
+    }
+    if !up_follows_down(&levels) {
+        let up: Vec<Value> = reversed().map(|level| self::depths(&level.up)).collect();
+        json["reverse_transformer_layers_per_block"] = json!(up);
+    }
+    let all_one = depths.iter().all(|depth| *depth == 1);
+    json["transformer_layers_per_block"] = if all_one { json!(1) } else { json!(depths) };
 }
 
 /// Whether every block on the way up has as many transformer blocks as the first on the way down, which is what diffusers takes by itself.

@@ -441,3 +441,40 @@ fn checkpoints_of_other_containers() {
             .any(|name| name.ends_with("scale_weight") || name == "scaled_fp8")
     );
 }
+
+#[test]
+fn depths_that_differ_within_a_level() {
+    let dir = Dir::new();
+    Case::load("sdxl-nested").write_folder(&dir.path("in"), &FolderForm::default());
+    // what shapes do not tell, as every model of the family has it
+    for (component, field, value) in [
+        ("unet", "norm_num_groups", 32),
+        ("unet", "attention_head_dim", 1),
+        ("text_encoder", "num_attention_heads", 1),
+        ("text_encoder_2", "num_attention_heads", 1),
+    ] {
+        let path = dir.path(&format!("in/{component}/config.json"));
+        let sentence = dir.fails(&["convert", "in", "out.safetensors"], 1);
+        assert!(sentence.contains("would become"), "{sentence}");
+        let mut config = json(&path);
+        config[field] = value.into();
+        std::fs::write(&path, config.to_string()).unwrap();
+    }
+    dir.ok(&["convert", "in", "out.safetensors"]);
+    dir.ok(&["convert", "out.safetensors", "folder"]);
+    let (given, written) = (
+        json(&dir.path("in/unet/config.json")),
+        json(&dir.path("folder/unet/config.json")),
+    );
+    for field in [
+        "mid_block_type",
+        "up_block_types",
+        "transformer_layers_per_block",
+        "reverse_transformer_layers_per_block",
+    ] {
+        assert_eq!(given[field], written[field], "{field}");
+    }
+    let want = latents(&dir.path("in"));
+    assert!(latents(&dir.path("out.safetensors")) == want);
+    assert!(latents(&dir.path("folder")) == want);
+}
