@@ -17,6 +17,8 @@ mod autoencoders;
 mod checkpoint;
 /// The binary: results, exit statuses, messages.
 mod cli;
+/// `convert`: round trips, types, quantised, merged; against diffusers, gguf and torch.
+mod convert;
 /// Stable Diffusion 3 and FLUX: transformers, T5, what their single files are called inside.
 mod dit;
 /// The Hub's client and the models folder, against a Hub on this machine that behaves and misbehaves.

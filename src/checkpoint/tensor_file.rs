@@ -309,6 +309,11 @@ fn read_header(file: &mut impl Bytes, path: &Path, size: u64) -> Result<(Contain
     const END: &str =
         "the file ends in the middle of its header; the download is incomplete: download it again";
     let told = match head.as_slice() {
+        // the length of a header may look like the first bytes of anything
+        head if begins_header(head, size) => {
+            let header = read_safetensors(file, path, head, size)?;
+            return Ok((Container::SafeTensors, header));
+        }
         [b'P', b'K', 3, 4, ..] => {
             pickle::read_archive(file, size).map(|header| (Container::PyTorch, header))
         }
@@ -327,6 +332,15 @@ fn read_header(file: &mut impl Bytes, path: &Path, size: u64) -> Result<(Contain
     told.map_err(|fault| fault.about(path, END))
 }
 
+/// Whether a file begins with a possible length and an object: it is taken at its word then. Everything else may be another kind of file.
+fn begins_header(head: &[u8], size: u64) -> bool {
+    head.split_first_chunk::<PREFIX>()
+        .is_some_and(|(prefix, text)| {
+            header::header_length(*prefix, size).is_ok()
+                && text.trim_ascii_start().starts_with(b"{")
+        })
+}
+
 /// Reads and checks the header of what should be safetensors and begins with `head`. Its length is found possible before memory is taken for it.
 fn read_safetensors(file: &mut impl Bytes, path: &Path, head: &[u8], size: u64) -> Result<Header> {
     let bad = |reason: String| Error::bad_model(path, reason);
@@ -340,9 +354,7 @@ fn read_safetensors(file: &mut impl Bytes, path: &Path, head: &[u8], size: u64) 
         )));
     };
     let length = header::header_length(*prefix, size);
-    // a possible length followed by the beginning of an object is taken at its word; everything else may be another kind of file
-    let plausible = length.is_ok() && text.trim_ascii_start().starts_with(b"{");
-    if let Some(what) = sniff::recognise(head).filter(|_| !plausible) {
+    if let Some(what) = sniff::recognise(head).filter(|_| !begins_header(head, size)) {
         return Err(bad(format!("not a file of tensors: this is {what}")));
     }
     let length = length.map_err(bad)?;

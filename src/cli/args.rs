@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 use crate::adapters::DoraNorm;
+use crate::convert::Dtype;
 use crate::device::{DeviceChoice, DtypeChoice};
 use crate::output::save::DEFAULT_NAME;
 use crate::pipeline::Rng;
@@ -45,6 +46,103 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// List, fetch, check and remove models
     Models(ModelsArgs),
+    /// Change a model's form: single file, folder, GGUF; its type; merge it
+    Convert(Box<ConvertArgs>),
+}
+
+/// Arguments of `convert`.
+#[derive(Debug, Args)]
+pub struct ConvertArgs {
+    /// A model file or folder, or what else `generate --model` takes
+    pub input: PathBuf,
+    /// Where it goes: a name ending in .safetensors or .gguf, else a diffusers folder
+    pub output: PathBuf,
+    /// Where names are looked up
+    #[command(flatten)]
+    pub library: LibraryArgs,
+    /// Read model files instead of mapping them into memory: for network file systems, and files that others write to
+    #[arg(long)]
+    pub no_mmap: bool,
+    /// The weights' type
+    #[arg(long, value_enum, default_value_t)]
+    pub dtype: Dtype,
+    /// Quantise the matrices: for GGUF
+    #[arg(
+        long,
+        visible_alias = "quantize",
+        value_enum,
+        value_name = "TYPE",
+        ignore_case = true
+    )]
+    pub quantise: Option<Quantised>,
+    /// B: merge it in as a weighted sum, A·(1−alpha) + B·alpha
+    #[arg(
+        long,
+        value_name = "B",
+        help_heading = "Merging",
+        conflicts_with = "add_difference"
+    )]
+    pub merge: Option<PathBuf>,
+    /// B and C: add their difference, A + (B−C)·alpha
+    #[arg(long, num_args = 2, value_names = ["B", "C"], help_heading = "Merging")]
+    pub add_difference: Option<Vec<PathBuf>>,
+    /// How much of it [default: 0.5 of --merge, 1 of --add-difference]
+    #[arg(
+        long,
+        value_name = "F",
+        allow_negative_numbers = true,
+        help_heading = "Merging"
+    )]
+    pub alpha: Option<f64>,
+    /// Alpha for each block of the UNet: IN00 to the last, M00, OUT00 to the last, with one for all else in front if there is one more (26 numbers
+    /// of Stable Diffusion 1 and 2, 20 of XL); else --alpha is for all else
+    #[arg(
+        long,
+        value_name = "F,F,…",
+        value_delimiter = ',',
+        allow_hyphen_values = true,
+        help_heading = "Merging"
+    )]
+    pub block_weights: Option<Vec<f64>>,
+    /// Another autoencoder, which takes the place of its own
+    #[arg(long, value_name = "FILE")]
+    pub vae: Option<PathBuf>,
+    /// The date for the metadata, such as 2025-01-31; without one the same input gives the same bytes
+    #[arg(long)]
+    pub date: Option<String>,
+    /// Replace what is there
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// ggml's types that `convert` makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[allow(non_camel_case_types, reason = "ggml writes them so")]
+pub enum Quantised {
+    /// 8 bits: next to no loss
+    #[value(name = "q8_0", alias = "int8")]
+    Q8_0,
+    /// 6 bits, in larger blocks with scales of scales
+    #[value(name = "q6_k")]
+    Q6_K,
+    /// 5 bits, in larger blocks
+    #[value(name = "q5_k")]
+    Q5_K,
+    /// 4 bits, in larger blocks
+    #[value(name = "q4_k")]
+    Q4_K,
+    /// 5 bits, with an offset
+    #[value(name = "q5_1")]
+    Q5_1,
+    /// 5 bits
+    #[value(name = "q5_0")]
+    Q5_0,
+    /// 4 bits, with an offset
+    #[value(name = "q4_1")]
+    Q4_1,
+    /// 4 bits
+    #[value(name = "q4_0")]
+    Q4_0,
 }
 
 /// Arguments of `generate`.

@@ -2,6 +2,7 @@
 
 pub mod args;
 mod bench;
+mod convert;
 mod doctor;
 mod fetch;
 mod full_size;
@@ -30,6 +31,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Bench(args) => bench::run(&args, cli.quiet),
         Command::Doctor(args) => doctor::run(stdout, args.json),
         Command::Models(args) => models::run(&args),
+        Command::Convert(args) => convert::run(&args, cli.quiet),
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use crate::error::{Error, Result};
 
 /// Beginning and end of the names of unfinished files.
-const PART: (&str, &str) = (".sd-rs-", ".part");
+pub(super) const PART: (&str, &str) = (".sd-rs-", ".part");
 
 /// An unfinished file as old as this belongs to a run that was killed.
 const STALE: Duration = Duration::from_secs(3600);
@@ -94,15 +94,23 @@ pub(super) fn write(path: &Path, bytes: &[u8], existing: Existing) -> Result<Pat
         .and_then(|()| part.as_file().sync_all())
         .map_err(failed)?;
     let written = claim(part, path, existing)?;
-    // The name itself reaches the disk with the folder; where folders cannot be synced there is nothing to do.
-    if let Ok(folder) = File::open(folder) {
-        let _ = folder.sync_all();
-    }
+    sync_folder(folder);
     Ok(written)
 }
 
+/// The name of a file itself reaches the disk with the folder; where folders cannot be synced there is nothing to do.
+pub(super) fn sync_folder(folder: &Path) {
+    if let Ok(folder) = File::open(folder) {
+        let _ = folder.sync_all();
+    }
+}
+
 /// Gives the finished part its name.
-fn claim(part: tempfile::NamedTempFile, path: &Path, existing: Existing) -> Result<PathBuf> {
+pub(super) fn claim(
+    part: tempfile::NamedTempFile,
+    path: &Path,
+    existing: Existing,
+) -> Result<PathBuf> {
     if existing == Existing::Overwrite {
         // A link stays a link, and a file keeps its permissions.
         let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
@@ -130,7 +138,7 @@ fn claim(part: tempfile::NamedTempFile, path: &Path, existing: Existing) -> Resu
     Err(taken(path))
 }
 
-fn taken(path: &Path) -> Error {
+pub(super) fn taken(path: &Path) -> Error {
     let reason = "it exists already; choose another name or give --overwrite";
     Error::disk(
         path,
@@ -140,7 +148,7 @@ fn taken(path: &Path) -> Error {
 }
 
 /// An empty unfinished file, which goes away with the value.
-fn part_file(folder: &Path) -> io::Result<tempfile::NamedTempFile> {
+pub(super) fn part_file(folder: &Path) -> io::Result<tempfile::NamedTempFile> {
     let mut builder = tempfile::Builder::new();
     builder.prefix(PART.0).suffix(PART.1);
     #[cfg(unix)]
@@ -171,7 +179,11 @@ pub(super) fn sweep(folder: &Path) {
             .ok()
             .and_then(|time| SystemTime::now().duration_since(time).ok());
         if age.is_some_and(|age| age > STALE) {
-            let _ = fs::remove_file(entry.path());
+            let path = entry.path();
+            let _ = match entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                true => fs::remove_dir_all(path),
+                false => fs::remove_file(path),
+            };
         }
     }
 }
@@ -191,7 +203,7 @@ pub(super) fn numbered(path: &Path, number: usize) -> PathBuf {
 }
 
 /// Whether a path is there and is neither file nor folder: a device, a pipe.
-fn is_special(path: &Path) -> bool {
+pub(super) fn is_special(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|found| !found.is_file() && !found.is_dir())
 }
 

@@ -5,7 +5,9 @@ pub mod image;
 pub mod infotext;
 pub mod png;
 pub mod save;
+mod stream;
 
 pub use image::Image;
 pub use infotext::{NoiseSource, Parameters};
 pub use save::{Target, check_target, save, save_latents};
+pub use stream::{NewFile, NewFolder, check_room};

@@ -2,6 +2,7 @@
 //! Presets are in `table.rs`.
 
 mod autoencoder;
+mod single;
 mod table;
 mod text;
 
@@ -18,6 +19,7 @@ pub(crate) use autoencoder::SINGLE_VAE;
 use sd_models::config::ConfigResult;
 use sd_models::vae::TinyConfig;
 use sd_models::{clip, denoiser, unet, vae};
+pub(crate) use single::{SINGLE_UNET, difference, layouts, unet_difference};
 pub use table::{Defaults, Pad, T5Role, TowerRole, native_size, t5_length, towers};
 use table::{FlowLevels, NORMALISED_FACTOR, Row, row};
 pub use text::T5Tower;
@@ -102,7 +104,6 @@ impl ModelSpec {
         others: Others<'_>,
     ) -> Result<Self> {
         let mut detection = detection.clone();
-        let detection = &mut detection;
         let vae = others.vae;
         if vae.is_some() {
             detection.missing.retain(|name| *name != "vae");
@@ -117,8 +118,21 @@ impl ModelSpec {
                 checkpoint.path().display()
             )));
         }
+        Self::read_any(checkpoint, &detection, others)
+    }
+
+    /// The same of models that need more than a text, such as those for inpainting: nothing is refused but what is not there.
+    ///
+    /// # Errors
+    /// [`Error::BadModel`] when a component is missing or broken, or the family has no components that are known.
+    pub fn read_any(
+        checkpoint: &Checkpoint,
+        detection: &Detection,
+        others: Others<'_>,
+    ) -> Result<Self> {
+        let vae = others.vae;
         let Some(row) = row(detection.family) else {
-            let reason = format!("no pictures are made with {}", detection.title());
+            let reason = format!("this is {}, whose parts are not known", detection.title());
             return Err(Error::bad_model(checkpoint.path(), reason));
         };
         let factors = (row.scaling_factor, row.shift_factor);
@@ -323,6 +337,19 @@ impl ModelSpec {
             }
         }
         Ok(())
+    }
+
+    /// The structure of its UNet.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] when it has a transformer in the UNet's place.
+    pub(crate) fn unet_config(&self) -> Result<&unet::Config> {
+        self.unet.config.unet().ok_or_else(|| {
+            Error::Unsupported(format!(
+                "this is {}: folders and single files of models with a transformer are not converted into each other, nor merged, yet",
+                self.family.phrase()
+            ))
+        })
     }
 
     /// What diffusers' pipeline of a flow model tells its scheduler for latents of `size` (width, height); none for models with betas.

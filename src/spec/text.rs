@@ -6,8 +6,6 @@ use super::table::{Row, Spelling, T5Role};
 use super::{Component, TextTower, TowerRole, folder_component};
 use crate::checkpoint::{Checkpoint, TensorSet};
 use crate::error::{Error, Result};
-use crate::weights::Layout;
-use crate::weights::ldm_unet::Shapes;
 use crate::weights::t5 as t5_names;
 use crate::weights::text_tower::{self, OpenClip, POSITIONS, PROJECTION, at};
 use sd_models::{clip, t5};
@@ -234,7 +232,7 @@ impl Found<'_> {
 
 impl TowerRole {
     /// What transformers' spelling does not tell: the activation, and whether the projection is used.
-    fn transformers(&self) -> (text_tower::Activation, bool) {
+    pub(super) fn transformers(&self) -> (text_tower::Activation, bool) {
         match self.spelling {
             Spelling::Transformers(activation) => (activation, self.projects),
             Spelling::OpenClip(_) => (text_tower::Activation::Gelu, self.projects),
@@ -245,14 +243,8 @@ impl TowerRole {
 fn single_clip(checkpoint: &Checkpoint, role: &TowerRole) -> Result<Component<clip::Config>> {
     let tensors = single(checkpoint)?;
     let shapes = |name: &str| tensors.info(name).map(|info| info.shape.clone());
-    let shapes: &Shapes<'_> = &shapes;
-    let (config, layout) = match role.spelling {
-        Spelling::Transformers(_) => {
-            text_tower::read_transformers(role.prefix, role.transformers(), shapes)
-        }
-        Spelling::OpenClip(used) => text_tower::read_open_clip(role.prefix, used, shapes),
-    }
-    .map_err(|e| Error::bad_model(checkpoint.path(), e))?;
+    let (config, layout) = super::single::read_tower(role, &shapes)
+        .map_err(|e| Error::bad_model(checkpoint.path(), e))?;
     Ok(Component::new(config, &tensors, layout))
 }
 
@@ -293,8 +285,7 @@ fn folder_clip(checkpoint: &Checkpoint, role: TowerRole) -> Result<Component<cli
     let layout = &mut component.layout;
     let nested = "text_model.embeddings.token_embedding.weight";
     if component.tensors.info(nested).is_some() {
-        *layout = Layout::identity("text_model");
-        layout.rename("text_projection", "text_projection", &[]);
+        *layout = text_tower::transformers_layout("");
     }
     for name in [
         "text_model.embeddings.position_ids",

@@ -3,6 +3,7 @@
 pub mod chunks;
 mod encode;
 mod extra;
+mod files;
 pub mod prompt;
 mod refusals;
 pub mod t5;
@@ -14,6 +15,7 @@ pub use encode::{
     encode,
 };
 pub use extra::{LoraTag, take_loras};
+pub use files::tokenizer_files;
 pub use prompt::Syntax;
 pub use t5::T5Tokenizer;
 pub use tokenizer::ClipTokenizer;

@@ -13,6 +13,8 @@ pub struct Part {
     pub transposed: bool,
     /// The file has the second half of the rows first.
     pub swapped: bool,
+    /// The file has the matrix as a 1×1 convolution's weight; readers need not care, writers must.
+    pub convolution: bool,
 }
 
 /// Some of several equal parts of a fused tensor, along its first axis.
@@ -48,6 +50,8 @@ pub struct Inner {
     pub transposed: bool,
     /// The second half of the rows is stored first.
     pub swapped: bool,
+    /// Matrices below it are stored as weights of 1×1 convolutions.
+    pub convolution: bool,
 }
 
 /// A plain renaming inside a block.
@@ -58,6 +62,7 @@ pub const fn inner(canonical: &'static str, stored: &'static str) -> Inner {
         rows: None,
         transposed: false,
         swapped: false,
+        convolution: false,
     }
 }
 
@@ -69,6 +74,14 @@ pub const fn part_of(
 ) -> Inner {
     Inner {
         rows: Some(Rows { index, span, count }),
+        ..inner(canonical, stored)
+    }
+}
+
+/// A renaming of what is a linear layer here and a 1×1 convolution there.
+pub const fn convolution(canonical: &'static str, stored: &'static str) -> Inner {
+    Inner {
+        convolution: true,
         ..inner(canonical, stored)
     }
 }
@@ -157,6 +170,7 @@ impl Rename {
                 rows: None,
                 transposed: false,
                 swapped: false,
+                convolution: false,
             };
         };
         Part {
@@ -164,6 +178,7 @@ impl Rename {
             rows: rule.rows,
             transposed: rule.transposed,
             swapped: rule.swapped,
+            convolution: rule.convolution,
         }
     }
 }

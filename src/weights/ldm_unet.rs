@@ -40,7 +40,6 @@ struct Draft {
 struct Reader<'a> {
     prefix: &'a str,
     shapes: &'a Shapes<'a>,
-    layout: Layout,
     levels: Vec<Draft>,
     /// Context width and whether the projections are linear, from the first transformer.
     transformer: Option<(usize, bool)>,
@@ -54,13 +53,11 @@ pub(crate) fn read(prefix: &str, shapes: &Shapes<'_>) -> Result<(Config, Layout)
     let mut reader = Reader {
         prefix,
         shapes,
-        layout: Layout::default(),
         levels: Vec::new(),
         transformer: None,
     };
     let (first, in_channels, conv_in_kernel) = reader.conv("input_blocks.0.0.weight")?;
     let (out_channels, _, conv_out_kernel) = reader.conv("out.2.weight")?;
-    reader.top();
     reader.down()?;
     let mid = reader.middle();
     reader.up()?;
@@ -108,7 +105,67 @@ pub(crate) fn read(prefix: &str, shapes: &Shapes<'_>) -> Result<(Config, Layout)
         conv_in_kernel,
         conv_out_kernel,
     };
-    Ok((config, reader.layout))
+    let layout = layout(prefix, &config);
+    Ok((config, layout))
+}
+
+/// The names below `prefix` of a UNet of this structure: blocks are numbered in the order of the way down, and of the way up.
+pub(crate) fn layout(prefix: &str, config: &Config) -> Layout {
+    let mut layout = Layout::default();
+    let mut rename = |canonical: &str, stored: &str, inner: &'static [Inner]| {
+        let stored = format!("{prefix}.{stored}");
+        layout.rename(canonical, stored.trim_start_matches('.'), inner);
+    };
+    rename("conv_in", "input_blocks.0.0", &[]);
+    rename("time_embedding", "time_embed", TIME);
+    rename("add_embedding", "label_emb.0", TIME);
+    rename("conv_norm_out", "out.0", &[]);
+    rename("conv_out", "out.2", &[]);
+    rename("mid_block.resnets.0", "middle_block.0", RESNET);
+    rename("mid_block.attentions.0", "middle_block.1", &[]);
+    rename("mid_block.resnets.1", "middle_block.2", RESNET);
+    let mut part = |way: &str, (level, layer): (usize, usize), block: &str, depth: usize| {
+        let canonical = |kind: &str| format!("{way}_blocks.{level}.{kind}.{layer}");
+        rename(&canonical("resnets"), &format!("{block}.0"), RESNET);
+        if depth > 0 {
+            rename(&canonical("attentions"), &format!("{block}.1"), &[]);
+        }
+    };
+    let count = config.levels.len();
+    let (mut down, mut up) = (Vec::new(), Vec::new());
+    let mut n = 1;
+    for (i, level) in config.levels.iter().enumerate() {
+        for (layer, &depth) in level.down.iter().enumerate() {
+            part("down", (i, layer), &format!("input_blocks.{n}"), depth);
+            n += 1;
+        }
+        if i + 1 < count {
+            down.push((i, format!("input_blocks.{n}.0")));
+            n += 1;
+        }
+    }
+    n = 0;
+    for (i, level) in config.levels.iter().rev().enumerate() {
+        for (layer, &depth) in level.up.iter().enumerate() {
+            let block = format!("output_blocks.{n}");
+            part("up", (i, layer), &block, depth);
+            n += 1;
+            if layer + 1 == level.up.len() && i + 1 < count {
+                up.push((i, format!("{block}.{}", 1 + usize::from(depth > 0))));
+            }
+        }
+    }
+    for (level, stored) in down {
+        rename(
+            &format!("down_blocks.{level}.downsamplers.0"),
+            &stored,
+            DOWNSAMPLE,
+        );
+    }
+    for (level, stored) in up {
+        rename(&format!("up_blocks.{level}.upsamplers.0"), &stored, &[]);
+    }
+    layout
 }
 
 /// Stable Diffusion 1 has eight heads at every level; Stable Diffusion 2 (linear projections) has heads 64 wide. Shapes do not tell:
@@ -160,27 +217,14 @@ impl Reader<'_> {
         }
     }
 
-    fn rename(&mut self, canonical: &str, stored: &str, inner: &'static [Inner]) {
-        let stored = self.name(stored);
-        self.layout.rename(canonical, &stored, inner);
-    }
-
-    fn top(&mut self) {
-        self.rename("conv_in", "input_blocks.0.0", &[]);
-        self.rename("time_embedding", "time_embed", TIME);
-        self.rename("conv_norm_out", "out.0", &[]);
-        self.rename("conv_out", "out.2", &[]);
-    }
-
     /// What is embedded beside the time in XL. Shapes do not tell how wide the sinusoids of a number are: 256 in every one of them.
-    fn added(&mut self) -> Result<Option<Added>, String> {
+    fn added(&self) -> Result<Option<Added>, String> {
         if !self.has("label_emb.0.0.weight") {
             return Ok(None);
         }
         let Some(&[_, input]) = self.shape("label_emb.0.0.weight").as_deref() else {
             return Err(self.missing("label_emb.0.0.weight"));
         };
-        self.rename("add_embedding", "label_emb.0", TIME);
         let number = NUMBER_WIDTH;
         Ok(Some(Added { input, number }))
     }
@@ -199,15 +243,11 @@ impl Reader<'_> {
     }
 
     fn down(&mut self) -> Result<(), String> {
-        let mut layer = 0;
         let mut fresh = true;
         for n in 1..MAX_BLOCKS {
             let block = format!("input_blocks.{n}");
-            let level = self.levels.len().saturating_sub(usize::from(!fresh));
             if self.has(&format!("{block}.0.op.weight")) {
-                let canonical = format!("down_blocks.{level}.downsamplers.0");
-                self.rename(&canonical, &format!("{block}.0"), DOWNSAMPLE);
-                (layer, fresh) = (0, true);
+                fresh = true;
                 continue;
             }
             if !self.has(&format!("{block}.0.in_layers.2.weight")) {
@@ -222,23 +262,10 @@ impl Reader<'_> {
                 });
                 fresh = false;
             }
-            self.rename(
-                &format!("down_blocks.{level}.resnets.{layer}"),
-                &format!("{block}.0"),
-                RESNET,
-            );
             let depth = self.depth(&format!("{block}.1"));
-            if depth > 0 {
-                self.rename(
-                    &format!("down_blocks.{level}.attentions.{layer}"),
-                    &format!("{block}.1"),
-                    &[],
-                );
-            }
             if let Some(draft) = self.levels.last_mut() {
                 draft.down.push(depth);
             }
-            layer += 1;
         }
         if self.levels.is_empty() {
             return Err(self.missing("input_blocks.1.0.in_layers.2.weight"));
@@ -247,7 +274,6 @@ impl Reader<'_> {
     }
 
     fn middle(&mut self) -> Mid {
-        self.rename("mid_block.resnets.0", "middle_block.0", RESNET);
         if !self.has("middle_block.0.in_layers.2.weight") {
             return Mid::None;
         }
@@ -255,14 +281,12 @@ impl Reader<'_> {
         if depth == 0 {
             return Mid::Resnet;
         }
-        self.rename("mid_block.attentions.0", "middle_block.1", &[]);
-        self.rename("mid_block.resnets.1", "middle_block.2", RESNET);
         Mid::Attention { depth }
     }
 
     fn up(&mut self) -> Result<(), String> {
         let count = self.levels.len();
-        let (mut block_index, mut layer) = (0, 0);
+        let mut block_index = 0;
         for n in 0..MAX_BLOCKS {
             let block = format!("output_blocks.{n}");
             if !self.has(&format!("{block}.0.in_layers.2.weight")) {
@@ -274,29 +298,11 @@ impl Reader<'_> {
                     self.name(&block)
                 ));
             }
-            let canonical = format!("up_blocks.{block_index}");
-            self.rename(
-                &format!("{canonical}.resnets.{layer}"),
-                &format!("{block}.0"),
-                RESNET,
-            );
             let depth = self.depth(&format!("{block}.1"));
-            if depth > 0 {
-                self.rename(
-                    &format!("{canonical}.attentions.{layer}"),
-                    &format!("{block}.1"),
-                    &[],
-                );
-            }
             self.levels[count - 1 - block_index].up.push(depth);
-            layer += 1;
-            let upsampler = ["1", "2"]
-                .iter()
-                .map(|i| format!("{block}.{i}"))
-                .find(|child| self.has(&format!("{child}.conv.weight")));
-            if let Some(upsampler) = upsampler {
-                self.rename(&format!("{canonical}.upsamplers.0"), &upsampler, &[]);
-                (block_index, layer) = (block_index + 1, 0);
+            let child = 1 + usize::from(depth > 0);
+            if self.has(&format!("{block}.{child}.conv.weight")) {
+                block_index += 1;
             }
         }
         match self.levels.iter().position(|level| level.up.is_empty()) {

@@ -3,16 +3,16 @@
 use sd_kernels::Activation;
 use sd_models::vae::Config;
 
-use super::layout::{Inner, Layout, inner};
+use super::layout::{Inner, Layout, convolution, inner};
 use super::ldm_unet::{Shapes, groups};
 
 const RESNET: &[Inner] = &[inner("conv_shortcut", "nin_shortcut")];
 const ATTENTION: &[Inner] = &[
     inner("group_norm", "norm"),
-    inner("to_q", "q"),
-    inner("to_k", "k"),
-    inner("to_v", "v"),
-    inner("to_out.0", "proj_out"),
+    convolution("to_q", "q"),
+    convolution("to_k", "k"),
+    convolution("to_v", "v"),
+    convolution("to_out.0", "proj_out"),
 ];
 /// More levels than any autoencoder has.
 const MAX_LEVELS: usize = 16;
@@ -59,6 +59,32 @@ pub(crate) fn read(
         ));
     };
 
+    let has = |tensor: &str| shapes(&name(tensor)).is_some();
+    let config = Config {
+        in_channels: conv("encoder.conv_in.weight").map_or(3, |(_, i)| i),
+        out_channels,
+        latent_channels,
+        layers,
+        groups: groups(&channels.iter().copied()),
+        channels,
+        activation: Activation::Silu,
+        scaling_factor,
+        shift_factor: 0.0,
+        spread: None,
+        mid_attention: has("decoder.mid.attn_1.norm.weight"),
+        quant_conv: has("quant_conv.weight"),
+        post_quant_conv: has("post_quant_conv.weight"),
+    };
+    Ok((config, layout(prefix, levels, layers)))
+}
+
+/// The names below `prefix` of an autoencoder of so many levels, with so many residual blocks a level in the encoder.
+pub(crate) fn layout(prefix: &str, levels: usize, layers: usize) -> Layout {
+    let name = |name: &str| {
+        format!("{prefix}.{name}")
+            .trim_start_matches('.')
+            .to_owned()
+    };
     let mut layout = Layout::default();
     let mut rename = |canonical: String, stored: String, inner: &'static [Inner]| {
         layout.rename(&canonical, &name(&stored), inner);
@@ -115,21 +141,5 @@ pub(crate) fn read(
     for conv in ["quant_conv", "post_quant_conv"] {
         rename(conv.to_owned(), conv.to_owned(), &[]);
     }
-    let has = |tensor: &str| shapes(&name(tensor)).is_some();
-    let config = Config {
-        in_channels: conv("encoder.conv_in.weight").map_or(3, |(_, i)| i),
-        out_channels,
-        latent_channels,
-        layers,
-        groups: groups(&channels.iter().copied()),
-        channels,
-        activation: Activation::Silu,
-        scaling_factor,
-        shift_factor: 0.0,
-        spread: None,
-        mid_attention: has("decoder.mid.attn_1.norm.weight"),
-        quant_conv: has("quant_conv.weight"),
-        post_quant_conv: has("post_quant_conv.weight"),
-    };
-    Ok((config, layout))
+    layout
 }

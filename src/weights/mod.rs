@@ -19,4 +19,4 @@ pub(crate) mod values;
 pub use layout::{Layout, Part, Rename};
 pub use numbers::is_readable;
 pub use random::RandomSource;
-pub use source::CheckpointSource;
+pub use source::{CheckpointSource, StoredPart};

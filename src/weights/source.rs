@@ -24,6 +24,17 @@ fn beside<const N: usize>(name: &str, last: [&'static str; N]) -> impl Iterator<
     stems.flat_map(move |stem| last.map(|last| format!("{stem}{last}")))
 }
 
+/// Where a canonical tensor was found.
+#[derive(Debug)]
+pub struct StoredPart<'a> {
+    /// The stored name, and which part of it.
+    pub part: Part,
+    /// All of the stored tensor.
+    pub info: &'a TensorInfo,
+    /// Its numbers are to be multiplied with a scale that stands beside it.
+    pub scaled: bool,
+}
+
 /// The tensors of one component under canonical names.
 pub struct CheckpointSource {
     tensors: Arc<TensorSet>,
@@ -45,6 +56,41 @@ impl CheckpointSource {
     pub fn found(&self) -> BTreeSet<String> {
         let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
         found.clone()
+    }
+
+    /// The tensor in the file that `name` is or is a part of.
+    pub fn stored(&self, name: &str) -> Option<StoredPart<'_>> {
+        let (part, _) = self.locate(name)?;
+        let info = self.tensors.info(&part.stored)?;
+        let scaled = self.scale(&part.stored, info.dtype).is_some();
+        Some(StoredPart { part, info, scaled })
+    }
+
+    /// The bytes of `name` as the file has them, of one that is a part of a fused tensor only its own.
+    ///
+    /// # Errors
+    /// When the tensor is not there, or cannot be read.
+    pub fn bytes(&self, name: &str) -> crate::Result<Cow<'_, [u8]>> {
+        let missing = || Self::error(name, "it is not in the file");
+        let (part, _) = self.locate(name).ok_or_else(missing)?;
+        let bytes = self.tensors.bytes(&part.stored)?;
+        let Some(rows) = part.rows else {
+            return Ok(bytes);
+        };
+        let size = bytes.len() / rows.count.max(1);
+        let range = size * rows.index..size * (rows.index + 1);
+        let own = match bytes {
+            Cow::Borrowed(bytes) => bytes.get(range).map(Cow::Borrowed),
+            Cow::Owned(bytes) => bytes.get(range).map(|own| Cow::Owned(own.to_vec())),
+        };
+        own.ok_or_else(|| missing().into())
+    }
+
+    /// The memory that the pages of `name` take is not needed any more.
+    pub fn release(&self, name: &str) {
+        if let Some((part, _)) = self.locate(name) {
+            self.tensors.release(&part.stored);
+        }
     }
 
     fn locate(&self, name: &str) -> Option<(Part, Vec<usize>)> {

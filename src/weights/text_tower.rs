@@ -144,29 +144,22 @@ pub(crate) fn read_open_clip(
     let (positions, _) = matrix(shapes, &name("positional_embedding"))?;
     let (intermediate, _) = matrix(shapes, &format!("{}.mlp.c_fc.weight", block(0)))?;
     let stored = count_layers(shapes, |i| format!("{}.mlp.c_fc.weight", block(i)));
-    let mut layout = Layout::default();
-    layout.rename("embeddings.token_embedding", &name("token_embedding"), &[]);
-    layout.rename(
-        "embeddings.position_embedding.weight",
-        &name("positional_embedding"),
-        &[],
-    );
-    layout.rename("final_layer_norm", &name("ln_final"), &[]);
-    let (layers, projection) = match used {
+    let layers = match used {
+        OpenClip::AllButLast => stored.saturating_sub(1),
+        OpenClip::Whole => stored,
+    };
+    let mut layout = open_clip_layout(prefix, layers);
+    let projection = match used {
         OpenClip::AllButLast => {
-            let layers = stored.saturating_sub(1);
             layout.ignore(
                 &block(layers),
                 "tensors of the text encoder's last layer, which Stable Diffusion 2 leaves out",
             );
             layout.ignore(&name("text_projection"), PROJECTION);
-            (layers, None)
+            None
         }
-        OpenClip::Whole => (stored, Some(projection(prefix, shapes, &mut layout)?)),
+        OpenClip::Whole => Some(projection(prefix, shapes, &mut layout)?),
     };
-    for i in 0..layers {
-        layout.rename(&format!("encoder.layers.{i}"), &block(i), BLOCK);
-    }
     for unused in ["logit_scale", "attn_mask"] {
         layout.ignore(&name(unused), PROJECTION);
     }
@@ -184,6 +177,37 @@ pub(crate) fn read_open_clip(
     Ok((config, layout))
 }
 
+/// The names below `prefix` of an OpenCLIP tower of so many layers, the projection included.
+pub(crate) fn open_clip_layout(prefix: &str, layers: usize) -> Layout {
+    let mut layout = Layout::default();
+    layout.rename(
+        "embeddings.token_embedding",
+        &at(prefix, "token_embedding"),
+        &[],
+    );
+    layout.rename(
+        "embeddings.position_embedding.weight",
+        &at(prefix, "positional_embedding"),
+        &[],
+    );
+    layout.rename("final_layer_norm", &at(prefix, "ln_final"), &[]);
+    layout.rename("text_projection", prefix, PROJECT);
+    for i in 0..layers {
+        let block = at(prefix, &format!("transformer.resblocks.{i}"));
+        layout.rename(&format!("encoder.layers.{i}"), &block, BLOCK);
+    }
+    layout
+}
+
+/// The names below `prefix` of a tower in transformers' spelling, with `text_model.`, as folders and single files have it but for the oldest and
+/// the newest; the projection stands outside.
+pub(crate) fn transformers_layout(prefix: &str) -> Layout {
+    let below = |name: &str| at(prefix, name);
+    let mut layout = Layout::identity(&below("text_model"));
+    layout.rename("text_projection", &below("text_projection"), &[]);
+    layout
+}
+
 /// The width of a whole text's vector. Files from some tools keep the matrix as a linear layer's weight.
 fn projection(prefix: &str, shapes: &Shapes<'_>, layout: &mut Layout) -> Result<usize, String> {
     let linear = at(prefix, "text_projection");
@@ -192,6 +216,5 @@ fn projection(prefix: &str, shapes: &Shapes<'_>, layout: &mut Layout) -> Result<
         return Ok(output);
     }
     let (_, output) = matrix(shapes, &linear)?;
-    layout.rename("text_projection", prefix, PROJECT);
     Ok(output)
 }
