@@ -227,6 +227,38 @@ fn a_single_file_wears_what_a_folder_does() {
     }
 }
 
+/// `convert --lora` writes the weights that `generate --lora` computes with.
+#[test]
+fn baked_in_is_worn() {
+    for case in list(&record()["cases"]).iter().take(3) {
+        let name = text(&case["name"]);
+        let (dir, model) = (Dir::new(), Case::load(text(&case["base"])));
+        model.write_folder(&dir.path("model"), &FolderForm::default());
+        write(case, &dir.path("lora.safetensors"));
+        let strength = case["strength"].as_f64().unwrap();
+        let (input, output) = (dir.path("model"), dir.path("baked"));
+        let lora = format!("{}:{strength}", dir.path("lora.safetensors").display());
+        let (from, to) = (input.to_str().unwrap(), output.to_str().unwrap());
+        dir.ok(&["convert", "--dtype", "f32", "--lora", &lora, from, to]);
+        let adapters = adapters(&dir.path("lora.safetensors"), strength);
+        let of = |path: &Path, adapters: &Adapters| latents(&engine(path, adapters), &model, None);
+        let worn = of(&input, &adapters);
+        let baked = of(&output, &Adapters::default());
+        let plain = of(&input, &Adapters::default());
+        let distance = |other: candle_core::Tensor| -> f32 {
+            let off = (&worn - other).unwrap().abs().unwrap();
+            off.max_all().unwrap().to_scalar().unwrap()
+        };
+        let (off, change) = (distance(baked), distance(plain));
+        assert!(off < 1e-5 && change > 1e-2, "{name}: {off} {change}");
+        let unet = output.join("unet/diffusion_pytorch_model.safetensors");
+        let bytes = std::fs::read(unet).unwrap();
+        let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+        let note = &header.metadata().as_ref().unwrap()["sd_rs.loras"];
+        assert!(note.contains("unet_weight"), "{note}");
+    }
+}
+
 #[test]
 fn strengths_add_up_and_none_is_nothing() {
     let case = case("old-sd1");

@@ -36,7 +36,7 @@ fn singles() -> Vec<(String, Case)> {
         (name, case)
     });
     let singles: Vec<_> = cases
-        .filter(|(_, case)| case.record["single_file"].is_object())
+        .filter(|(_, case)| case.record["single_file"].is_object() && !case.is_dit())
         .collect();
     assert!(singles.len() >= 6);
     singles

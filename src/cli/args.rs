@@ -75,6 +75,12 @@ pub struct ConvertArgs {
         ignore_case = true
     )]
     pub quantise: Option<Quantised>,
+    /// A LoRA or LyCORIS to bake in, a file or a name in the models folders, and its weight; may be repeated. `NAME:TEXT:UNET` weighs it apart
+    #[arg(long, value_name = "FILE_OR_NAME[:WEIGHT]")]
+    pub lora: Vec<String>,
+    /// Which lengths DoRA divides by: those of the changed weight (PEFT, LyCORIS, A1111) or of the weight before (ComfyUI)
+    #[arg(long, value_name = "WHICH", value_enum, default_value_t)]
+    pub dora_norm: DoraNorm,
     /// B: merge it in as a weighted sum, A·(1−alpha) + B·alpha
     #[arg(
         long,

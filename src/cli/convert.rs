@@ -2,15 +2,19 @@
 
 use std::cell::Cell;
 use std::io::IsTerminal;
+use std::sync::Arc;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::args::{ConvertArgs, Quantised};
 use super::fetch::{Opened, open_model, open_part};
-use super::interrupt;
-use crate::checkpoint::BlockType;
-use crate::convert::{self, Merge, Others, Request, Watch};
+use super::{interrupt, lora};
+use crate::adapters::{Adapters, Bound, Owner};
+use crate::checkpoint::{self, BlockType, Checkpoint};
+use crate::convert::{self, Change, Merge, Others, Request, Watch, WeightName};
 use crate::error::{Error, Result};
+use crate::pipeline::bind_adapters;
+use crate::spec::{self, ModelSpec};
 
 /// Runs the command.
 ///
@@ -37,6 +41,11 @@ pub(super) fn run(args: &ConvertArgs, quiet: bool) -> Result<()> {
         [b, c] => Some((Others::Difference(&b.checkpoint, &c.checkpoint), 1.0)),
         _ => None,
     };
+    let baked = lora::bake(args)?;
+    let change = match args.lora.is_empty() {
+        true => None,
+        false => Some(Baked::new(&input.checkpoint, &baked.adapters)?),
+    };
     let request = Request {
         input: &input.checkpoint,
         output: args.output.clone(),
@@ -48,7 +57,8 @@ pub(super) fn run(args: &ConvertArgs, quiet: bool) -> Result<()> {
             blocks: args.block_weights.clone(),
         }),
         vae: vae.as_ref().map(|vae| &vae.checkpoint),
-        change: None,
+        change: change.as_ref().map(|change| change as &dyn Change),
+        notes: baked.notes,
         force: args.force,
         date: args.date.clone(),
     };
@@ -64,6 +74,41 @@ pub(super) fn run(args: &ConvertArgs, quiet: bool) -> Result<()> {
         args.output.display()
     );
     Ok(())
+}
+
+/// Adapters on their way into the weights.
+struct Baked(Arc<Bound>);
+
+impl Baked {
+    fn new(input: &Checkpoint, adapters: &Adapters) -> Result<Self> {
+        let spec = ModelSpec::read_any(input, &checkpoint::detect(input), spec::Others::default())?;
+        let bound = bind_adapters(&spec, adapters)?;
+        for warning in bound.warnings() {
+            tracing::warn!("{warning}");
+        }
+        Ok(Self(bound))
+    }
+
+    fn owner(weight: &WeightName) -> Option<Owner> {
+        match weight.component {
+            "unet" => Some(Owner::Denoiser),
+            component if component.starts_with("text_encoder") => Some(Owner::Text(component)),
+            _ => None,
+        }
+    }
+}
+
+impl Change for Baked {
+    fn touches(&self, weight: &WeightName) -> bool {
+        Self::owner(weight).is_some_and(|owner| self.0.changes(owner, &weight.name))
+    }
+
+    fn apply(&self, weight: &WeightName, shape: &[usize], numbers: &mut [f32]) -> Result<()> {
+        match Self::owner(weight) {
+            Some(owner) => self.0.apply(owner, &weight.name, shape, numbers),
+            None => Ok(()),
+        }
+    }
 }
 
 /// What flags mean together.

@@ -3,8 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::args::GenerateArgs;
+use super::args::{ConvertArgs, GenerateArgs, LibraryArgs};
 use super::fetch::{library, resolve};
+use serde_json::json;
+
 use crate::adapters::{Adapter, Adapters};
 use crate::checkpoint::{ReadOptions, sha256_tensors};
 use crate::error::{Error, Result};
@@ -44,7 +46,7 @@ pub(super) fn wear(args: &GenerateArgs) -> Result<Worn> {
     let mut hashes = Vec::new();
     for flag in &args.lora {
         let (typed, text, denoiser) = split(flag)?;
-        let model = find(args, &typed)?;
+        let model = find(&args.library, &typed)?;
         let name = tag_name(&model.name);
         worn.add(args, &model, (text, denoiser), (&name, &mut hashes))?;
         let tag = if text == denoiser {
@@ -69,6 +71,40 @@ pub(super) fn wear(args: &GenerateArgs) -> Result<Worn> {
     }
     worn.hashes = (!hashes.is_empty()).then(|| hashes.join(", "));
     Ok(worn)
+}
+
+/// Adapters to be baked in, and a note of each for the output's metadata.
+pub(super) struct Baked {
+    pub(super) adapters: Adapters,
+    pub(super) notes: Vec<(String, String)>,
+}
+
+/// Opens every adapter that `convert` is to bake in.
+///
+/// # Errors
+/// As [`wear`].
+pub(super) fn bake(args: &ConvertArgs) -> Result<Baked> {
+    let options = ReadOptions {
+        no_mmap: args.no_mmap,
+        ..ReadOptions::default()
+    };
+    let mut adapters = Adapters::default();
+    adapters.set_dora_norm(args.dora_norm);
+    let mut list = Vec::new();
+    for flag in &args.lora {
+        let (typed, text, denoiser) = split(flag)?;
+        let model = find(&args.library, &typed)?;
+        let adapter = Arc::new(Adapter::open(&model.path, &options)?);
+        adapters.add(&adapter, text, denoiser)?;
+        list.push(json!({
+            "name": model.name, "hash": short_hash(&adapter)?, "text_weight": text, "unet_weight": denoiser,
+        }));
+    }
+    let notes = match list.as_slice() {
+        [] => Vec::new(),
+        list => vec![("sd_rs.loras".to_owned(), json!(list).to_string())],
+    };
+    Ok(Baked { adapters, notes })
 }
 
 impl Worn {
@@ -137,15 +173,15 @@ fn split(flag: &str) -> Result<(PathBuf, f64, f64)> {
 }
 
 /// The file that a flag means: a path, a LoRA's name in the folders, or what any model's name may be.
-fn find(args: &GenerateArgs, typed: &Path) -> Result<Model> {
+fn find(folders: &LibraryArgs, typed: &Path) -> Result<Model> {
     if let Some(model) = Model::existing(typed) {
         return Ok(model);
     }
     let text = typed.to_str().unwrap_or_default();
-    match library(&args.library)?.find_lora(text) {
+    match library(folders)?.find_lora(text) {
         Ok(model) => Ok(model),
         // hashes, repositories, and models in folders that do not say what they are for
-        Err(error) => match resolve(typed, &args.library) {
+        Err(error) => match resolve(typed, folders) {
             Ok(model) => Ok(model),
             Err(Error::Interrupted) => Err(Error::Interrupted),
             Err(other) if text.contains(['/', '\\', ':', '@']) => Err(other),

@@ -34,7 +34,8 @@ pub(super) fn write(request: &Request<'_>, model: &mut Model<'_>, watch: &dyn Wa
         merge: request.merge.as_ref(),
         safetensors: true,
     };
-    let metadata = provenance::metadata(model, &about);
+    let mut metadata = provenance::metadata(model, &about);
+    metadata.extend(request.notes.iter().cloned());
     let mut planned: BTreeMap<String, Vec<Task>> = BTreeMap::new();
     for mut task in plan::tasks(request, Target::Folder, flat(parts), watch)? {
         let name = task.item.name.split_once('/');

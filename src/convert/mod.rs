@@ -50,6 +50,8 @@ pub struct Request<'a> {
     pub vae: Option<&'a Checkpoint>,
     /// Weights that are changed on the way: LoRAs.
     pub change: Option<&'a dyn Change>,
+    /// What else the output's metadata says, such as which LoRAs are in it.
+    pub notes: Vec<(String, String)>,
     /// What is there may be replaced.
     pub force: bool,
     /// For the metadata; the same input gives the same bytes without.
@@ -122,7 +124,8 @@ fn single(
         merge: request.merge.as_ref(),
         safetensors: target == Target::SafeTensors,
     };
-    let metadata = provenance::metadata(model, &about);
+    let mut metadata = provenance::metadata(model, &about);
+    metadata.extend(request.notes.iter().cloned());
     let bytes = plan::bytes(&tasks)?;
     check_room(&request.output, bytes)?;
     watch.planned(bytes);

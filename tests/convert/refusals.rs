@@ -221,6 +221,7 @@ fn request<'a>(input: &'a Checkpoint, output: std::path::PathBuf) -> Request<'a>
         merge: None,
         vae: None,
         change: None,
+        notes: Vec::new(),
         force: true,
         date: None,
     }
