@@ -455,12 +455,14 @@ fn single_files_make_their_folders_pictures() {
         };
         case.write_single_file(&path, &form);
         case.write_folder(dir.root(), &FolderForm::default());
-        // a single file brings no scheduler: the same sampler for both
-        let request = Request {
-            sampler: Some("Euler".to_owned()),
-            ..request(&list(&case.record["runs"])[0], 1)
-        };
-        let of = |path: &Path| flat(&latents(&load(path, Others::default()), &request));
-        assert_eq!(of(&path), of(dir.root()), "{name}");
+        // by the family's scheduler, which is the folder's, and by names
+        for sampler in [None, Some("Euler"), Some("DPM++ 2M")] {
+            let request = Request {
+                sampler: sampler.map(str::to_owned),
+                ..request(&list(&case.record["runs"])[0], 1)
+            };
+            let of = |path: &Path| flat(&latents(&load(path, Others::default()), &request));
+            assert_eq!(of(&path), of(dir.root()), "{name} {sampler:?}");
+        }
     }
 }

@@ -189,6 +189,7 @@ const PARTS: &[Marker] = &[
     row(Family::Upscaler, &[Is("conv_first.weight")]),
     row(Family::Upscaler, &[Is("model.0.weight")]),
     row(Family::T5, &[Holds("block.0.layer.0.SelfAttention.")]),
+    row(Family::T5, &[Holds("enc.blk.0.attn_q.")]),
     kind(
         Family::TextEncoder,
         "with CLIP's picture tower",

@@ -124,9 +124,7 @@ fn advice(family: Family) -> &'static str {
         Family::Lora => {
             "not a base model; give a base model with --model, and the LoRA with --lora"
         }
-        Family::Vae => {
-            "not a base model; give a base model with --model, and the VAE with --vae (not built yet)"
-        }
+        Family::Vae => "not a base model; give a base model with --model, and the VAE with --vae",
         Family::ControlNet | Family::T2iAdapter => {
             "not a base model; give a base model with --model, and this with --controlnet (not built yet)"
         }
@@ -137,15 +135,15 @@ fn advice(family: Family) -> &'static str {
             "not a base model; it makes finished pictures larger (`sd-rs upscale`, not built yet)"
         }
         Family::Taesd => {
-            "not a base model; it stands in for a model's VAE, which is not supported yet"
+            "not a base model; give a base model with --model, and this in its VAE's place with --vae"
         }
         Family::IpAdapter | Family::Hypernetwork | Family::MotionModule => {
             "not a base model, and not supported yet; give a base model with --model"
         }
         Family::TextEncoder | Family::T5 => {
-            "only a part of a model; give a whole checkpoint with --model"
+            "only a part of a model; give a checkpoint with --model, and this with --text-encoder if that lacks it"
         }
-        Family::Unknown => "so it cannot be used; give a Stable Diffusion 1, 2 or XL checkpoint",
+        Family::Unknown => "so it cannot be used; give a Stable Diffusion or FLUX.1 checkpoint",
         Family::Sd1
         | Family::Sd2
         | Family::Sdxl

@@ -46,7 +46,7 @@ pub struct ModelSpec {
     pub without_t5: Option<usize>,
     /// Names of the text towers that are not the checkpoint's own.
     pub other_text: Vec<&'static str>,
-    /// The folder's own sampler; none for single files.
+    /// The folder's own sampler, or that which folders of the family have; none for single files of models with betas.
     pub scheduler: Option<SchedulerConfig>,
     /// The noise levels of runs by a sampler's name.
     pub levels: NoiseSchedule,
@@ -283,6 +283,10 @@ impl ModelSpec {
             }
         };
         let defaults = row.defaults_of(&unet.config, prediction, detection.distilled);
+        let scheduler = row.scheduler_of(&unet.config);
+        let scheduler = scheduler
+            .map(|value| SchedulerConfig::from_json(&value))
+            .transpose()?;
         if let Noise::Continuous {
             spread: Some((mean, deviation)),
             ..
@@ -306,7 +310,7 @@ impl ModelSpec {
             text: text.towers,
             t5: text.t5,
             other_text: text.others,
-            scheduler: None,
+            scheduler,
             levels,
             zero_negative: row.zero_negative,
             defaults,

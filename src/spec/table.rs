@@ -2,7 +2,7 @@
 
 use sd_models::config::ConfigResult;
 use sd_models::{denoiser, flux, mmdit, unet};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::checkpoint::{Distilled, Family};
 use crate::sampling::Prediction;
@@ -374,6 +374,22 @@ impl Row {
                 levels: 1000,
             }),
             _ => self.flow,
+        }
+    }
+
+    /// The scheduler that diffusers gives a flow model of this network, as its folders describe it: a single file runs as its folder does.
+    pub(super) fn scheduler_of(&self, network: &denoiser::Config) -> Option<Value> {
+        let class = "FlowMatchEulerDiscreteScheduler";
+        match network {
+            denoiser::Config::UNet(_) => None,
+            denoiser::Config::Mmdit(_) => Some(json!({ "_class_name": class, "shift": 3.0 })),
+            denoiser::Config::Flux(flux) if !flux.guidance => {
+                Some(json!({ "_class_name": class, "shift": 1.0 }))
+            }
+            denoiser::Config::Flux(_) => Some(json!({
+                "_class_name": class, "shift": 3.0, "use_dynamic_shifting": true, "base_shift": 0.5, "max_shift": 1.15,
+                "base_image_seq_len": 256, "max_image_seq_len": 4096,
+            })),
         }
     }
 
