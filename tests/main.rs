@@ -25,6 +25,8 @@ mod dit;
 mod hub;
 /// Networks and whole runs against diffusers and transformers, from every form of file.
 mod models;
+/// UNets in files of their own, with the rest beside them.
+mod parts;
 /// Noise levels, trajectories and random numbers against diffusers, k-diffusion and torch.
 mod samplers;
 /// The XL family: two towers, sizes, refiner, continuous noise levels.

@@ -133,6 +133,10 @@ pub enum Distilled {
     Lightning(usize),
     /// Hyper-SD (Ren et al., arXiv 2404.13686), for so many steps.
     Hyper(usize),
+    /// Latent consistency (Luo et al., arXiv 2310.04378).
+    Lcm,
+    /// Trajectory consistency (Zheng et al., arXiv 2402.19159).
+    Tcd,
 }
 
 impl Distilled {
@@ -160,6 +164,10 @@ impl Distilled {
             Some(Self::Turbo)
         } else if has("hyper") {
             Some(Self::Hyper(steps().unwrap_or(8)))
+        } else if has("lcm") {
+            Some(Self::Lcm)
+        } else if has("tcd") {
+            Some(Self::Tcd)
         } else {
             None
         }
@@ -171,6 +179,8 @@ impl Distilled {
             Self::Turbo => "turbo",
             Self::Lightning(_) => "lightning",
             Self::Hyper(_) => "hyper",
+            Self::Lcm => "lcm",
+            Self::Tcd => "tcd",
         }
     }
 }

@@ -482,12 +482,8 @@ fn single_network(
     tensors: &Arc<TensorSet>,
 ) -> Result<Component<denoiser::Config>> {
     let shapes = |name: &str| tensors.info(name).map(|info| info.shape.clone());
-    let prefixes: &[&str] = match row.network {
-        table::Network::UNet => &["model.diffusion_model"],
-        _ => &checkpoint::NETWORK_PREFIXES,
-    };
     let mut first = None;
-    for prefix in prefixes {
+    for prefix in checkpoint::NETWORK_PREFIXES {
         match row.network.read(prefix.trim_end_matches('.'), &shapes) {
             Ok((config, layout)) => return Ok(Component::new(config, tensors, layout)),
             Err(reason) => first = first.or(Some(reason)),

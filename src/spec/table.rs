@@ -426,13 +426,20 @@ impl Row {
             defaults.steps = match distilled {
                 Distilled::Turbo => 4,
                 Distilled::Lightning(steps) | Distilled::Hyper(steps) => steps,
+                Distilled::Lcm | Distilled::Tcd => 6,
             };
             if self.network == Network::UNet {
                 defaults.sampler = match distilled {
                     Distilled::Turbo => "Euler a",
                     Distilled::Lightning(_) | Distilled::Hyper(_) => "Euler",
+                    Distilled::Lcm => "LCM",
+                    Distilled::Tcd => "TCD",
                 };
-                defaults.schedule = Some("SGM Uniform");
+                // a consistency sampler has its own levels
+                defaults.schedule = match distilled {
+                    Distilled::Lcm | Distilled::Tcd => None,
+                    _ => Some("SGM Uniform"),
+                };
             }
             defaults.cfg_scale = 1.0;
             defaults.most_cfg_scale = Some(2.5);
