@@ -58,6 +58,16 @@ impl Config {
         }
     }
 
+    /// Channels of the latents that it denoises.
+    pub fn latent_channels(&self) -> usize {
+        self.out_channels().min(self.in_channels())
+    }
+
+    /// Channels of the input that stand behind the latents: a mask, another picture's latents.
+    pub fn extra_channels(&self) -> usize {
+        self.in_channels() - self.latent_channels()
+    }
+
     /// Width of the text states.
     pub fn context_width(&self) -> usize {
         match self {

@@ -76,15 +76,14 @@ impl Detection {
     fn refuse_stable_diffusion(&self) -> Option<String> {
         let title = self.title();
         match self.variant {
-            Variant::Text2Image | Variant::None => {}
-            Variant::Inpainting => {
+            Variant::Text2Image
+            | Variant::None
+            | Variant::Inpainting
+            | Variant::Pix2Pix
+            | Variant::Control => {}
+            Variant::Zero123 => {
                 return Some(format!(
-                    "this is {title}, which needs a picture and a mask, which this version does not take yet"
-                ));
-            }
-            Variant::Pix2Pix | Variant::Zero123 | Variant::Control => {
-                return Some(format!(
-                    "this is {title}, which needs an input picture, which this version does not take yet"
+                    "this is {title}, which reads a pose in the text's place and is not supported yet"
                 ));
             }
             Variant::Depth => {

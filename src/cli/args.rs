@@ -1,5 +1,9 @@
 //! What can be typed. Nothing is resolved here; see `docs` of each command for what it does.
 
+mod image;
+
+pub use image::ImageArgs;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -35,7 +39,7 @@ pub struct Cli {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Make pictures from text
+    /// Make pictures from text, and from pictures
     #[command(visible_alias = "txt2img")]
     Generate(Box<GenerateArgs>),
     /// Say what a model file is, and why
@@ -157,6 +161,9 @@ pub struct GenerateArgs {
     /// What to show
     #[arg(short, long, allow_hyphen_values = true)]
     pub prompt: String,
+    /// The picture to begin at
+    #[command(flatten)]
+    pub image: ImageArgs,
     /// What not to show
     #[arg(short, long, allow_hyphen_values = true)]
     pub negative_prompt: Option<String>,
@@ -289,7 +296,7 @@ pub struct GenerateArgs {
     /// Threads to compute with [default: one a core]
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
-    /// Where the picture goes; {seed} and {n} are replaced, - is the standard output
+    /// Where the picture goes; {seed}, {n} and {name} (that of the picture begun at) are replaced, - is the standard output
     #[arg(short, long, default_value = DEFAULT_NAME)]
     pub output: String,
     /// Replace files that are there

@@ -108,13 +108,25 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
 
     let config = networks.config();
     let guided = !config.guides_itself();
-    let channels = config.in_channels();
+    let channels = config.latent_channels();
+    let branches: &[Branch] = match guided {
+        true => &[Branch::Negative, Branch::Positive],
+        false => &[Branch::Positive],
+    };
     let sizes = vec![size as f64; model.numbers];
+    let extra = match config.extra_channels() {
+        0 => None,
+        more => {
+            let shape = (1, more, latent, latent);
+            Some(Tensor::zeros(shape, DType::F32, &device)?)
+        }
+    };
     let conditions = Conditions::new(
         config,
         &conditioning,
-        (1, guided),
+        (1, branches),
         (&[sizes.clone(), sizes], 7.5),
+        extra.as_ref(),
     )?;
     let sample = Tensor::randn(0f32, 1.0, (1, channels, latent, latent), &device)?;
     let begin = Instant::now();

@@ -1,40 +1,28 @@
-//! `sd-rs generate`: text to pictures.
+//! `sd-rs generate`: text, and pictures, to pictures.
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use candle_core::Tensor;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::args::GenerateArgs;
 use super::fetch::{open_model, open_part};
 use super::lora::{self, Worn};
+use super::picture;
 use super::{interrupt, print_line, set_threads};
 use crate::adapters::DoraNorm;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::memory::peak_resident;
 use crate::output::{self, NoiseSource, Parameters, Target};
+use crate::picture::Picture;
 use crate::pipeline::{
     Batch, Control, Engine, Event, Plan, Request, Rng, SizeConditioning, SkipLayers,
 };
 use crate::spec::Others;
-
-/// What does not change from picture to picture.
-struct Job<'a> {
-    args: &'a GenerateArgs,
-    model: &'a str,
-    vae: Option<&'a str>,
-    text: Vec<&'a str>,
-    refiner: Option<&'a str>,
-    engine: &'a Engine,
-    plan: &'a Plan,
-    request: &'a Request,
-    worn: &'a Worn,
-    threads: usize,
-    start: Instant,
-}
 
 /// Runs the command.
 ///
@@ -44,6 +32,7 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     let start = Instant::now();
     interrupt::listen();
     let threads = set_threads(args.threads)?;
+    let files = picture::files(&args.image)?;
     let worn = lora::wear(args)?;
     let request = Request {
         prompt: worn.prompt.clone(),
@@ -78,54 +67,145 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
         let refiner = Engine::load(&refiner.checkpoint, &device, dtype)?;
         engine = engine.with_refiner(refiner, args.refiner_switch)?;
     }
-    let plan = Plan::new(&engine, &request)?;
-    let job = Job {
+    let mut session = Session {
         args,
         model: &model.name,
         vae: vae.as_ref().map(|vae| vae.name.as_str()),
         text: text_names.iter().map(String::as_str).collect(),
         refiner: refiner_name.as_deref(),
         engine: &engine,
-        plan: &plan,
-        request: &request,
         worn: &worn,
         threads,
         start,
+        made: 0,
+        latents: Vec::new(),
     };
-    if args.dry_run {
-        return print_line(&job.describe());
-    }
-    for index in 0..plan.pictures() {
-        job.target(index, plan.seed.wrapping_add(index as u64))
-            .check()?;
-    }
     let bar = progress_bar(quiet);
-    let mut listener = |event: Event| {
-        show(&bar, event);
-        if interrupt::stopped() {
-            Control::Stop
-        } else {
-            Control::Continue
+    if files.is_empty() {
+        session.run(request, &args.output, &bar)?;
+    }
+    for file in &files {
+        session.run_file(&request, file, &bar)?;
+    }
+    bar.finish_and_clear();
+    session.save_latents()
+}
+
+/// What does not change from run to run, and what has been made.
+struct Session<'a> {
+    args: &'a GenerateArgs,
+    model: &'a str,
+    vae: Option<&'a str>,
+    text: Vec<&'a str>,
+    refiner: Option<&'a str>,
+    engine: &'a Engine,
+    worn: &'a Worn,
+    threads: usize,
+    start: Instant,
+    /// Pictures made so far.
+    made: usize,
+    /// Their latents, where they are to be saved.
+    latents: Vec<Tensor>,
+}
+
+impl Session<'_> {
+    /// Begins at a picture, and at what became of it as often as `--loopback` says.
+    fn run_file(&mut self, request: &Request, file: &Path, bar: &ProgressBar) -> Result<()> {
+        let stem = file.file_stem().unwrap_or_default().to_string_lossy();
+        let template = self.args.output.replace("{name}", &stem);
+        if template != self.args.output {
+            self.made = 0; // numbered within its name
         }
-    };
-    let mut index = 0;
-    let mut latents = Vec::new();
-    let result = engine.generate(&request, &plan, &mut listener, &mut |batch| {
-        bar.suspend(|| job.save(&batch, index))?;
-        index += batch.pictures.len();
-        if args.save_latents.is_some() {
-            latents.push(batch.latents);
+        let mut source = picture::source(&self.args.image, file)?;
+        let mut seed = request.seed;
+        for _ in 0..self.args.image.loopback {
+            let request = Request {
+                source: Some(source),
+                seed,
+                ..request.clone()
+            };
+            let Some((picture, used)) = self.run(request, &template, bar)? else {
+                return Ok(()); // a dry run
+            };
+            seed = Some(used.wrapping_add(1));
+            source = picture::with_picture(&self.args.image, picture)?;
         }
         Ok(())
-    });
-    bar.finish_and_clear();
-    result?;
-    if let Some(path) = &args.save_latents {
-        let all = candle_core::Tensor::cat(&latents, 0)?;
-        let values: Vec<f32> = all.flatten_all()?.to_vec1()?;
-        output::save_latents(path, &values, all.dims(), args.overwrite)?;
     }
-    Ok(())
+
+    /// One request; gives its last picture and that one's seed, or nothing where only the plan was asked for.
+    fn run(
+        &mut self,
+        request: Request,
+        template: &str,
+        bar: &ProgressBar,
+    ) -> Result<Option<(Picture, u64)>> {
+        let plan = Plan::new(self.engine, &request)?;
+        let first = self.made;
+        let job = Job {
+            session: self,
+            plan: &plan,
+            request: &request,
+            template,
+        };
+        if self.args.dry_run {
+            print_line(&job.describe())?;
+            return Ok(None);
+        }
+        for index in 0..plan.pictures() {
+            job.target(first + index, plan.seed.wrapping_add(index as u64))
+                .check()?;
+        }
+        let mut listener = |event: Event| {
+            show(bar, event);
+            if interrupt::stopped() {
+                Control::Stop
+            } else {
+                Control::Continue
+            }
+        };
+        let (mut index, mut last, mut latents) = (first, None, Vec::new());
+        self.engine
+            .generate(&request, &plan, &mut listener, &mut |batch| {
+                bar.suspend(|| job.save(&batch, index))?;
+                index += batch.pictures.len();
+                last = batch.pictures.last().map(|p| (p.image.clone(), p.seed));
+                latents.push(batch.latents);
+                Ok(())
+            })?;
+        self.made = index;
+        if self.args.save_latents.is_some() {
+            self.latents.extend(latents);
+        }
+        match last {
+            Some((image, seed)) => Ok(Some((Picture::try_from(image)?, seed))),
+            None => Ok(None),
+        }
+    }
+
+    fn save_latents(&self) -> Result<()> {
+        let (Some(path), Some(first)) = (&self.args.save_latents, self.latents.first()) else {
+            return Ok(());
+        };
+        let size = first.dims()[1..].to_vec();
+        if self.latents.iter().any(|latents| latents.dims()[1..] != size) {
+            return Err(Error::Usage(
+                "--save-latents takes latents of one size, and the pictures have several; give --width and --height".to_owned(),
+            ));
+        }
+        let all = Tensor::cat(&self.latents, 0)?;
+        let values: Vec<f32> = all.flatten_all()?.to_vec1()?;
+        output::save_latents(path, &values, all.dims(), self.args.overwrite)
+    }
+}
+
+/// One request of a session.
+struct Job<'a> {
+    session: &'a Session<'a>,
+    plan: &'a Plan,
+    request: &'a Request,
+    /// `--output`, with the name of the picture that is begun at.
+    template: &'a str,
 }
 
 fn request(args: &GenerateArgs) -> Result<Request> {
@@ -154,6 +234,7 @@ fn request(args: &GenerateArgs) -> Result<Request> {
         count: usize::from(args.count),
         clip_skip: args.clip_skip,
         rng: args.rng,
+        source: None,
         skip_layers: args
             .slg_scale
             .filter(|scale| *scale != 0.0)
@@ -232,11 +313,11 @@ impl Job<'_> {
 
     fn target(&self, index: usize, seed: u64) -> Target<'_> {
         Target {
-            template: &self.args.output,
+            template: self.template,
             seed,
             index,
             count: self.plan.pictures(),
-            overwrite: self.args.overwrite,
+            overwrite: self.session.args.overwrite,
         }
     }
 
@@ -244,14 +325,14 @@ impl Job<'_> {
         let Some(path) = path else {
             return Ok(()); // the picture itself went to the standard output
         };
-        if self.args.json {
+        if self.session.args.json {
             return print_line(
                 &self
                     .json(&path.display().to_string(), seed, batch)
                     .to_string(),
             );
         }
-        tracing::info!("seed {seed}: {:.2} s", self.start.elapsed().as_secs_f64());
+        tracing::info!("seed {seed}: {:.2} s", self.session.start.elapsed().as_secs_f64());
         print_line(&format!("{} (seed {seed})", path.display()))
     }
 
@@ -264,12 +345,12 @@ impl Job<'_> {
             fields.insert(
                 "timings".to_owned(),
                 json!({
-                    "load_s": seconds(self.engine.load_time() + timings.load),
+                    "load_s": seconds(self.session.engine.load_time() + timings.load),
                     "text_s": seconds(timings.text),
                     "denoise_s": seconds(timings.denoise),
                     "step_s": timings.steps.iter().copied().map(seconds).collect::<Vec<_>>(),
                     "decode_s": seconds(timings.decode),
-                    "total_s": seconds(self.start.elapsed()),
+                    "total_s": seconds(self.session.start.elapsed()),
                 }),
             );
             fields.insert("peak_rss_bytes".to_owned(), json!(peak_resident()));
@@ -281,17 +362,17 @@ impl Job<'_> {
         json!({
             "path": Value::Null,
             "seed": seed,
-            "width": self.plan.width,
-            "height": self.plan.height,
+            "width": self.plan.picture_size().0,
+            "height": self.plan.picture_size().1,
             "steps": self.plan.steps,
             "cfg_scale": self.plan.cfg_scale,
             "sampler": self.plan.sampler,
             "schedule": self.plan.schedule,
-            "model": self.model,
-            "family": self.engine.spec().family.id(),
-            "dtype": device::dtype_name(self.engine.networks().dtype()),
+            "model": self.session.model,
+            "family": self.session.engine.spec().family.id(),
+            "dtype": device::dtype_name(self.session.engine.networks().dtype()),
             "device": "cpu",
-            "threads": self.threads,
+            "threads": self.session.threads,
         })
     }
 
@@ -302,23 +383,23 @@ impl Job<'_> {
             for key in ["path", "threads", "device"] {
                 fields.shift_remove(key);
             }
-            fields.insert("prompt".to_owned(), json!(self.worn.shown_prompt));
+            fields.insert("prompt".to_owned(), json!(self.session.worn.shown_prompt));
             fields.insert(
                 "negative_prompt".to_owned(),
                 json!(self.request.negative_prompt),
             );
-            if let Some(vae) = self.vae {
+            if let Some(vae) = self.session.vae {
                 fields.insert("vae".to_owned(), json!(vae));
             }
-            if !self.text.is_empty() {
-                fields.insert("text_encoders".to_owned(), json!(self.text));
+            if !self.session.text.is_empty() {
+                fields.insert("text_encoders".to_owned(), json!(self.session.text));
             }
-            if let Some(length) = self.args.t5_length {
+            if let Some(length) = self.session.args.t5_length {
                 fields.insert("t5_length".to_owned(), json!(length));
             }
-            if let Some(refiner) = self.refiner {
+            if let Some(refiner) = self.session.refiner {
                 fields.insert("refiner".to_owned(), json!(refiner));
-                let switch = json!(self.args.refiner_switch);
+                let switch = json!(self.session.args.refiner_switch);
                 fields.insert("refiner_switch".to_owned(), switch);
             }
             if let Some(slg) = &self.plan.skip_layers {
@@ -327,7 +408,11 @@ impl Job<'_> {
                     json!({ "scale": slg.scale, "layers": slg.layers, "start": slg.span.0, "end": slg.span.1 }),
                 );
             }
-            if self.args.dora_norm != DoraNorm::default() {
+            if let Some(source) = &self.request.source {
+                let from = picture::request_json(&self.session.args.image, source, self.plan);
+                fields.insert("from_picture".to_owned(), from);
+            }
+            if self.session.args.dora_norm != DoraNorm::default() {
                 fields.insert("dora_norm".to_owned(), json!("original"));
             }
             fields.insert("clip_skip".to_owned(), json!(self.plan.clip_skip));
@@ -344,17 +429,18 @@ impl Job<'_> {
 
     fn parameters(&self, seed: u64) -> Parameters {
         Parameters {
-            prompt: self.worn.shown_prompt.clone(),
+            prompt: self.session.worn.shown_prompt.clone(),
             negative_prompt: self.request.negative_prompt.clone().unwrap_or_default(),
             steps: u32::try_from(self.plan.steps).ok(),
             sampler: Some(self.plan.sampler.clone()),
             schedule_type: Some(self.plan.schedule.clone()),
             cfg_scale: Some(self.plan.cfg_scale),
             seed: Some(seed),
-            size: u32::try_from(self.plan.width)
+            size: u32::try_from(self.plan.picture_size().0)
                 .ok()
-                .zip(u32::try_from(self.plan.height).ok()),
-            model: Some(self.model.to_owned()),
+                .zip(u32::try_from(self.plan.picture_size().1).ok()),
+            denoising_strength: self.plan.strength,
+            model: Some(self.session.model.to_owned()),
             clip_skip: u32::try_from(self.plan.clip_skip).unwrap_or(1),
             rng: match self.plan.rng {
                 Rng::Cpu => NoiseSource::Cpu,
@@ -369,19 +455,20 @@ impl Job<'_> {
     /// A1111's keys of what else takes part.
     fn other_models(&self) -> Vec<(String, String)> {
         let mut pairs = Vec::new();
-        if let Some(vae) = self.vae {
+        if let Some(vae) = self.session.vae {
             pairs.push(("VAE".to_owned(), vae.to_owned()));
         }
         // Forge's words
-        for (name, i) in self.text.iter().zip(1..) {
+        for (name, i) in self.session.text.iter().zip(1..) {
             pairs.push((format!("Module {i}"), (*name).to_owned()));
         }
-        if let Some(refiner) = self.refiner {
-            let switch = self.args.refiner_switch.to_string();
+        if let Some(refiner) = self.session.refiner {
+            let switch = self.session.args.refiner_switch.to_string();
             pairs.push(("Refiner".to_owned(), refiner.to_owned()));
             pairs.push(("Refiner switch at".to_owned(), switch));
         }
-        if let Some(hashes) = &self.worn.hashes {
+        pairs.extend(picture::pairs(self.request, self.plan));
+        if let Some(hashes) = &self.session.worn.hashes {
             pairs.push(("Lora hashes".to_owned(), hashes.clone()));
         }
         pairs
@@ -398,7 +485,7 @@ impl Job<'_> {
             );
             fields.insert("memory_bytes".to_owned(), json!(self.plan.memory));
         }
-        if self.args.json {
+        if self.session.args.json {
             return object.to_string();
         }
         let lines = object.as_object().map(|fields| {

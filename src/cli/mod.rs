@@ -12,6 +12,7 @@ mod interrupt;
 mod kernels;
 mod lora;
 mod models;
+mod picture;
 
 use std::io::Write;
 

@@ -4,12 +4,13 @@ use candle_core::{DType, Tensor};
 use sd_models::denoiser;
 
 use crate::error::Result;
-use crate::text::Conditioning;
+use crate::text::{Conditioning, Text};
 
 /// Names of the inputs of a recorded UNet that stay the same during a run.
 pub(super) const CONTEXT: &str = "context";
 pub(super) const ADDED: &str = "added";
 pub(super) const GUIDANCE: &str = "guidance";
+pub(super) const EXTRA: &str = "extra";
 
 /// What the UNet is told beside latents and time; a batch has the unconditional rows first if there are any.
 #[derive(Debug, Clone)]
@@ -20,23 +21,57 @@ pub struct Conditions {
     pub added: Option<Tensor>,
     /// The guidance that the network itself was trained to follow `[b, width]`, f32, where it takes one.
     pub guidance: Option<Tensor>,
+    /// Channels behind those of the latents, `[b, extra, h, w]`, f32, where the network takes some: a mask, another picture's latents.
+    pub extra: Option<Tensor>,
+}
+
+/// What a part of a batch is given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Branch {
+    /// The negative prompt, and no picture.
+    Unseen,
+    /// The negative prompt.
+    Negative,
+    /// The prompt.
+    Positive,
+}
+
+impl Branch {
+    fn text(self) -> Text {
+        match self {
+            Self::Unseen | Self::Negative => Text::Negative,
+            Self::Positive => Text::Positive,
+        }
+    }
+}
+
+/// The channels beside the latents, for every branch.
+fn rows_of(extra: &Tensor, branches: &[Branch]) -> Result<Tensor> {
+    let unseen = extra.zeros_like()?;
+    let rows = branches.iter().map(|branch| match branch {
+        Branch::Unseen => &unseen,
+        Branch::Negative | Branch::Positive => extra,
+    });
+    Ok(Tensor::cat(&rows.collect::<Vec<_>>(), 0)?)
 }
 
 impl Conditions {
-    /// Those of a batch of `n` pictures, guided by a negative prompt or not; `numbers` are what SDXL is told with the negative prompt and with
-    /// the prompt, the scale is for networks that embed it.
+    /// Those of a batch of `n` pictures, n rows for each of `branches`; `numbers` are what SDXL is told with the negative prompt and with the
+    /// prompt, the scale is for networks that embed it, `extra` are the channels beside the latents, `[n, extra, h, w]`.
     ///
     /// # Errors
     /// When the device has no memory.
     pub fn new(
         config: &denoiser::Config,
         conditioning: &Conditioning,
-        (n, guided): (usize, bool),
+        (n, branches): (usize, &[Branch]),
         (numbers, cfg_scale): (&[Vec<f64>; 2], f64),
+        extra: Option<&Tensor>,
     ) -> Result<Self> {
-        let context = conditioning.for_batch(n, guided)?;
+        let texts: Vec<Text> = branches.iter().map(|branch| branch.text()).collect();
+        let context = conditioning.for_batch(n, &texts)?;
         let (batch, device) = (context.dim(0)?, context.device());
-        let pooled = conditioning.pooled_for_batch(n, guided)?;
+        let pooled = conditioning.pooled_for_batch(n, &texts)?;
         let unet = config.unet().filter(|unet| unet.added.is_some());
         let added = match (unet, pooled) {
             (None, pooled) => pooled.filter(|_| config.added_width().is_some()),
@@ -49,12 +84,9 @@ impl Conditions {
                 };
                 let [negative, positive] = numbers;
                 let (negative, positive) = (embed(negative)?, embed(positive)?);
-                let rows = (0..batch).map(|i| {
-                    if guided && i < n {
-                        &negative
-                    } else {
-                        &positive
-                    }
+                let rows = texts.iter().flat_map(|text| match text {
+                    Text::Negative => vec![&negative; n],
+                    Text::Positive => vec![&positive; n],
                 });
                 let numbers = Tensor::cat(&rows.collect::<Vec<_>>(), 0)?;
                 Some(Tensor::cat(&[&pooled, &numbers], 1)?)
@@ -72,6 +104,10 @@ impl Conditions {
             context,
             added,
             guidance,
+            extra: match extra {
+                Some(extra) => Some(rows_of(extra, branches)?),
+                None => None,
+            },
         })
     }
 
@@ -81,6 +117,7 @@ impl Conditions {
             context: self.context.to_dtype(dtype)?,
             added: convert(&self.added)?,
             guidance: convert(&self.guidance)?,
+            extra: convert(&self.extra)?,
         })
     }
 
@@ -90,6 +127,7 @@ impl Conditions {
             (CONTEXT, Some(&self.context)),
             (ADDED, self.added.as_ref()),
             (GUIDANCE, self.guidance.as_ref()),
+            (EXTRA, self.extra.as_ref()),
         ];
         all.into_iter()
             .filter_map(|(name, tensor)| Some((name, tensor?)))

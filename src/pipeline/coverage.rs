@@ -80,7 +80,7 @@ impl Coverage {
             coverage.check_types(UNET, &unet.found(), &spec.unet.tensors);
             let tensors = spec.tiny.as_ref().map_or(&spec.vae.tensors, |t| &t.tensors);
             coverage.check_types(VAE, &decoder.found(), tensors);
-            let encoder = ask("encoder of the autoencoder", &vae, &|w| {
+            let encoder = ask(ENCODER, &vae, &|w| {
                 drop(Encoder::load(w, &spec.vae.config));
             });
             coverage.notices.extend(
@@ -255,6 +255,7 @@ pub(super) const TEXT: &str = "text encoder";
 pub(super) const T5: &str = "T5";
 pub(super) const UNET: &str = "UNet";
 pub(super) const VAE: &str = "autoencoder";
+pub(super) const ENCODER: &str = "encoder of the autoencoder";
 
 /// The weights of a component under canonical names.
 pub(super) fn source<C>(component: &Component<C>) -> Arc<CheckpointSource> {

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Device, Tensor};
 
 use super::event::{Event, Listener, send};
+use super::known::Known;
 use crate::error::{Error, Result};
 use crate::sampling::{Assign, Call, Combo, Generator, Register, Trajectory};
 
@@ -88,6 +89,11 @@ impl BatchNoise {
         }
     }
 
+    /// Pictures of the batch.
+    pub(super) fn pictures(&self) -> usize {
+        self.generators.len()
+    }
+
     /// Standard normal numbers `[b, c, h, w]`.
     pub(super) fn draw(&mut self) -> Result<Tensor> {
         let [c, h, w] = self.shape;
@@ -107,44 +113,83 @@ impl BatchNoise {
 /// A network with guidance: model input and what is asked → prediction, both `[b, c, h, w]`.
 pub(super) type Model<'a> = dyn FnMut(&Tensor, &Call) -> Result<Tensor> + 'a;
 
-/// Runs `trajectory` and gives the latents and the seconds of every network call. `done` counts steps of earlier batches.
-pub(super) fn run(
-    trajectory: &Trajectory,
-    noise: &mut BatchNoise,
-    model: &mut Model<'_>,
-    (done, total): (usize, usize),
-    listener: &mut Listener<'_>,
-) -> Result<(Tensor, Vec<Duration>)> {
-    let sample = (noise.draw()? * trajectory.init_noise_sigma)?;
-    let mut registers = Registers {
-        model_input: sample.clone(),
-        model_output: sample.clone(),
-        sample,
-        saved: vec![None; trajectory.registers],
-    };
-    let mut times = Vec::with_capacity(trajectory.calls.len());
-    for (index, call) in trajectory.calls.iter().enumerate() {
-        let start = Instant::now();
-        registers.model_input = registers.combine(&call.input)?;
-        registers.model_output = model(&registers.model_input, call)?;
-        step(&mut registers, call, noise)?;
-        check_finite(&registers.sample, index + 1)?;
-        times.push(start.elapsed());
-        let last_of_step = trajectory
-            .calls
-            .get(index + 1)
-            .is_none_or(|next| next.step != call.step);
-        if last_of_step {
-            send(
-                listener,
-                Event::Step {
-                    done: done + call.step + 1,
-                    total,
-                },
-            )?;
+/// What a run is.
+pub(super) struct Run<'a> {
+    /// Its calls.
+    pub(super) trajectory: &'a Trajectory,
+    /// What stays of a picture.
+    pub(super) known: Option<&'a Known>,
+    /// Steps of earlier batches, and of all.
+    pub(super) progress: (usize, usize),
+}
+
+impl Run<'_> {
+    /// Goes from the first latents to the last, and gives the seconds of every network call.
+    pub(super) fn go(
+        &self,
+        sample: Tensor,
+        noise: &mut BatchNoise,
+        model: &mut Model<'_>,
+        listener: &mut Listener<'_>,
+    ) -> Result<(Tensor, Vec<Duration>)> {
+        let (done, total) = self.progress;
+        let mut registers = Registers {
+            model_input: sample.clone(),
+            model_output: sample.clone(),
+            sample,
+            saved: vec![None; self.trajectory.registers],
+        };
+        let calls = &self.trajectory.calls;
+        let mut times = Vec::with_capacity(calls.len());
+        for (index, call) in calls.iter().enumerate() {
+            let start = Instant::now();
+            let left = self.left(call);
+            registers.model_input = registers.combine(&call.input)?;
+            registers.model_output = self.predict(&registers.model_input, call, left, model)?;
+            step(&mut registers, call, noise)?;
+            if let Some(known) = self.known {
+                registers.sample = known.after_step(&registers.sample, call, left)?;
+            }
+            check_finite(&registers.sample, index + 1)?;
+            times.push(start.elapsed());
+            let next = calls.get(index + 1);
+            if next.is_none_or(|next| next.step != call.step) {
+                let done = done + call.step + 1;
+                send(listener, Event::Step { done, total })?;
+            }
+        }
+        let sample = match self.known {
+            Some(known) => known.at_end(&registers.sample)?,
+            None => registers.sample,
+        };
+        Ok((sample, times))
+    }
+
+    /// The prediction, by which what is known of the picture stays.
+    fn predict(
+        &self,
+        input: &Tensor,
+        call: &Call,
+        left: f64,
+        model: &mut Model<'_>,
+    ) -> Result<Tensor> {
+        let Some(known) = self.known else {
+            return model(input, call);
+        };
+        let seen = known.before(input, call, left)?;
+        let output = model(&seen, call)?;
+        known.after_call((input, &seen), output, call, left)
+    }
+
+    /// How much of the run's noise is left at a call, by its timestep: 1 at the first, 0 at none.
+    fn left(&self, call: &Call) -> f64 {
+        let first = self.trajectory.calls.first().map_or(0.0, |c| c.timestep);
+        if first > 0.0 {
+            (call.timestep / first).clamp(0.0, 1.0)
+        } else {
+            0.0
         }
     }
-    Ok((registers.sample, times))
 }
 
 fn step(registers: &mut Registers, call: &Call, noise: &mut BatchNoise) -> Result<()> {

@@ -56,6 +56,9 @@ pub(super) fn guide(plan: &Plan, predictions: &Tensor, skipped: Option<Tensor>) 
     if !plan.guided {
         return Ok(predictions.clone());
     }
+    if let Some(image_cfg_scale) = plan.image_cfg_scale {
+        return guide_towards_picture(predictions, plan.cfg_scale, image_cfg_scale);
+    }
     let predictions = predictions.chunk(2, 0)?;
     let [unconditional, conditional] = predictions.as_slice() else {
         return Err(Error::Numeric("guidance needs two predictions".to_owned()));
@@ -65,4 +68,20 @@ pub(super) fn guide(plan: &Plan, predictions: &Tensor, skipped: Option<Tensor>) 
         (Some(skipped), Some(slg)) => (guided + ((conditional - skipped)? * slg.scale)?)?,
         _ => guided,
     })
+}
+
+/// Of predictions `[3n, c, h, w]` without picture and prompt, without prompt, and with both: towards the picture, and from there towards the
+/// prompt (Brooks et al., "InstructPix2Pix", arXiv 2211.09800, equation 3).
+fn guide_towards_picture(
+    predictions: &Tensor,
+    cfg_scale: f64,
+    image_cfg_scale: f64,
+) -> Result<Tensor> {
+    let predictions = predictions.chunk(3, 0)?;
+    let [unseen, negative, positive] = predictions.as_slice() else {
+        return Err(Error::Numeric("guidance needs three predictions".to_owned()));
+    };
+    let towards_prompt = ((positive - negative)? * cfg_scale)?;
+    let towards_picture = ((negative - unseen)? * image_cfg_scale)?;
+    Ok(((unseen + towards_prompt)? + towards_picture)?)
 }

@@ -1,29 +1,39 @@
 //! From a request to pictures: texts are encoded, noise is drawn, denoised step by step, decoded.
 
 mod adapted;
+mod begin;
 mod conditions;
 mod coverage;
 mod decode;
 mod denoise;
 mod event;
+mod extend;
 mod guidance;
+mod known;
 mod memory;
 mod networks;
 mod plan;
 mod relay;
 mod request;
+mod resize;
+mod scene;
 mod sizes;
+mod source;
 mod tower;
 
 pub use adapted::bind_adapters;
-pub use conditions::Conditions;
+pub use conditions::{Branch, Conditions};
 pub use coverage::Coverage;
 pub use event::{Control, Event, Listener};
+pub use extend::{Extend, ExtendFill, Margins};
 pub use guidance::SkipLayers;
-pub use networks::{Configs, Need, Networks};
+pub use networks::{Configs, Need, Networks, Posterior};
 pub use plan::Plan;
 pub use request::{Request, Rng};
+pub use begin::Role;
+pub use scene::Scene;
 pub use sizes::SizeConditioning;
+pub use source::{Edges, Fill, Fit, IMAGE_CFG_SCALE, Masking, Source, Whose};
 pub use tower::LoadedTower;
 
 use std::time::{Duration, Instant};
@@ -39,6 +49,7 @@ use crate::spec::{ModelSpec, Others};
 use crate::text::{
     self, Behind, Conditioning, LongSpeaker, LongTower, Readers, Speaker, Texts, Tokenizers,
 };
+use begin::{Begin, Beginning};
 use denoise::BatchNoise;
 use networks::Denoiser;
 use relay::Relay;
@@ -233,8 +244,9 @@ impl Engine {
             event::send(listener, Event::Warning(warning))?;
         }
         event::send(listener, Event::Encoded)?;
+        let source = request.source.as_ref();
         for index in 0..plan.count {
-            let mut batch = self.batch(plan, index, &conditionings, listener)?;
+            let mut batch = self.batch((plan, source), index, &conditionings, listener)?;
             batch.timings.text = text_time;
             finish(batch)?;
         }
@@ -266,15 +278,20 @@ impl Engine {
         &self,
         plan: &Plan,
         size: [usize; 4],
-        conditioning: &Conditioning,
+        (conditioning, extra): (&Conditioning, Option<&Tensor>),
         skipped: Option<&[usize]>,
     ) -> Result<Denoiser<'_>> {
         let numbers = plan.numbers(&self.spec);
+        let branches = match skipped {
+            Some(_) => &[Branch::Positive],
+            None => plan.branches(),
+        };
         let conditions = Conditions::new(
             &self.spec.unet.config,
             conditioning,
-            (plan.batch_size, plan.guided && skipped.is_none()),
+            (plan.batch_size, branches),
             (&numbers, plan.cfg_scale),
+            extra,
         )?;
         let calls = plan.trajectory.calls.iter();
         let timesteps: Vec<f64> = calls.map(|call| call.timestep).collect();
@@ -310,7 +327,7 @@ impl Engine {
 
     fn batch(
         &self,
-        plan: &Plan,
+        (plan, source): (&Plan, Option<&Source>),
         index: usize,
         conditionings: &[Conditioning],
         listener: &mut Listener<'_>,
@@ -330,7 +347,21 @@ impl Engine {
         });
         let mut noise = BatchNoise::new(generators.collect(), shape, self.networks.device());
         let size = [seeds.len(), shape[0], shape[1], shape[2]];
-        let mut relay = Relay::new(self, plan, size, conditionings)?;
+        let begin = Begin {
+            networks: &self.networks,
+            trajectory: &plan.trajectory,
+            source,
+            scene: plan.scene.as_ref(),
+            whose: plan.whose,
+            scaled: self.spec.scales_instructions,
+            shape,
+        };
+        let Beginning {
+            sample,
+            known,
+            extra,
+        } = begin.run(&mut noise)?;
+        let mut relay = Relay::new(self, plan, size, (conditionings, extra))?;
         let mut model = |sample: &Tensor, call: &Call| relay.predict(sample, call);
         let progress = (
             index * plan.trajectory.steps,
@@ -338,8 +369,12 @@ impl Engine {
         );
 
         let start = Instant::now();
-        let (latents, steps) =
-            denoise::run(&plan.trajectory, &mut noise, &mut model, progress, listener)?;
+        let run = denoise::Run {
+            trajectory: &plan.trajectory,
+            known: known.as_ref(),
+            progress,
+        };
+        let (latents, steps) = run.go(sample, &mut noise, &mut model, listener)?;
         let denoise = start.elapsed().saturating_sub(relay.later_load_time());
 
         let load = relay.load_time();
@@ -353,6 +388,10 @@ impl Engine {
             for warning in warnings {
                 event::send(listener, Event::Warning(warning))?;
             }
+            let image = match &plan.scene {
+                Some(scene) => scene.finish(image)?,
+                None => image,
+            };
             pictures.push(Picture { image, seed });
         }
         Ok(Batch {

@@ -5,15 +5,15 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use sd_kernels::cpu::Level;
 use sd_kernels::plan::{Feed, Options, Plan, Precision, Store};
-use sd_kernels::{Graph, Source, Weights};
+use sd_kernels::{Graph, Source, Weights, ops};
 use sd_models::clip::{self, TextEncoder};
 use sd_models::denoiser::{self, Denoiser as Network, Inputs};
 use sd_models::t5::{self, T5Encoder};
-use sd_models::vae::{self, AnyDecoder, TinyConfig};
+use sd_models::vae::{self, AnyDecoder, Encoder, TinyConfig};
 
 use super::adapted::bind_adapters;
-use super::conditions::{ADDED, CONTEXT, Conditions, GUIDANCE};
-use super::coverage::{Coverage, T5, TEXT, UNET, VAE, named, source};
+use super::conditions::{ADDED, CONTEXT, Conditions, EXTRA, GUIDANCE};
+use super::coverage::{Coverage, ENCODER, T5, TEXT, UNET, VAE, named, source};
 use super::tower::{LoadedT5, LoadedTower, Runner};
 use crate::adapters::{Adapters, Bound, Owner};
 use crate::checkpoint::Checkpoint;
@@ -31,6 +31,7 @@ pub struct Networks {
     config: denoiser::Config,
     vae: AnyDecoder,
     vae_source: Arc<dyn Source>,
+    encoder: EncoderParts,
     device: Device,
     dtype: DType,
     weight_bytes: u64,
@@ -46,12 +47,58 @@ struct Planned {
     vae: Store,
 }
 
+/// What pictures are encoded with, which few runs need: its weights are asked for then.
+struct EncoderParts {
+    config: vae::Config,
+    source: Arc<dyn Source>,
+}
+
+/// The distribution of a picture's latents, before they are scaled.
+#[derive(Debug, Clone)]
+pub struct Posterior {
+    mean: Tensor,
+    deviation: Tensor,
+}
+
+impl Posterior {
+    /// Of `[b, 2 · c, h, w]`: means, and logarithms of variances.
+    fn new(moments: &Tensor) -> Result<Self> {
+        let half = moments.dim(1)? / 2;
+        let logarithm = moments.narrow(1, half, half)?.clamp(-30f64, 20f64)?;
+        Ok(Self {
+            mean: moments.narrow(1, 0, half)?.contiguous()?,
+            deviation: (logarithm * 0.5)?.exp()?,
+        })
+    }
+
+    /// The most probable latents `[b, c, h, w]`.
+    pub fn mode(&self) -> Tensor {
+        self.mean.clone()
+    }
+
+    /// A sample for each of the draws `[n, c, h, w]` of standard normal numbers.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn sample(&self, noise: &Tensor) -> Result<Tensor> {
+        let spread = noise.broadcast_mul(&self.deviation)?;
+        Ok(spread.broadcast_add(&self.mean)?)
+    }
+
+    fn is_finite(&self) -> Result<bool> {
+        let sum = |x: &Tensor| x.abs()?.sum_all()?.to_scalar::<f32>();
+        Ok(sum(&self.mean)?.is_finite() && sum(&self.deviation)?.is_finite())
+    }
+}
+
 /// The sources of the networks' weights.
 struct Sources {
     towers: Vec<Arc<dyn Source>>,
     t5: Option<Arc<dyn Source>>,
     unet: Arc<dyn Source>,
     vae: Arc<dyn Source>,
+    /// The whole autoencoder's, where a tiny decoder takes its decoder's place.
+    encoder: Arc<dyn Source>,
 }
 
 /// Bytes that a run takes.
@@ -124,6 +171,7 @@ impl Networks {
                 Some(tiny) => source(tiny),
                 None => source(&spec.vae),
             },
+            encoder: source(&spec.vae),
         };
         let towers: Vec<&clip::Config> = towers.map(|tower| &tower.config).collect();
         let configs = Configs {
@@ -153,6 +201,7 @@ impl Networks {
             t5: configs.t5.map(|_| source()),
             unet: source(),
             vae: source(),
+            encoder: source(),
         };
         Self::build(configs, sources, device, dtype)
     }
@@ -212,6 +261,10 @@ impl Networks {
             config: configs.unet.clone(),
             vae,
             vae_source: sources.vae,
+            encoder: EncoderParts {
+                config: configs.vae.clone(),
+                source: sources.encoder,
+            },
             device: device.clone(),
             dtype,
             weight_bytes,
@@ -340,6 +393,73 @@ impl Networks {
         Ok(decoder.forward(&latents.into())?.into_data()?)
     }
 
+    /// What pictures `[b, 3, H, W]` in [−1, 1] are in the autoencoder's latents, before they are scaled; computed in `dtype`.
+    ///
+    /// # Errors
+    /// [`Error::Weights`] when the encoder is not whole; when the shapes do not fit or the executor fails.
+    pub fn encode(&self, pictures: &Tensor, dtype: DType) -> Result<Posterior> {
+        let EncoderParts { config, source } = &self.encoder;
+        let weights = Weights::new(Arc::clone(source), dtype, &self.device);
+        let encoder = Encoder::load(&weights, config);
+        let moments = if self.planned.is_some() {
+            named(ENCODER, weights.check())?;
+            let graph = Graph::new();
+            let output = encoder.moments(&graph.input("pictures", pictures.dims()))?;
+            let mut plan = Plan::compile(&graph, &output, &vae_options(dtype), &Store::default())?;
+            let values = pictures
+                .to_dtype(DType::F32)?
+                .flatten_all()?
+                .to_vec1::<f32>()?;
+            let feed = Feed {
+                name: "pictures",
+                values: &values,
+            };
+            let mut moments = Vec::new();
+            plan.run(&[feed], &mut moments)?;
+            Tensor::from_vec(moments, plan.output_shape(), &self.device)?
+        } else {
+            named(ENCODER, weights.finish())?;
+            let pictures = pictures.to_dtype(dtype)?;
+            let moments = encoder.moments(&pictures.into())?.into_data()?;
+            moments.to_dtype(DType::F32)?
+        };
+        Posterior::new(&moments)
+    }
+
+    /// The same in the run's type, or in f32 where that leaves the numbers.
+    ///
+    /// # Errors
+    /// As [`Networks::encode`], and [`Error::Numeric`] when the result is not finite even then.
+    pub fn encode_safely(&self, pictures: &Tensor) -> Result<Posterior> {
+        let posterior = self.encode(pictures, self.dtype)?;
+        if posterior.is_finite()? {
+            return Ok(posterior);
+        }
+        let posterior = self.encode(pictures, DType::F32)?;
+        if posterior.is_finite()? {
+            return Ok(posterior);
+        }
+        Err(Error::Numeric(
+            "the picture's latents are not numbers, even in f32; the checkpoint's autoencoder may be damaged".to_owned(),
+        ))
+    }
+
+    /// The UNet's latents for those of the encoder.
+    ///
+    /// # Errors
+    /// When the device has no memory.
+    pub fn scale_latents(&self, latents: &Tensor) -> Result<Tensor> {
+        let (_, _, h, w) = latents.dims4()?;
+        let mut values: Vec<f32> = latents.flatten_all()?.to_vec1()?;
+        self.encoder.config.normalise(&mut values, h * w);
+        Ok(Tensor::from_vec(values, latents.shape(), &self.device)?)
+    }
+
+    /// The autoencoder's structure, which has the scaling of latents.
+    pub fn autoencoder(&self) -> &vae::Config {
+        &self.encoder.config
+    }
+
     /// One call of the UNet, recorded, for `batch` latents of `w × h` under contexts of `tokens`: what it costs and what it holds.
     ///
     /// # Errors
@@ -360,7 +480,11 @@ impl Networks {
     ) -> Result<(Graph, sd_kernels::Tensor)> {
         let graph = Graph::new();
         let config = &self.config;
-        let sample = graph.input("sample", &[batch, config.in_channels(), h, w]);
+        let latents = graph.input("sample", &[batch, config.latent_channels(), h, w]);
+        let sample = match config.extra_channels() {
+            0 => latents,
+            more => ops::concat(&latents, &graph.input(EXTRA, &[batch, more, h, w]))?,
+        };
         let timestep = graph.input("timestep", &[batch]);
         let context = graph.input(CONTEXT, &[batch, tokens, config.context_width()]);
         let vector = |name, width: Option<usize>| width.map(|w| graph.input(name, &[batch, w]));
@@ -429,7 +553,7 @@ impl Networks {
         const SHARE: f64 = 0.8;
         let options = Options {
             timestep: Some("timestep"),
-            constant: vec![CONTEXT, ADDED, GUIDANCE],
+            constant: vec![CONTEXT, ADDED, GUIDANCE, EXTRA],
             halved: if guided { vec!["sample"] } else { Vec::new() },
             ..Options::new(Level::current(), precision(self.dtype))
         };
@@ -476,7 +600,7 @@ fn is_planned(device: &Device) -> bool {
 /// The UNet at one size, ready to be called.
 pub struct Denoiser<'a> {
     networks: &'a Networks,
-    /// How often the sample is in a batch: 2 with guidance.
+    /// How often the sample is in a batch: 2 with guidance, 3 where a picture guides as well.
     repeat: usize,
     how: How,
 }
@@ -506,7 +630,10 @@ impl Denoiser<'_> {
         } = self.networks;
         match &mut self.how {
             How::Eager(conditions, skipped) => {
-                let sample = Tensor::cat(&vec![sample; self.repeat], 0)?.to_dtype(*dtype)?;
+                let mut sample = Tensor::cat(&vec![sample; self.repeat], 0)?.to_dtype(*dtype)?;
+                if let Some(extra) = &conditions.extra {
+                    sample = Tensor::cat(&[&sample, extra], 1)?;
+                }
                 let timestep = Tensor::full(timestep as f32, sample.dim(0)?, device)?;
                 let node = |x: &Tensor| sd_kernels::Tensor::from(x.clone());
                 let (added, guidance) = (
@@ -528,7 +655,11 @@ impl Denoiser<'_> {
                 constants,
                 out,
             } => {
-                let sample = sample.flatten_all()?.to_vec1::<f32>()?;
+                let mut sample = sample.flatten_all()?.to_vec1::<f32>()?;
+                if self.repeat > 2 {
+                    // two halves that are alike are given once; of three parts each is
+                    sample = sample.repeat(self.repeat);
+                }
                 let timestep = [timestep as f32];
                 let mut feeds = vec![
                     Feed {

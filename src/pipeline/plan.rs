@@ -2,10 +2,14 @@
 
 use super::guidance::SkipLayers;
 use super::request::{Request, Rng};
+use super::begin::Role;
+use super::conditions::Branch;
+use super::scene::Scene;
 use super::sizes::{self, SizeConditioning};
+use super::source::{Source, Whose};
 use super::{Engine, memory};
 use crate::error::{Error, Result};
-use crate::sampling::{self, Trajectory};
+use crate::sampling::{self, Start, StepCount, Trajectory};
 use crate::spec::ModelSpec;
 
 /// The widest picture in pixels that is taken on.
@@ -44,6 +48,14 @@ pub struct Plan {
     pub rng: Rng,
     /// Whether the negative prompt has a say.
     pub guided: bool,
+    /// Guidance towards a picture beside the prompt's, of models that follow instructions.
+    pub image_cfg_scale: Option<f64>,
+    /// The picture and mask that the run begins at.
+    pub scene: Option<Scene>,
+    /// Whose meaning strength and masks have.
+    pub whose: Whose,
+    /// How much of the picture is given up, where the run begins at one.
+    pub strength: Option<f64>,
     /// Guidance away from a network that skips layers.
     pub skip_layers: Option<SkipLayers>,
     /// What SDXL is told of sizes, with the negative prompt and with the prompt.
@@ -63,11 +75,20 @@ impl Plan {
     pub fn new(engine: &Engine, request: &Request) -> Result<Self> {
         let spec = engine.spec();
         let scale = spec.vae.config.scale();
-        let side = |name: &str, wanted: Option<usize>| -> Result<usize> {
-            let size = wanted.unwrap_or(spec.defaults.size);
+        let role = Role::of(&spec.unet.config);
+        check_source(request.source.as_ref(), role, spec)?;
+        let masked = request.source.as_ref().is_some_and(|s| s.masking.is_some());
+        let side = |name: &str, wanted: Option<usize>, picture: Option<usize>| -> Result<usize> {
             let multiple = match spec.unet.config.patch() {
                 1 => scale.max(8),
                 patch => scale.saturating_mul(patch),
+            };
+            let size = match (wanted, picture) {
+                (Some(size), _) => size,
+                // one with a mask is drawn out and not resized, so that what stays is what was there
+                (None, Some(side)) if masked => side.div_ceil(multiple) * multiple,
+                (None, Some(side)) => (side / multiple).max(1) * multiple,
+                (None, None) => spec.defaults.size,
             };
             if size == 0 || size > MAX_SIZE || !size.is_multiple_of(multiple) {
                 return Err(Error::Usage(format!(
@@ -76,9 +97,10 @@ impl Plan {
             }
             Ok(size)
         };
+        let picture = own_size(request.source.as_ref());
         let (width, height) = (
-            side("width", request.width)?,
-            side("height", request.height)?,
+            side("width", request.width, picture.map(|(width, _)| width))?,
+            side("height", request.height, picture.map(|(_, height)| height))?,
         );
         if let Some(most) = spec.unet.config.most_latents()
             && width.max(height) / scale > most
@@ -139,7 +161,15 @@ impl Plan {
             }
         }
         let latent = (width / scale, height / scale);
-        let chosen = choose_sampling(engine, request, (steps, latent), &mut warnings)?;
+        let whose = whose(engine, request)?;
+        let start = start(request.source.as_ref(), (role, whose), spec);
+        let chosen = choose_sampling(engine, request, (steps, latent), start, &mut warnings)?;
+        let source = request.source.as_ref();
+        let asked = request.width.is_some() || request.height.is_some();
+        let scene = source.map(|source| Scene::new(source, (width, height), asked, whose));
+        let image_cfg_scale = source
+            .filter(|_| role == Role::Instruct && guided)
+            .map(|source| source.image_cfg_scale);
         let memory = memory::estimate(&engine.all_networks(), latent, batch_size, guided)?;
         if !request.force {
             memory::check(memory)?;
@@ -158,6 +188,12 @@ impl Plan {
             clip_skip,
             rng: request.rng,
             guided,
+            image_cfg_scale,
+            scene: scene.transpose()?,
+            whose,
+            strength: source
+                .filter(|_| role != Role::Instruct)
+                .map(|source| source.strength.unwrap_or(spec.defaults.strength)),
             skip_layers: request.skip_layers.clone(),
             sizes: (request.negative_sizes, request.sizes),
             memory,
@@ -170,6 +206,21 @@ impl Plan {
         sizes::numbers(spec.numbers(), (self.width, self.height), self.sizes)
     }
 
+    /// The size of a finished picture, which is larger than what is computed where only a part is.
+    pub fn picture_size(&self) -> (usize, usize) {
+        let finished = self.scene.as_ref().and_then(Scene::finished_size);
+        finished.unwrap_or((self.width, self.height))
+    }
+
+    /// The texts that the rows of a batch are given.
+    pub(super) fn branches(&self) -> &'static [Branch] {
+        match (self.guided, self.image_cfg_scale) {
+            (false, _) => &[Branch::Positive],
+            (true, None) => &[Branch::Negative, Branch::Positive],
+            (true, Some(_)) => &[Branch::Unseen, Branch::Negative, Branch::Positive],
+        }
+    }
+
     /// Pictures in the whole run.
     pub fn pictures(&self) -> usize {
         self.batch_size * self.count
@@ -180,7 +231,7 @@ impl Plan {
 /// own sampler has diffusers' reading, by which none below 1 guides. A network that embeds the guidance needs but one call.
 fn is_guided(engine: &Engine, request: &Request, cfg_scale: f64) -> bool {
     let spec = engine.spec();
-    let own = request.sampler.is_none() && request.schedule.is_none() && spec.scheduler.is_some();
+    let own = is_own(engine, request);
     if spec.unet.config.guides_itself() || cfg_scale == 0.0 {
         return false;
     }
@@ -189,6 +240,76 @@ fn is_guided(engine: &Engine, request: &Request, cfg_scale: f64) -> bool {
     } else {
         cfg_scale != 1.0
     }
+}
+
+/// Whether a folder's own sampler runs it, as diffusers would.
+fn is_own(engine: &Engine, request: &Request) -> bool {
+    let unnamed = request.sampler.is_none() && request.schedule.is_none();
+    unnamed && engine.spec().scheduler.is_some()
+}
+
+/// Whose meaning strength and masks have: that of whoever's sampler runs, unless a web UI's is asked for.
+fn whose(engine: &Engine, request: &Request) -> Result<Whose> {
+    let asked = request.source.as_ref().and_then(|source| source.whose);
+    match (asked, is_own(engine, request)) {
+        (None | Some(Whose::Diffusers), true) => Ok(Whose::Diffusers),
+        (None, false) => Ok(Whose::A1111),
+        (Some(Whose::Diffusers), false) => Err(Error::Usage(
+            "--like diffusers is for a folder's own sampler; leave out --sampler and --schedule, or take a1111 or comfyui".to_owned(),
+        )),
+        (Some(other), true) => Err(Error::Usage(format!(
+            "--like {} is for samplers by name, and the model's own runs as in diffusers; name a --sampler",
+            other.id()
+        ))),
+        (Some(other), false) => Ok(other),
+    }
+}
+
+/// Where a run begins.
+fn start(source: Option<&Source>, (role, whose): (Role, Whose), spec: &ModelSpec) -> Start {
+    let Some(source) = source.filter(|_| role != Role::Instruct) else {
+        return Start::Noise;
+    };
+    let strength = source.strength.unwrap_or(spec.defaults.strength);
+    // of a whole picture that is painted anew, the pipelines of UNets take nothing over
+    let anew = source.masking.is_some() && strength == 1.0 && spec.unet.config.unet().is_some();
+    let count = match whose {
+        Whose::Diffusers if anew => return Start::Noise,
+        Whose::Diffusers => StepCount::Diffusers,
+        Whose::A1111 => StepCount::A1111,
+        Whose::A1111Exact => StepCount::Exact,
+        Whose::ComfyUi => StepCount::ComfyUi,
+    };
+    Start::Picture { strength, count }
+}
+
+/// Whether the model can do with the picture, or without one.
+fn check_source(source: Option<&Source>, role: Role, spec: &ModelSpec) -> Result<()> {
+    let Some(source) = source else {
+        if role == Role::Instruct {
+            return Err(Error::Usage(format!(
+                "this is {} that changes a picture by instruction; give it one with --init-image",
+                spec.family.phrase()
+            )));
+        }
+        return Ok(());
+    };
+    source.check()?;
+    if role == Role::Instruct && source.masking.is_some() {
+        return Err(Error::Usage(
+            "--mask has no say with a model that changes pictures by instruction; leave it out"
+                .to_owned(),
+        ));
+    }
+    Ok(())
+}
+
+/// The size of the picture that is begun at; a part of it is computed at the model's own.
+fn own_size(source: Option<&Source>) -> Option<(usize, usize)> {
+    let source = source?;
+    let part = source.masking.as_ref().is_some_and(|m| m.only_masked.is_some());
+    let size = (source.picture.width() as usize, source.picture.height() as usize);
+    (!part).then_some(size)
 }
 
 struct Chosen {
@@ -202,12 +323,13 @@ fn choose_sampling(
     engine: &Engine,
     request: &Request,
     (steps, latent): (usize, (usize, usize)),
+    start: Start,
     warnings: &mut Vec<String>,
 ) -> Result<Chosen> {
     let spec = engine.spec();
     let flow = spec.flow(latent);
     if let (None, None, Some(config)) = (&request.sampler, &request.schedule, &spec.scheduler) {
-        let (trajectory, warning) = sampling::diffusers(config, steps, flow)?;
+        let (trajectory, warning) = sampling::diffusers(config, steps, flow, start)?;
         warnings.extend(warning);
         return Ok(Chosen {
             sampler: config.names().0.to_owned(),
@@ -233,7 +355,7 @@ fn choose_sampling(
             .unet()
             .is_some_and(|unet| unet.added.is_some()),
     };
-    let trajectory = sampling::by_name(sampler, schedule, steps, &model)?;
+    let trajectory = sampling::by_name(sampler, schedule, steps, &model, start)?;
     Ok(Chosen {
         sampler: sampler.name().to_owned(),
         schedule: schedule.name().to_owned(),

@@ -18,6 +18,8 @@ pub(super) struct Relay<'a> {
     size: [usize; 4],
     /// The model's, and the refiner's if there is one.
     conditionings: &'a [Conditioning],
+    /// What the model is given beside the latents, `[n, extra, h, w]`.
+    extra: Option<Tensor>,
     denoiser: Option<Denoiser<'a>>,
     /// The network without some layers, while skip-layer guidance acts.
     lacking: Option<Denoiser<'a>>,
@@ -31,13 +33,14 @@ impl<'a> Relay<'a> {
         engine: &'a Engine,
         plan: &'a Plan,
         size: [usize; 4],
-        conditionings: &'a [Conditioning],
+        (conditionings, extra): (&'a [Conditioning], Option<Tensor>),
     ) -> Result<Self> {
         let mut relay = Self {
             engine,
             plan,
             size,
             conditionings,
+            extra,
             denoiser: None,
             lacking: None,
             switched: false,
@@ -94,7 +97,7 @@ impl<'a> Relay<'a> {
             let layers = Some(slg.layers.as_slice());
             let denoiser = self
                 .engine
-                .denoiser(self.plan, self.size, conditioning, layers)?;
+                .denoiser(self.plan, self.size, (conditioning, self.extra.as_ref()), layers)?;
             self.lacking = Some(denoiser);
             self.later_load += start.elapsed();
         }
@@ -123,7 +126,10 @@ impl<'a> Relay<'a> {
         let Some(conditioning) = self.conditionings.get(turn) else {
             return Err(Error::Numeric("the prompt was not encoded".to_owned()));
         };
-        self.denoiser = Some(engine.denoiser(self.plan, self.size, conditioning, None)?);
+        // a refiner takes latents alone
+        let extra = self.extra.as_ref().filter(|_| !self.switched);
+        let given = (conditioning, extra);
+        self.denoiser = Some(engine.denoiser(self.plan, self.size, given, None)?);
         Ok(start.elapsed())
     }
 }

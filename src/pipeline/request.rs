@@ -2,6 +2,7 @@
 
 use super::guidance::SkipLayers;
 use super::sizes::SizeConditioning;
+use super::source::Source;
 use crate::device::DtypeChoice;
 use crate::text::Syntax;
 
@@ -15,7 +16,7 @@ pub enum Rng {
     Nv,
 }
 
-/// A request for pictures from text.
+/// A request for pictures.
 #[derive(Debug, Clone, Default)]
 pub struct Request {
     /// What to show.
@@ -24,9 +25,9 @@ pub struct Request {
     pub negative_prompt: Option<String>,
     /// The prompts' language.
     pub prompt_syntax: Syntax,
-    /// Pixels, a multiple of 8; the model's own size when absent.
+    /// Pixels, a multiple of 8; the picture's that is begun at, or else the model's own size when absent.
     pub width: Option<usize>,
-    /// Pixels, a multiple of 8; the model's own size when absent.
+    /// The same.
     pub height: Option<usize>,
     /// Sampling steps.
     pub steps: Option<usize>,
@@ -46,6 +47,8 @@ pub struct Request {
     pub clip_skip: Option<usize>,
     /// Which random numbers.
     pub rng: Rng,
+    /// The picture that is begun at.
+    pub source: Option<Source>,
     /// Guidance away from a network that skips layers.
     pub skip_layers: Option<SkipLayers>,
     /// The sizes that SDXL is told.

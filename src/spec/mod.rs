@@ -52,6 +52,8 @@ pub struct ModelSpec {
     pub levels: NoiseSchedule,
     /// Without a negative prompt the network is given zeros in its place, not the states of an empty text.
     pub zero_negative: bool,
+    /// The latents of a picture that an instruction changes are scaled as all others are (CosXL), and not as the encoder leaves them.
+    pub scales_instructions: bool,
     /// What is used when the user does not say.
     pub defaults: Defaults,
 }
@@ -237,6 +239,10 @@ impl ModelSpec {
             scheduler,
             levels,
             zero_negative,
+            scales_instructions: checkpoint
+                .model_index()
+                .and_then(|index| index.get("is_cosxl_edit")?.as_bool())
+                .unwrap_or(false),
             defaults,
         }
         .check_vector(checkpoint)
@@ -313,6 +319,7 @@ impl ModelSpec {
             scheduler,
             levels,
             zero_negative: row.zero_negative,
+            scales_instructions: prediction == Prediction::Edm,
             defaults,
         }
         .check_vector(checkpoint)

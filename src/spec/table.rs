@@ -25,6 +25,8 @@ pub struct Defaults {
     pub schedule: Option<&'static str>,
     /// The most guidance that does no harm.
     pub most_cfg_scale: Option<f64>,
+    /// How much of a picture is given up that a run begins at.
+    pub strength: f64,
 }
 
 /// How a prompt is filled up.
@@ -247,6 +249,7 @@ const SD1: Row = Row {
         sampler: "DPM++ 2M",
         schedule: None,
         most_cfg_scale: None,
+        strength: 0.75,
     },
     v_size: 512,
     scaling_factor: 0.18215,
@@ -294,6 +297,7 @@ const SD3: Row = Row {
         sampler: "Euler",
         schedule: Some("Simple"),
         most_cfg_scale: None,
+        strength: 0.75,
     },
     v_size: 1024,
     scaling_factor: 1.5305,
@@ -408,6 +412,8 @@ impl Row {
                 defaults.most_cfg_scale = Some(1.0);
             } else if flux.in_width > flux.out_width {
                 (defaults.steps, defaults.cfg_scale) = (50, 30.0);
+                // fill is given what stays, and paints the rest from nothing
+                defaults.strength = 1.0;
             }
         }
         defaults

@@ -28,38 +28,44 @@ pub struct Encoded {
     pub pooled: Option<Tensor>,
 }
 
-impl Conditioning {
-    /// The context of a batch: all unconditional states before all conditional ones, or only the latter without guidance.
-    ///
-    /// # Errors
-    /// When the device has no memory.
-    pub fn for_batch(&self, batch: usize, guided: bool) -> Result<Tensor> {
-        rows(
-            &self.unconditional.states,
-            &self.conditional.states,
-            (batch, guided),
-        )
-    }
-
-    /// The whole texts' vectors of a batch, in the same order: `[batch or 2 · batch, projection]`.
-    ///
-    /// # Errors
-    /// When the device has no memory.
-    pub fn pooled_for_batch(&self, batch: usize, guided: bool) -> Result<Option<Tensor>> {
-        match (&self.unconditional.pooled, &self.conditional.pooled) {
-            (Some(negative), Some(positive)) => rows(negative, positive, (batch, guided)).map(Some),
-            _ => Ok(None),
-        }
-    }
+/// Which of the two texts a row of a batch is given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Text {
+    /// The negative prompt.
+    Negative,
+    /// The prompt.
+    Positive,
 }
 
-fn rows(negative: &Tensor, positive: &Tensor, (batch, guided): (usize, bool)) -> Result<Tensor> {
-    let repeat = |x: &Tensor| Tensor::cat(&vec![x; batch], 0);
-    Ok(if guided {
-        Tensor::cat(&[repeat(negative)?, repeat(positive)?], 0)?
-    } else {
-        repeat(positive)?
-    })
+impl Conditioning {
+    /// The context of a batch of n pictures: n rows of the first of `texts`, then n of the next.
+    ///
+    /// # Errors
+    /// When the device has no memory.
+    pub fn for_batch(&self, n: usize, texts: &[Text]) -> Result<Tensor> {
+        let rows = texts.iter().map(|&text| vec![&self.of(text).states; n]);
+        Ok(Tensor::cat(&rows.collect::<Vec<_>>().concat(), 0)?)
+    }
+
+    /// The whole texts' vectors of a batch, in the same order: `[n · texts, projection]`.
+    ///
+    /// # Errors
+    /// When the device has no memory.
+    pub fn pooled_for_batch(&self, n: usize, texts: &[Text]) -> Result<Option<Tensor>> {
+        let pooled = texts.iter().map(|&text| self.of(text).pooled.as_ref());
+        let Some(pooled) = pooled.collect::<Option<Vec<_>>>() else {
+            return Ok(None);
+        };
+        let rows: Vec<_> = pooled.iter().flat_map(|&vector| vec![vector; n]).collect();
+        Ok(Some(Tensor::cat(&rows, 0)?))
+    }
+
+    fn of(&self, text: Text) -> &Encoded {
+        match text {
+            Text::Negative => &self.unconditional,
+            Text::Positive => &self.conditional,
+        }
+    }
 }
 
 /// How the states of a tower are taken.

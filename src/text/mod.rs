@@ -11,8 +11,8 @@ pub mod tokenizer;
 mod vocabulary;
 
 pub use encode::{
-    Behind, Conditioning, Encoded, LongSpeaker, LongTower, Readers, Reading, Speaker, Texts, Tower,
-    encode,
+    Behind, Conditioning, Encoded, LongSpeaker, LongTower, Readers, Reading, Speaker, Text, Texts,
+    Tower, encode,
 };
 pub use extra::{LoraTag, take_loras};
 pub use files::tokenizer_files;

@@ -108,6 +108,23 @@ impl Config {
         1 << self.channels.len().saturating_sub(1).min(16)
     }
 
+    /// Makes the encoder's latents `[b, c, h, w]` those that the UNet knows; `plane` is h · w.
+    pub fn normalise(&self, latents: &mut [f32], plane: usize) {
+        let factor = self.scaling_factor;
+        let Some(Spread { mean, deviation }) = &self.spread else {
+            for value in latents {
+                *value = ((f64::from(*value) - self.shift_factor) * factor) as f32;
+            }
+            return;
+        };
+        let channels = mean.iter().zip(deviation).cycle();
+        for (plane, (mean, deviation)) in latents.chunks_mut(plane.max(1)).zip(channels) {
+            for value in plane {
+                *value = ((f64::from(*value) - mean) * factor / deviation) as f32;
+            }
+        }
+    }
+
     /// Gives the UNet's latents `[b, c, h, w]` the mean and deviation that the encoder's have, up to the scaling factor, which the decoder
     /// takes off.
     pub fn restore(&self, latents: &mut [f32], plane: usize) {
