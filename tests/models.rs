@@ -188,6 +188,7 @@ fn unet_calls() {
                 context: &context.into(),
                 added: None,
                 guidance: input("timestep_cond").as_ref(),
+                reference: None,
             });
             let key = text(&call["expected"]);
             close(

@@ -18,6 +18,8 @@ pub struct Inputs<'a> {
     pub added: Option<&'a Tensor>,
     /// `[b, guidance_width]`, where the config has one.
     pub guidance: Option<&'a Tensor>,
+    /// Another picture's latents `[b, in_channels, h', w']`, for a FLUX.1 that was trained to look at one.
+    pub reference: Option<&'a Tensor>,
 }
 
 /// The structure of a denoising network.

@@ -16,7 +16,7 @@ use super::{interrupt, kernels, print_line, set_threads};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::memory::peak_resident;
-use crate::pipeline::{Conditions, Networks};
+use crate::pipeline::{Branch, Conditions, Given, Networks};
 use crate::spec::ModelSpec;
 use crate::text::{
     self, Behind, ClipTokenizer, LongSpeaker, Readers, Speaker, Syntax, T5Tokenizer, Texts,
@@ -126,7 +126,10 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
         &conditioning,
         (1, branches),
         (&[sizes.clone(), sizes], 7.5),
-        extra.as_ref(),
+        &Given {
+            extra,
+            reference: None,
+        },
     )?;
     let sample = Tensor::randn(0f32, 1.0, (1, channels, latent, latent), &device)?;
     let begin = Instant::now();

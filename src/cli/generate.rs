@@ -82,7 +82,7 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     };
     let bar = progress_bar(quiet);
     if files.is_empty() {
-        session.run(request, &args.output, &bar)?;
+        session.run(&request, &args.output, &bar)?;
     }
     for file in &files {
         session.run_file(&request, file, &bar)?;
@@ -124,7 +124,7 @@ impl Session<'_> {
                 seed,
                 ..request.clone()
             };
-            let Some((picture, used)) = self.run(request, &template, bar)? else {
+            let Some((picture, used)) = self.run(&request, &template, bar)? else {
                 return Ok(()); // a dry run
             };
             seed = Some(used.wrapping_add(1));
@@ -136,16 +136,16 @@ impl Session<'_> {
     /// One request; gives its last picture and that one's seed, or nothing where only the plan was asked for.
     fn run(
         &mut self,
-        request: Request,
+        request: &Request,
         template: &str,
         bar: &ProgressBar,
     ) -> Result<Option<(Picture, u64)>> {
-        let plan = Plan::new(self.engine, &request)?;
+        let plan = Plan::new(self.engine, request)?;
         let first = self.made;
         let job = Job {
             session: self,
             plan: &plan,
-            request: &request,
+            request,
             template,
         };
         if self.args.dry_run {
@@ -166,7 +166,7 @@ impl Session<'_> {
         };
         let (mut index, mut last, mut latents) = (first, None, Vec::new());
         self.engine
-            .generate(&request, &plan, &mut listener, &mut |batch| {
+            .generate(request, &plan, &mut listener, &mut |batch| {
                 bar.suspend(|| job.save(&batch, index))?;
                 index += batch.pictures.len();
                 last = batch.pictures.last().map(|p| (p.image.clone(), p.seed));

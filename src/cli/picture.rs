@@ -109,6 +109,7 @@ pub(super) fn with_picture(args: &ImageArgs, picture: Picture) -> Result<Source>
         masking,
         whose: args.like,
         image_cfg_scale: args.image_cfg_scale.unwrap_or(IMAGE_CFG_SCALE),
+        own_size: args.own_size,
         ..Source::new(picture)
     })
 }

@@ -2,8 +2,8 @@
 //! picture stays; and what the network is given beside the latents.
 
 use candle_core::{DType, Device, Tensor};
-use sd_models::denoiser::Config;
 
+use super::conditions::Given;
 use super::denoise::BatchNoise;
 use super::known::{Blend, Known};
 use super::networks::{Networks, Posterior};
@@ -12,6 +12,7 @@ use super::source::{Edges, Fill, Source, Whose};
 use crate::error::{Error, Result};
 use crate::picture::{Filter, Grey};
 use crate::sampling::Trajectory;
+use crate::spec::ModelSpec;
 
 /// The beginning of a batch of b pictures.
 pub(super) struct Beginning {
@@ -19,8 +20,16 @@ pub(super) struct Beginning {
     pub(super) sample: Tensor,
     /// What stays of the picture.
     pub(super) known: Option<Known>,
-    /// What the network is given beside the latents, `[b, extra, h, w]`.
-    pub(super) extra: Option<Tensor>,
+    /// What of the picture the network is given.
+    pub(super) given: Given,
+}
+
+/// Channels beside the latents, and nothing else.
+fn beside(extra: Option<Tensor>) -> Given {
+    Given {
+        extra,
+        reference: None,
+    }
 }
 
 /// What a picture is to the network.
@@ -30,13 +39,19 @@ pub enum Role {
     Start,
     /// The run begins at it, and the network is given it and a mask.
     Inpaint,
-    /// The network is given it, and begins at noise.
+    /// The network is given it in channels of its own, and begins at noise.
     Instruct,
+    /// The network looks at it, and begins at noise.
+    Reference,
 }
 
 impl Role {
-    /// What this network does with a picture.
-    pub(super) fn of(config: &Config) -> Self {
+    /// What a model's network does with a picture.
+    pub(super) fn of(spec: &ModelSpec) -> Self {
+        let config = &spec.unet.config;
+        if spec.looks_at_pictures {
+            return Self::Reference;
+        }
         let (latents, extra) = (config.latent_channels(), config.extra_channels());
         if extra == 0 {
             Self::Start
@@ -46,11 +61,17 @@ impl Role {
             Self::Inpaint
         }
     }
+
+    /// Whether runs begin at noise, whatever the picture.
+    pub(super) fn begins_at_noise(self) -> bool {
+        matches!(self, Self::Instruct | Self::Reference)
+    }
 }
 
 /// How a batch begins.
 pub(super) struct Begin<'a> {
     pub(super) networks: &'a Networks,
+    pub(super) role: Role,
     pub(super) trajectory: &'a Trajectory,
     pub(super) source: Option<&'a Source>,
     pub(super) scene: Option<&'a Scene>,
@@ -67,20 +88,22 @@ impl Begin<'_> {
     /// # Errors
     /// When the encoder is not whole or its result is not finite.
     pub(super) fn run(&self, noise: &mut BatchNoise) -> Result<Beginning> {
-        let role = Role::of(self.networks.config());
+        let role = self.role;
         let (Some(source), Some(scene)) = (self.source, self.scene) else {
             let drawn = noise.draw()?;
             return Ok(Beginning {
-                extra: match role {
-                    Role::Inpaint => Some(self.all_masked(drawn.dim(0)?)?),
-                    Role::Start | Role::Instruct => None,
+                given: match role {
+                    Role::Inpaint => beside(Some(self.all_masked(drawn.dim(0)?)?)),
+                    Role::Start | Role::Instruct | Role::Reference => Given::default(),
                 },
                 sample: (drawn * self.trajectory.init_noise_sigma)?,
                 known: None,
             });
         };
-        if role == Role::Instruct {
-            return self.instructed(scene, noise);
+        match role {
+            Role::Instruct => return self.instructed(scene, noise),
+            Role::Reference => return self.referred(scene, noise),
+            Role::Start | Role::Inpaint => {}
         }
         if self.whose == Whose::Diffusers {
             self.as_diffusers(scene, role, noise)
@@ -100,11 +123,26 @@ impl Begin<'_> {
         };
         let drawn = noise.draw()?;
         Ok(Beginning {
-            extra: Some(if self.scaled || !is_unet {
+            given: beside(Some(if self.scaled || !is_unet {
                 self.networks.scale_latents(&latents)?
             } else {
                 latents
-            }),
+            })),
+            sample: (drawn * self.trajectory.init_noise_sigma)?,
+            known: None,
+        })
+    }
+
+    /// The network looks at the picture.
+    fn referred(&self, scene: &Scene, noise: &mut BatchNoise) -> Result<Beginning> {
+        let mode = self.encode(scene, None)?.mode();
+        let latents = self.networks.scale_latents(&mode)?;
+        let drawn = noise.draw()?;
+        Ok(Beginning {
+            given: Given {
+                extra: None,
+                reference: Some(latents.repeat((drawn.dim(0)?, 1, 1, 1))?),
+            },
             sample: (drawn * self.trajectory.init_noise_sigma)?,
             known: None,
         })
@@ -155,7 +193,7 @@ impl Begin<'_> {
         Ok(Beginning {
             sample,
             known,
-            extra,
+            given: beside(extra),
         })
     }
 
@@ -185,7 +223,7 @@ impl Begin<'_> {
             return Ok(Beginning {
                 sample: self.mixed(Some(&latents), &drawn)?,
                 known: None,
-                extra,
+                given: beside(extra),
             });
         };
         let kept = mask.affine(-1.0, 1.0)?;
@@ -214,7 +252,7 @@ impl Begin<'_> {
                 blend,
                 differential: edges == Edges::Differential,
             }),
-            extra,
+            given: beside(extra),
         })
     }
 

@@ -11,6 +11,7 @@ pub(super) const CONTEXT: &str = "context";
 pub(super) const ADDED: &str = "added";
 pub(super) const GUIDANCE: &str = "guidance";
 pub(super) const EXTRA: &str = "extra";
+pub(super) const REFERENCE: &str = "reference";
 
 /// What the UNet is told beside latents and time; a batch has the unconditional rows first if there are any.
 #[derive(Debug, Clone)]
@@ -23,6 +24,17 @@ pub struct Conditions {
     pub guidance: Option<Tensor>,
     /// Channels behind those of the latents, `[b, extra, h, w]`, f32, where the network takes some: a mask, another picture's latents.
     pub extra: Option<Tensor>,
+    /// Latents of a picture that the network looks at, `[b, c, h', w']`, f32.
+    pub reference: Option<Tensor>,
+}
+
+/// What of a picture the network is given.
+#[derive(Debug, Clone, Default)]
+pub struct Given {
+    /// Channels beside the latents, `[n, extra, h, w]`.
+    pub extra: Option<Tensor>,
+    /// Latents of their own, `[n, c, h', w']`.
+    pub reference: Option<Tensor>,
 }
 
 /// What a part of a batch is given.
@@ -57,7 +69,7 @@ fn rows_of(extra: &Tensor, branches: &[Branch]) -> Result<Tensor> {
 
 impl Conditions {
     /// Those of a batch of `n` pictures, n rows for each of `branches`; `numbers` are what SDXL is told with the negative prompt and with the
-    /// prompt, the scale is for networks that embed it, `extra` are the channels beside the latents, `[n, extra, h, w]`.
+    /// prompt, the scale is for networks that embed it, and `given` is what of a picture is.
     ///
     /// # Errors
     /// When the device has no memory.
@@ -66,7 +78,7 @@ impl Conditions {
         conditioning: &Conditioning,
         (n, branches): (usize, &[Branch]),
         (numbers, cfg_scale): (&[Vec<f64>; 2], f64),
-        extra: Option<&Tensor>,
+        given: &Given,
     ) -> Result<Self> {
         let texts: Vec<Text> = branches.iter().map(|branch| branch.text()).collect();
         let context = conditioning.for_batch(n, &texts)?;
@@ -100,14 +112,16 @@ impl Conditions {
             }
             None => None,
         };
+        let rows = |given: &Option<Tensor>| {
+            let rows = given.as_ref().map(|given| rows_of(given, branches));
+            rows.transpose()
+        };
         Ok(Self {
             context,
             added,
             guidance,
-            extra: match extra {
-                Some(extra) => Some(rows_of(extra, branches)?),
-                None => None,
-            },
+            extra: rows(&given.extra)?,
+            reference: rows(&given.reference)?,
         })
     }
 
@@ -118,6 +132,7 @@ impl Conditions {
             added: convert(&self.added)?,
             guidance: convert(&self.guidance)?,
             extra: convert(&self.extra)?,
+            reference: convert(&self.reference)?,
         })
     }
 
@@ -128,6 +143,7 @@ impl Conditions {
             (ADDED, self.added.as_ref()),
             (GUIDANCE, self.guidance.as_ref()),
             (EXTRA, self.extra.as_ref()),
+            (REFERENCE, self.reference.as_ref()),
         ];
         all.into_iter()
             .filter_map(|(name, tensor)| Some((name, tensor?)))

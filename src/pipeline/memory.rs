@@ -7,21 +7,22 @@ use crate::memory::{Memory, resident};
 /// What is there beside weights and the values between layers: code, vocabulary, what a picture becomes on its way to the file.
 const REST: u64 = 250 << 20;
 
-/// Bytes resident at the peak of a run for latents of `size` (width, height).
+/// Bytes resident at the peak of a run for latents of `size` (width, height), so many at once with guidance or without, and those of a picture
+/// that the network looks at.
 ///
 /// # Errors
 /// When the networks cannot take the size.
 pub(super) fn estimate(
     networks: &[&Networks],
     size: (usize, usize),
-    batch: usize,
-    guided: bool,
+    batch: (usize, bool),
+    reference: Option<(usize, usize)>,
 ) -> Result<u64> {
     // models of a relay keep their weights, and use their buffers in turn
     let mut weights = 0;
     let mut buffers = 0;
     for networks in networks {
-        let need = networks.memory(size, batch, guided)?;
+        let need = networks.memory(size, batch, reference)?;
         weights += need.weights;
         buffers = buffers.max(need.buffers);
     }

@@ -22,7 +22,7 @@ mod source;
 mod tower;
 
 pub use adapted::bind_adapters;
-pub use conditions::{Branch, Conditions};
+pub use conditions::{Branch, Conditions, Given};
 pub use coverage::Coverage;
 pub use event::{Control, Event, Listener};
 pub use extend::{Extend, ExtendFill, Margins};
@@ -278,7 +278,7 @@ impl Engine {
         &self,
         plan: &Plan,
         size: [usize; 4],
-        (conditioning, extra): (&Conditioning, Option<&Tensor>),
+        (conditioning, given): (&Conditioning, &Given),
         skipped: Option<&[usize]>,
     ) -> Result<Denoiser<'_>> {
         let numbers = plan.numbers(&self.spec);
@@ -291,7 +291,7 @@ impl Engine {
             conditioning,
             (plan.batch_size, branches),
             (&numbers, plan.cfg_scale),
-            extra,
+            given,
         )?;
         let calls = plan.trajectory.calls.iter();
         let timesteps: Vec<f64> = calls.map(|call| call.timestep).collect();
@@ -349,6 +349,7 @@ impl Engine {
         let size = [seeds.len(), shape[0], shape[1], shape[2]];
         let begin = Begin {
             networks: &self.networks,
+            role: Role::of(&self.spec),
             trajectory: &plan.trajectory,
             source,
             scene: plan.scene.as_ref(),
@@ -359,9 +360,9 @@ impl Engine {
         let Beginning {
             sample,
             known,
-            extra,
+            given,
         } = begin.run(&mut noise)?;
-        let mut relay = Relay::new(self, plan, size, (conditionings, extra))?;
+        let mut relay = Relay::new(self, plan, size, (conditionings, given))?;
         let mut model = |sample: &Tensor, call: &Call| relay.predict(sample, call);
         let progress = (
             index * plan.trajectory.steps,

@@ -12,7 +12,7 @@ use sd_models::t5::{self, T5Encoder};
 use sd_models::vae::{self, AnyDecoder, Encoder, TinyConfig};
 
 use super::adapted::bind_adapters;
-use super::conditions::{ADDED, CONTEXT, Conditions, EXTRA, GUIDANCE};
+use super::conditions::{ADDED, CONTEXT, Conditions, EXTRA, GUIDANCE, REFERENCE};
 use super::coverage::{Coverage, ENCODER, T5, TEXT, UNET, VAE, named, source};
 use super::tower::{LoadedT5, LoadedTower, Runner};
 use crate::adapters::{Adapters, Bound, Owner};
@@ -99,6 +99,18 @@ struct Sources {
     vae: Arc<dyn Source>,
     /// The whole autoencoder's, where a tiny decoder takes its decoder's place.
     encoder: Arc<dyn Source>,
+}
+
+/// What one call of the denoising network has to do.
+struct Work {
+    /// Width and height of the latents.
+    size: (usize, usize),
+    /// Latents in all.
+    batch: usize,
+    /// Tokens of the context.
+    tokens: usize,
+    /// Width and height of the latents that it looks at.
+    reference: Option<(usize, usize)>,
 }
 
 /// Bytes that a run takes.
@@ -338,7 +350,19 @@ impl Networks {
                 how: How::Eager(conditions.to_dtype(self.dtype)?, skipped.to_vec()),
             });
         };
-        let (graph, output) = self.record((w, h), (batch, tokens), skipped)?;
+        let work = Work {
+            size: (w, h),
+            batch,
+            tokens,
+            reference: match &conditions.reference {
+                Some(reference) => {
+                    let (_, _, h, w) = reference.dims4()?;
+                    Some((w, h))
+                }
+                None => None,
+            },
+        };
+        let (graph, output) = self.record(&work, skipped)?;
         let options = self.unet_options(batch == 2 * n, (&graph, &output))?;
         let mut plan = Plan::compile(&graph, &output, &options, &planned.unet)?;
         let mut distinct: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
@@ -469,15 +493,22 @@ impl Networks {
         (w, h): (usize, usize),
         (batch, tokens): (usize, usize),
     ) -> Result<(Graph, sd_kernels::Tensor)> {
-        self.record((w, h), (batch, tokens), &[])
+        let work = Work {
+            size: (w, h),
+            batch,
+            tokens,
+            reference: None,
+        };
+        self.record(&work, &[])
     }
 
-    fn record(
-        &self,
-        (w, h): (usize, usize),
-        (batch, tokens): (usize, usize),
-        skipped: &[usize],
-    ) -> Result<(Graph, sd_kernels::Tensor)> {
+    fn record(&self, work: &Work, skipped: &[usize]) -> Result<(Graph, sd_kernels::Tensor)> {
+        let Work {
+            size: (w, h),
+            batch,
+            tokens,
+            reference,
+        } = *work;
         let graph = Graph::new();
         let config = &self.config;
         let latents = graph.input("sample", &[batch, config.latent_channels(), h, w]);
@@ -490,12 +521,16 @@ impl Networks {
         let vector = |name, width: Option<usize>| width.map(|w| graph.input(name, &[batch, w]));
         let added = vector(ADDED, config.added_width());
         let guidance = vector(GUIDANCE, config.guidance_width());
+        let channels = config.latent_channels();
+        let reference =
+            reference.map(|(w, h)| graph.input(REFERENCE, &[batch, channels, h, w]));
         let inputs = Inputs {
             sample: &sample,
             timestep: &timestep,
             context: &context,
             added: added.as_ref(),
             guidance: guidance.as_ref(),
+            reference: reference.as_ref(),
         };
         let output = self.unet.forward_without(&inputs, skipped)?;
         Ok((graph, output))
@@ -518,13 +553,23 @@ impl Networks {
         Ok((graph, output))
     }
 
-    /// What a run for `batch` latents of `size` (width, height) holds at its peak.
+    /// What a run for `batch` latents of `size` (width, height), perhaps with a picture's beside them, holds at its peak.
     ///
     /// # Errors
     /// When the networks cannot take the size.
-    pub fn memory(&self, size: (usize, usize), batch: usize, guided: bool) -> Result<Need> {
-        let batch = if guided { 2 * batch } else { batch };
-        let (unet, noise) = self.record_unet(size, (batch, self.tokens))?;
+    pub fn memory(
+        &self,
+        size: (usize, usize),
+        (batch, guided): (usize, bool),
+        reference: Option<(usize, usize)>,
+    ) -> Result<Need> {
+        let work = Work {
+            size,
+            batch: if guided { 2 * batch } else { batch },
+            tokens: self.tokens,
+            reference,
+        };
+        let (unet, noise) = self.record(&work, &[])?;
         let (vae, picture) = self.record_vae(size, 1)?;
         if self.planned.is_none() {
             let elements = unet.peak_elements().max(vae.peak_elements());
@@ -553,7 +598,7 @@ impl Networks {
         const SHARE: f64 = 0.8;
         let options = Options {
             timestep: Some("timestep"),
-            constant: vec![CONTEXT, ADDED, GUIDANCE, EXTRA],
+            constant: vec![CONTEXT, ADDED, GUIDANCE, EXTRA, REFERENCE],
             halved: if guided { vec!["sample"] } else { Vec::new() },
             ..Options::new(Level::current(), precision(self.dtype))
         };
@@ -636,16 +681,17 @@ impl Denoiser<'_> {
                 }
                 let timestep = Tensor::full(timestep as f32, sample.dim(0)?, device)?;
                 let node = |x: &Tensor| sd_kernels::Tensor::from(x.clone());
-                let (added, guidance) = (
-                    conditions.added.as_ref().map(node),
-                    conditions.guidance.as_ref().map(node),
-                );
+                let node_of = |x: &Option<Tensor>| x.as_ref().map(node);
+                let (added, guidance) =
+                    (node_of(&conditions.added), node_of(&conditions.guidance));
+                let reference = node_of(&conditions.reference);
                 let inputs = Inputs {
                     sample: &sample.into(),
                     timestep: &timestep.into(),
                     context: &node(&conditions.context),
                     added: added.as_ref(),
                     guidance: guidance.as_ref(),
+                    reference: reference.as_ref(),
                 };
                 let out = unet.forward_without(&inputs, skipped)?;
                 Ok(out.into_data()?.to_dtype(DType::F32)?)

@@ -75,7 +75,7 @@ impl Plan {
     pub fn new(engine: &Engine, request: &Request) -> Result<Self> {
         let spec = engine.spec();
         let scale = spec.vae.config.scale();
-        let role = Role::of(&spec.unet.config);
+        let role = Role::of(spec);
         check_source(request.source.as_ref(), role, spec)?;
         let masked = request.source.as_ref().is_some_and(|s| s.masking.is_some());
         let side = |name: &str, wanted: Option<usize>, picture: Option<usize>| -> Result<usize> {
@@ -97,7 +97,7 @@ impl Plan {
             }
             Ok(size)
         };
-        let picture = own_size(request.source.as_ref());
+        let picture = own_size(request.source.as_ref(), role);
         let (width, height) = (
             side("width", request.width, picture.map(|(width, _)| width))?,
             side("height", request.height, picture.map(|(_, height)| height))?,
@@ -166,11 +166,22 @@ impl Plan {
         let chosen = choose_sampling(engine, request, (steps, latent), start, &mut warnings)?;
         let source = request.source.as_ref();
         let asked = request.width.is_some() || request.height.is_some();
-        let scene = source.map(|source| Scene::new(source, (width, height), asked, whose));
+        let scene = source.map(|source| match role {
+            Role::Reference => Scene::looked_at(source),
+            _ => Scene::new(source, (width, height), asked, whose),
+        });
+        let scene = scene.transpose()?;
+        let reference = scene.as_ref().filter(|_| role == Role::Reference);
+        let reference = reference.map(|scene| scene.size(scale));
         let image_cfg_scale = source
             .filter(|_| role == Role::Instruct && guided)
             .map(|source| source.image_cfg_scale);
-        let memory = memory::estimate(&engine.all_networks(), latent, batch_size, guided)?;
+        let memory = memory::estimate(
+            &engine.all_networks(),
+            latent,
+            (batch_size, guided),
+            reference,
+        )?;
         if !request.force {
             memory::check(memory)?;
         }
@@ -189,10 +200,10 @@ impl Plan {
             rng: request.rng,
             guided,
             image_cfg_scale,
-            scene: scene.transpose()?,
+            scene,
             whose,
             strength: source
-                .filter(|_| role != Role::Instruct)
+                .filter(|_| !role.begins_at_noise())
                 .map(|source| source.strength.unwrap_or(spec.defaults.strength)),
             skip_layers: request.skip_layers.clone(),
             sizes: (request.negative_sizes, request.sizes),
@@ -267,7 +278,7 @@ fn whose(engine: &Engine, request: &Request) -> Result<Whose> {
 
 /// Where a run begins.
 fn start(source: Option<&Source>, (role, whose): (Role, Whose), spec: &ModelSpec) -> Start {
-    let Some(source) = source.filter(|_| role != Role::Instruct) else {
+    let Some(source) = source.filter(|_| !role.begins_at_noise()) else {
         return Start::Noise;
     };
     let strength = source.strength.unwrap_or(spec.defaults.strength);
@@ -275,6 +286,10 @@ fn start(source: Option<&Source>, (role, whose): (Role, Whose), spec: &ModelSpec
     let anew = source.masking.is_some() && strength == 1.0 && spec.unet.config.unet().is_some();
     let count = match whose {
         Whose::Diffusers if anew => return Start::Noise,
+        // the pipelines of consistency models that embed the guidance
+        Whose::Diffusers if spec.unet.config.unet().is_some() && spec.unet.config.guides_itself() => {
+            StepCount::Distilled
+        }
         Whose::Diffusers => StepCount::Diffusers,
         Whose::A1111 => StepCount::A1111,
         Whose::A1111Exact => StepCount::Exact,
@@ -295,7 +310,7 @@ fn check_source(source: Option<&Source>, role: Role, spec: &ModelSpec) -> Result
         return Ok(());
     };
     source.check()?;
-    if role == Role::Instruct && source.masking.is_some() {
+    if role.begins_at_noise() && source.masking.is_some() {
         return Err(Error::Usage(
             "--mask has no say with a model that changes pictures by instruction; leave it out"
                 .to_owned(),
@@ -305,8 +320,11 @@ fn check_source(source: Option<&Source>, role: Role, spec: &ModelSpec) -> Result
 }
 
 /// The size of the picture that is begun at; a part of it is computed at the model's own.
-fn own_size(source: Option<&Source>) -> Option<(usize, usize)> {
+fn own_size(source: Option<&Source>, role: Role) -> Option<(usize, usize)> {
     let source = source?;
+    if role == Role::Reference {
+        return Some(source.looked_at());
+    }
     let part = source.masking.as_ref().is_some_and(|m| m.only_masked.is_some());
     let size = (source.picture.width() as usize, source.picture.height() as usize);
     (!part).then_some(size)

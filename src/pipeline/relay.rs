@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
 
+use super::conditions::Given;
 use super::guidance::guide;
 use super::networks::Denoiser;
 use super::{Engine, Plan};
@@ -18,8 +19,8 @@ pub(super) struct Relay<'a> {
     size: [usize; 4],
     /// The model's, and the refiner's if there is one.
     conditionings: &'a [Conditioning],
-    /// What the model is given beside the latents, `[n, extra, h, w]`.
-    extra: Option<Tensor>,
+    /// What of a picture the model is given.
+    given: Given,
     denoiser: Option<Denoiser<'a>>,
     /// The network without some layers, while skip-layer guidance acts.
     lacking: Option<Denoiser<'a>>,
@@ -33,14 +34,14 @@ impl<'a> Relay<'a> {
         engine: &'a Engine,
         plan: &'a Plan,
         size: [usize; 4],
-        (conditionings, extra): (&'a [Conditioning], Option<Tensor>),
+        (conditionings, given): (&'a [Conditioning], Given),
     ) -> Result<Self> {
         let mut relay = Self {
             engine,
             plan,
             size,
             conditionings,
-            extra,
+            given,
             denoiser: None,
             lacking: None,
             switched: false,
@@ -97,7 +98,7 @@ impl<'a> Relay<'a> {
             let layers = Some(slg.layers.as_slice());
             let denoiser = self
                 .engine
-                .denoiser(self.plan, self.size, (conditioning, self.extra.as_ref()), layers)?;
+                .denoiser(self.plan, self.size, (conditioning, &self.given), layers)?;
             self.lacking = Some(denoiser);
             self.later_load += start.elapsed();
         }
@@ -127,9 +128,10 @@ impl<'a> Relay<'a> {
             return Err(Error::Numeric("the prompt was not encoded".to_owned()));
         };
         // a refiner takes latents alone
-        let extra = self.extra.as_ref().filter(|_| !self.switched);
-        let given = (conditioning, extra);
-        self.denoiser = Some(engine.denoiser(self.plan, self.size, given, None)?);
+        let nothing = Given::default();
+        let given = if self.switched { &nothing } else { &self.given };
+        self.denoiser =
+            Some(engine.denoiser(self.plan, self.size, (conditioning, given), None)?);
         Ok(start.elapsed())
     }
 }

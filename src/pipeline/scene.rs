@@ -80,6 +80,27 @@ impl Scene {
         scene.filled(masking.fill)
     }
 
+    /// The picture as a network looks at it.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for impossible sizes.
+    pub(super) fn looked_at(source: &Source) -> Result<Self> {
+        let side = |pixels: usize| u32::try_from(pixels).unwrap_or(u32::MAX);
+        let (width, height) = source.looked_at();
+        let picture = source.picture.as_ref().clone().with_alpha(None)?;
+        Ok(Self {
+            picture: picture.resize(side(width), side(height), Filter::Lanczos)?,
+            mask: None,
+            finish: None,
+        })
+    }
+
+    /// Width and height of the picture's latents, each so many pixels wide.
+    pub(super) fn size(&self, scale: usize) -> (usize, usize) {
+        let side = |pixels: u32| (pixels as usize / scale.max(1)).max(1);
+        (side(self.picture.width()), side(self.picture.height()))
+    }
+
     /// All of the picture is computed.
     fn whole(
         (picture, mask): (Picture, Grey),

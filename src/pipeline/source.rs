@@ -91,10 +91,33 @@ pub struct Source {
     pub whose: Option<Whose>,
     /// Guidance towards the picture, of models that follow instructions.
     pub image_cfg_scale: f64,
+    /// The network looks at the picture in its own size, and not in one that it was trained at (FLUX.1 Kontext).
+    pub own_size: bool,
 }
 
 /// Guidance towards the picture when nobody says (Brooks et al., "InstructPix2Pix", arXiv 2211.09800).
 pub const IMAGE_CFG_SCALE: f64 = 1.5;
+
+/// Widths and heights that FLUX.1 Kontext was trained at (diffusers 0.42.1 `PREFERRED_KONTEXT_RESOLUTIONS`).
+const TRAINED_SIZES: [(usize, usize); 17] = [
+    (672, 1568),
+    (688, 1504),
+    (720, 1456),
+    (752, 1392),
+    (800, 1328),
+    (832, 1248),
+    (880, 1184),
+    (944, 1104),
+    (1024, 1024),
+    (1104, 944),
+    (1184, 880),
+    (1248, 832),
+    (1328, 800),
+    (1392, 752),
+    (1456, 720),
+    (1504, 688),
+    (1568, 672),
+];
 
 impl Source {
     /// A run that begins at `picture`, and nothing else said.
@@ -106,7 +129,26 @@ impl Source {
             masking: None,
             whose: None,
             image_cfg_scale: IMAGE_CFG_SCALE,
+            own_size: false,
         }
+    }
+
+    /// The size, in pixels, in which a network looks at the picture: that of its training whose proportions are nearest, or the picture's own, cut
+    /// to whole patches.
+    pub(super) fn looked_at(&self) -> (usize, usize) {
+        /// Pixels of a patch.
+        const PATCH: usize = 16;
+        let own = (self.picture.width() as usize, self.picture.height() as usize);
+        if self.own_size {
+            let cut = |side: usize| (side / PATCH).max(1) * PATCH;
+            return (cut(own.0), cut(own.1));
+        }
+        let wanted = own.0 as f64 / own.1 as f64;
+        let distance = |(w, h): (usize, usize)| (wanted - w as f64 / h as f64).abs();
+        let sizes = TRAINED_SIZES.iter().copied();
+        sizes
+            .min_by(|a, b| distance(*a).total_cmp(&distance(*b)))
+            .unwrap_or(own)
     }
 
     /// Whether the values are possible.

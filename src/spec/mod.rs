@@ -54,6 +54,8 @@ pub struct ModelSpec {
     pub zero_negative: bool,
     /// The latents of a picture that an instruction changes are scaled as all others are (CosXL), and not as the encoder leaves them.
     pub scales_instructions: bool,
+    /// The network was trained to look at a picture's latents behind its own (FLUX.1 Kontext); only names tell.
+    pub looks_at_pictures: bool,
     /// What is used when the user does not say.
     pub defaults: Defaults,
 }
@@ -239,6 +241,7 @@ impl ModelSpec {
             scheduler,
             levels,
             zero_negative,
+            looks_at_pictures: is_kontext(checkpoint, row),
             scales_instructions: checkpoint
                 .model_index()
                 .and_then(|index| index.get("is_cosxl_edit")?.as_bool())
@@ -319,6 +322,7 @@ impl ModelSpec {
             scheduler,
             levels,
             zero_negative: row.zero_negative,
+            looks_at_pictures: is_kontext(checkpoint, row),
             scales_instructions: prediction == Prediction::Edm,
             defaults,
         }
@@ -532,6 +536,16 @@ fn trained(
         NoiseSchedule::new(config)
     };
     (config.prediction, levels)
+}
+
+/// Whether the model calls itself Kontext: its folder's pipeline, or its file's name. Its tensors are those of FLUX.1 dev.
+fn is_kontext(checkpoint: &Checkpoint, row: &Row) -> bool {
+    let class = checkpoint
+        .model_index()
+        .and_then(|index| index.get("_class_name")?.as_str());
+    let name = checkpoint.path().file_name().unwrap_or_default();
+    let named = name.to_string_lossy().to_ascii_lowercase();
+    row.is_flux() && (class.is_some_and(|c| c.contains("Kontext")) || named.contains("kontext"))
 }
 
 impl<C> Component<C> {

@@ -369,6 +369,11 @@ pub fn native_size(family: Family, prediction: Prediction) -> usize {
 }
 
 impl Row {
+    /// Whether the network is FLUX's transformer.
+    pub(super) fn is_flux(&self) -> bool {
+        self.network == Network::Flux
+    }
+
     /// The noise levels of a flow model of this network; none for models with betas.
     pub(super) fn flow_of(&self, network: &denoiser::Config) -> Option<FlowLevels> {
         match network {

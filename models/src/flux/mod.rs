@@ -1,7 +1,7 @@
 //! The transformer of FLUX.1 (Black Forest Labs, "FLUX.1 Kontext", arXiv 2506.15742; diffusers 0.42.1 `FluxTransformer2DModel`).
 //!
 //! In: latents `[b, in_channels, h, w]`; timestep `[b]`, 0 to 1000; text states `[b, t, context]`; whole texts' vectors `[b, pooled]`; for dev the
-//! sinusoids of its guidance `[b, 256]`.
+//! sinusoids of its guidance `[b, 256]`; for Kontext another picture's latents `[b, in_channels, h', w']`.
 //! Out: the velocity, noise − picture, `[b, out_channels, h, w]`.
 
 mod config;
@@ -76,8 +76,16 @@ impl Flux {
         let (h, w) = (h / PATCH, w / PATCH);
         let packed = apply(Op::Patchify { patch: PATCH }, &[inputs.sample])?;
         let mut x = self.embedder.forward(&packed)?; // [b, s, width]
+        let mut behind = (0, 0);
+        if let Some(reference) = inputs.reference {
+            // another picture's tokens stand behind (FLUX.1 Kontext)
+            let packed = apply(Op::Patchify { patch: PATCH }, &[reference])?;
+            x = ops::join(&x, &self.embedder.forward(&packed)?)?; // [b, s + r, width]
+            let (_, _, h, w) = reference.dims4()?;
+            behind = (h / PATCH, w / PATCH);
+        }
         let length = inputs.context.shape().get(1).copied().unwrap_or(0);
-        let turns = positions::turns(&self.config.axes, length, (h, w));
+        let turns = positions::turns(&self.config.axes, length, (h, w), behind);
 
         // 2. time, guidance and text
         let temb = self

@@ -9,14 +9,24 @@ use crate::layers::JointTurns;
 /// The base of the frequencies.
 const THETA: f64 = 10_000.0;
 
-/// Turns of `length` tokens of text and of `h × w` of a picture; computed in f64, as the reference does: in bf16 far places would be the same.
-pub(super) fn turns(axes: &[usize], length: usize, (h, w): (usize, usize)) -> JointTurns {
+/// Turns of `length` tokens of text, of `h × w` of a picture, and of those of a second picture behind it, which are told apart by their first
+/// axis; computed in f64, as the reference does: in bf16 far places would be the same.
+pub(super) fn turns(
+    axes: &[usize],
+    length: usize,
+    (h, w): (usize, usize),
+    (other_h, other_w): (usize, usize),
+) -> JointTurns {
     let all = |places: &mut dyn Iterator<Item = [usize; 3]>| -> Turns {
         Arc::new(places.flat_map(|place| turn(axes, place)).collect())
     };
     JointTurns {
         context: all(&mut (0..length).map(|_| [0; 3])),
-        sample: all(&mut (0..h).flat_map(|y| (0..w).map(move |x| [0, y, x]))),
+        sample: {
+            let first = (0..h).flat_map(|y| (0..w).map(move |x| [0, y, x]));
+            let other = (0..other_h).flat_map(|y| (0..other_w).map(move |x| [1, y, x]));
+            all(&mut first.chain(other))
+        },
     }
 }
 

@@ -94,6 +94,7 @@ impl UNet {
             context,
             added,
             guidance,
+            reference: _,
         } = *inputs;
         // 1. time, and what is embedded beside it
         let temb = self.time_embedding.forward(timestep, guidance)?; // [b, time width]

@@ -56,6 +56,9 @@ pub struct ImageArgs {
     /// Guidance towards the picture, of models that change pictures by instruction [default: 1.5]
     #[arg(long, value_name = "F")]
     pub image_cfg_scale: Option<f64>,
+    /// Let FLUX.1 Kontext look at the picture in its own size, not in the nearest that it was trained at
+    #[arg(long)]
+    pub own_size: bool,
     /// Begin again at the result, so many times in all, with the next seed
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub loopback: u16,

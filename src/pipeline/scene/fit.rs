@@ -16,27 +16,66 @@ pub(super) fn picture(picture: &Picture, size: (u32, u32), fit: Fit) -> Result<P
         Fit::Pad => covered(from, size),
     };
     let resized = picture.resize(inner.0, inner.1, Filter::Lanczos)?;
-    spread(&resized, size, corner(size, inner))
+    spread(&resized, size, corner(size, inner), Beyond::Continued)
+}
+
+/// What stands beyond an edge.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Beyond {
+    /// The pixel at the edge.
+    Repeated,
+    /// What a cubic makes of the two pixels there, at the edge itself (Pillow's `resize` of an empty box, which both programs fill with).
+    Continued,
 }
 
 /// `picture` with its corner at a place of a canvas, over which its edges are drawn out.
-fn spread(picture: &Picture, size: (u32, u32), (left, top): (i64, i64)) -> Result<Picture> {
+fn spread(
+    picture: &Picture,
+    size: (u32, u32),
+    (left, top): (i64, i64),
+    beyond: Beyond,
+) -> Result<Picture> {
     let inner = (picture.width(), picture.height());
     let source = picture.rgb();
     let mut rgb = Vec::with_capacity(3 * size.0 as usize * size.1 as usize);
     for y in 0..i64::from(size.1) {
-        let row = inside(y - top, inner.1) * inner.0 as usize;
+        let (row, next_row) = neighbours(y - top, inner.1);
         for x in 0..i64::from(size.0) {
-            let at = 3 * (row + inside(x - left, inner.0));
-            rgb.extend_from_slice(&source[at..at + 3]);
+            let (column, next_column) = neighbours(x - left, inner.0);
+            let at = |x: usize, y: usize| 3 * (y * inner.0 as usize + x);
+            let (near, next) = (at(column, row), at(next_column, next_row));
+            for c in 0..3 {
+                let near = source[near + c];
+                rgb.push(match beyond {
+                    Beyond::Repeated => near,
+                    Beyond::Continued => continued(near, source[next + c]),
+                });
+            }
         }
     }
     Picture::from_rgb(size.0, size.1, rgb)
 }
 
+/// The pixel of a side that is nearest to a place, and the one behind it where the place lies outside.
+fn neighbours(place: i64, side: u32) -> (usize, usize) {
+    let near = inside(place, side);
+    let next = match place {
+        _ if place < 0 => inside(1, side),
+        _ if place >= i64::from(side) => inside(i64::from(side) - 2, side),
+        _ => near,
+    };
+    (near, next)
+}
+
+/// Nine eighths of one pixel less an eighth of the next.
+fn continued(near: u8, next: u8) -> u8 {
+    let eighths = 9 * i32::from(near) - i32::from(next);
+    ((eighths + 4) >> 3).clamp(0, 255) as u8
+}
+
 /// `picture` with its right and lower edges drawn out.
 pub(super) fn drawn_out(picture: &Picture, size: (u32, u32)) -> Result<Picture> {
-    spread(picture, size, (0, 0))
+    spread(picture, size, (0, 0), Beyond::Repeated)
 }
 
 /// A mask likewise.

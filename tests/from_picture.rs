@@ -1,0 +1,173 @@
+//! Runs that begin at a picture against diffusers' pipelines: img2img, inpainting with ordinary models and with those that are given the mask,
+//! instructions, on models of every family. The runs are described in `fixtures/from_picture/README.md`.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device};
+use sd_rs::checkpoint::Checkpoint;
+use sd_rs::output::Image;
+use sd_rs::picture::Picture;
+use sd_rs::pipeline::{Control, Edges, Engine, Fill, Masking, Plan, Request, Source};
+use sd_rs::text::Syntax;
+use serde_json::Value;
+
+use crate::models::{RUN, close, list, text};
+use crate::support::Dir;
+use crate::support::weights::{Case, FolderForm, Stored, Values, read};
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/from_picture")
+}
+
+fn record() -> Value {
+    let text = fs::read_to_string(fixtures().join("runs.json")).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+/// The model of a run: one of `fixtures/models`, perhaps with another first layer and scheduler.
+fn model(run: &Value) -> Case {
+    let mut case = Case::load(text(&run["model"]));
+    let network = &run["network"];
+    let component = &mut case.record["components"][text(&network["component"])];
+    component["config"] = network["config"].clone();
+    for row in list(&network["tensors"]) {
+        let tensors = component["tensors"].as_array_mut().unwrap();
+        match tensors.iter_mut().find(|own| own[0] == row[0]) {
+            Some(own) => *own = row.clone(),
+            None => tensors.push(row.clone()),
+        }
+    }
+    for (name, content) in run["files"].as_object().unwrap() {
+        case.record["files"][name] = content.clone();
+    }
+    case
+}
+
+fn pair(value: &Value) -> (usize, usize) {
+    let side = |i: usize| usize::try_from(value[i].as_u64().unwrap()).unwrap();
+    (side(0), side(1))
+}
+
+fn open(kind: &str, size: (usize, usize)) -> Picture {
+    Picture::open(&fixtures().join(format!("{kind}-{}x{}.png", size.0, size.1))).unwrap()
+}
+
+fn request(record: &Value, run: &Value) -> Request {
+    let size = pair(&run["size"]);
+    let mut source = Source::new(open("picture", size));
+    source.strength = run["strength"].as_f64();
+    if let Some(scale) = run["image_cfg_scale"].as_f64() {
+        source.image_cfg_scale = scale;
+    }
+    if run["mask"].as_bool().unwrap_or(false) {
+        source.masking = Some(Masking {
+            mask: open("mask", size).to_luma(),
+            blur: None,
+            fill: Fill::Original,
+            only_masked: run["around"].as_u64().map(|n| usize::try_from(n).unwrap()),
+            edges: Edges::Hard,
+        });
+    }
+    source.own_size = run.get("_auto_resize").is_some();
+    let output = run.get("output").map(pair);
+    let absent = run.get("negative").is_some_and(Value::is_null)
+        || text(&run["pipeline"]).starts_with("Latent");
+    Request {
+        prompt: text(&record["prompt"]).to_owned(),
+        negative_prompt: (!absent).then(|| text(&record["negative"]).to_owned()),
+        prompt_syntax: Syntax::Plain,
+        width: output.map(|size| size.0),
+        height: output.map(|size| size.1),
+        steps: Some(usize::try_from(run["steps"].as_u64().unwrap()).unwrap()),
+        cfg_scale: run["cfg_scale"].as_f64(),
+        seed: run["seed"].as_u64(),
+        source: Some(source),
+        ..Request::default()
+    }
+}
+
+/// Runs a request on the model and gives its latents and picture.
+fn go(engine: &Engine, request: &Request) -> (candle_core::Tensor, Image) {
+    let plan = Plan::new(engine, request).unwrap();
+    let mut result = None;
+    engine
+        .generate(request, &plan, &mut |_| Control::Continue, &mut |batch| {
+            result = Some((batch.latents, batch.pictures[0].image.clone()));
+            Ok(())
+        })
+        .unwrap();
+    result.unwrap()
+}
+
+fn expected() -> HashMap<String, Values> {
+    let stored = read(&fixtures().join("expected.safetensors"));
+    let values = |stored: Stored| {
+        let numbers = stored.bytes.as_chunks().0.iter();
+        let data = numbers.map(|b| f32::from_le_bytes(*b)).collect();
+        let shape = stored.shape;
+        (stored.name, Values { shape, data })
+    };
+    stored.into_iter().map(values).collect()
+}
+
+fn check(family: fn(&str) -> bool) {
+    let record = record();
+    let expected = expected();
+    let mut count = 0;
+    for run in list(&record["runs"]) {
+        if !family(text(&run["model"])) {
+            continue;
+        }
+        count += 1;
+        let name = text(&run["name"]);
+        let dir = Dir::new();
+        let folder = dir.path("model");
+        model(run).write_folder(&folder, &FolderForm::default());
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        let engine = Engine::load(&checkpoint, &Device::Cpu, DType::F32)
+            .unwrap_or_else(|e| panic!("{name}: {e}"));
+        let request = request(&record, run);
+        let (latents, image) = go(&engine, &request);
+        close(name, &latents, &expected[name], RUN);
+        outside_is_untouched(name, &request, &image);
+    }
+    assert!(count > 3);
+}
+
+/// Where a mask is black, the finished picture is the one that was given, to the last bit.
+fn outside_is_untouched(name: &str, request: &Request, image: &Image) {
+    let source = request.source.as_ref().unwrap();
+    let Some(masking) = &source.masking else {
+        return;
+    };
+    let picture = &source.picture;
+    assert_eq!((image.width, image.height), (picture.width(), picture.height()), "{name}");
+    let (mut kept, mut painted) = (0, 0);
+    for (i, &mask) in masking.mask.values().iter().enumerate() {
+        let same = image.rgb[3 * i..][..3] == picture.rgb()[3 * i..][..3];
+        if mask == 0 {
+            assert!(same, "{name}: pixel {i} was changed");
+            kept += 1;
+        } else if !same {
+            painted += 1;
+        }
+    }
+    assert!(kept > 100 && painted > 100, "{name}: {kept} kept, {painted} painted");
+}
+
+#[test]
+fn stable_diffusion() {
+    check(|model| ["sd1-odd", "sd2-v", "five-levels", "lcm"].contains(&model));
+}
+
+#[test]
+fn xl() {
+    check(|model| model.starts_with("sdxl") || model.starts_with("edm"));
+}
+
+#[test]
+fn transformers() {
+    check(|model| model.starts_with("sd3") || model.starts_with("flux"));
+}
