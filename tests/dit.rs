@@ -73,6 +73,7 @@ fn predict(
         context: of("context").unwrap(),
         added: of("added"),
         guidance: of("guidance"),
+        label: None,
         reference: None,
     };
     let skipped: Vec<usize> = list(&call["skip_layers"])

@@ -111,6 +111,7 @@ fn is_refused(case: &Case) -> bool {
     list(&case.record["needs"])
         .iter()
         .any(|need| need == "class_labels")
+        && case.config("unet").get("class_embed_type").is_some()
 }
 
 pub(crate) fn list(value: &Value) -> &[Value] {
@@ -182,12 +183,23 @@ fn unet_calls() {
                 let input = call[name].as_str().map(|input| tensor(case.input(input)));
                 input.map(sd_kernels::Tensor::from)
             };
+            let label = call["class_labels"].as_array().map(|labels| {
+                let rows = labels.iter().map(|label| {
+                    let class = usize::try_from(label.as_u64().unwrap()).unwrap();
+                    network.label(class).unwrap().unwrap()
+                });
+                let rows: Vec<Vec<f32>> = rows.collect();
+                let width = rows[0].len();
+                let rows = Tensor::from_vec(rows.concat(), (labels.len(), width), &Device::Cpu);
+                sd_kernels::Tensor::from(rows.unwrap())
+            });
             let got = network.forward(&unet::Inputs {
                 sample: &latents.into(),
                 timestep: &timestep.into(),
                 context: &context.into(),
                 added: None,
                 guidance: input("timestep_cond").as_ref(),
+                label: label.as_ref(),
                 reference: None,
             });
             let key = text(&call["expected"]);

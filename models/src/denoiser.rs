@@ -18,6 +18,8 @@ pub struct Inputs<'a> {
     pub added: Option<&'a Tensor>,
     /// `[b, guidance_width]`, where the config has one.
     pub guidance: Option<&'a Tensor>,
+    /// The row of each latents' class `[b, label_width]`, where the config has classes.
+    pub label: Option<&'a Tensor>,
     /// Another picture's latents `[b, in_channels, h', w']`, for a FLUX.1 that was trained to look at one.
     pub reference: Option<&'a Tensor>,
 }
@@ -97,6 +99,12 @@ impl Config {
         }
     }
 
+    /// Width of a class's row, if the network has classes.
+    pub fn label_width(&self) -> Option<usize> {
+        let unet = self.unet()?;
+        unet.classes.map(|_| unet.time.output)
+    }
+
     /// Whether the network was distilled to follow the prompt without a second call: those that are told a guidance, and FLUX at all.
     pub fn guides_itself(&self) -> bool {
         self.guidance_width().is_some() || matches!(self, Self::Flux(_))
@@ -156,6 +164,17 @@ impl Denoiser {
             Config::UNet(config) => Self::UNet(Box::new(unet::UNet::load(weights, config))),
             Config::Mmdit(config) => Self::Mmdit(Box::new(mmdit::Mmdit::load(weights, config))),
             Config::Flux(config) => Self::Flux(Box::new(flux::Flux::load(weights, config))),
+        }
+    }
+
+    /// The row of a class; see [`unet::UNet::label`].
+    ///
+    /// # Errors
+    /// When the table cannot be read.
+    pub fn label(&self, class: usize) -> Result<Option<Vec<f32>>> {
+        match self {
+            Self::UNet(network) => network.label(class),
+            Self::Mmdit(_) | Self::Flux(_) => Ok(None),
         }
     }
 

@@ -226,7 +226,7 @@ impl Family {
     /// The components without which a picture cannot be made, by their names in a folder; none for families that pictures are not made with.
     pub fn components(self) -> &'static [&'static str] {
         match self {
-            Self::Sd1 | Self::Sd2 => &["unet", "text_encoder", "vae"],
+            Self::Sd1 | Self::Sd2 | Self::X4Upscaler => &["unet", "text_encoder", "vae"],
             Self::Sdxl | Self::Ssd1b | Self::Vega | Self::Koala => {
                 &["unet", "text_encoder", "text_encoder_2", "vae"]
             }

@@ -91,6 +91,10 @@ fn from_family(family: Family, variant: Variant) -> Option<(Option<Prediction>, 
         (Family::Sd2, _) => {
             "Stable Diffusion 2 with more than the latents going in predicts epsilon"
         }
+        (Family::X4Upscaler, _) => {
+            let evidence = "the x4 upscaler predicts v".to_owned();
+            return Some((Some(Prediction::V), evidence));
+        }
         (Family::Sd1, _) => "Stable Diffusion 1 predicts epsilon",
         _ => "nothing says otherwise, and SDXL predicts epsilon",
     };

@@ -91,6 +91,7 @@ impl Detection {
                     "this is {title}, which needs a picture's depth, which this version does not take yet"
                 ));
             }
+            Variant::Other(_) if self.family == Family::X4Upscaler => {}
             Variant::Other(channels) => {
                 return Some(format!(
                     "this is {title} whose network takes {channels} channels, and no kind of such a model is known"

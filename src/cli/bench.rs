@@ -128,7 +128,8 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
         (&[sizes.clone(), sizes], 7.5),
         &Given {
             extra,
-            reference: None,
+            label: networks.label(0)?,
+            ..Given::default()
         },
     )?;
     let sample = Tensor::randn(0f32, 1.0, (1, channels, latent, latent), &device)?;

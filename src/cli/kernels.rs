@@ -210,6 +210,7 @@ fn record(config: &Value, latent: usize) -> Result<Graph> {
         context: &context,
         added: None,
         guidance: None,
+        label: None,
         reference: None,
     })?;
     Ok(graph)

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use super::args::ImageArgs;
 use crate::error::{Error, Result};
 use crate::picture::{Grey, Picture, Rect};
-use crate::pipeline::{Extend, Fill, IMAGE_CFG_SCALE, Masking, Plan, Request, Source};
+use crate::pipeline::{Extend, Fill, IMAGE_CFG_SCALE, Masking, NOISE_LEVEL, Plan, Request, Source};
 use serde_json::{Value, json};
 
 /// The word that takes a picture's transparency for a mask.
@@ -110,6 +110,7 @@ pub(super) fn with_picture(args: &ImageArgs, picture: Picture) -> Result<Source>
         whose: args.like,
         image_cfg_scale: args.image_cfg_scale.unwrap_or(IMAGE_CFG_SCALE),
         own_size: args.own_size,
+        noise_level: args.noise_level.unwrap_or(NOISE_LEVEL),
         ..Source::new(picture)
     })
 }

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use crate::checkpoint::{Detection, Family, Noise, Variant};
 use crate::error::{Error, Result};
 use crate::sampling::Prediction;
-use crate::spec::{ModelSpec, TextTower, unet_difference};
+use crate::spec::{ModelSpec, TextTower, betas, unet_difference};
 use sd_kernels::Activation;
 use sd_models::unet::{self, Level, Mid};
 use sd_models::{clip, vae};
@@ -60,14 +60,28 @@ pub(super) fn files(spec: &ModelSpec, detection: &Detection, linear: bool) -> Re
         );
         files.push((format!("{}/config.json", tower.role.component), text(tower)));
     }
+    if spec.low_res.is_some() {
+        set("low_res_scheduler", json!(["diffusers", "DDPMScheduler"]));
+        let (first, last) = betas(spec.family);
+        let config = json!({
+            "_class_name": "DDPMScheduler",
+            "_diffusers_version": VERSION,
+            "beta_end": last,
+            "beta_schedule": "scaled_linear",
+            "beta_start": first,
+            "num_train_timesteps": 1000,
+        });
+        files.push(("low_res_scheduler/scheduler_config.json".to_owned(), config));
+    }
     files.push(("scheduler/scheduler_config.json".to_owned(), scheduler));
     files.push(("model_index.json".to_owned(), Value::Object(index)));
     Ok(files)
 }
 
 fn pipeline(family: Family, variant: Variant) -> &'static str {
-    let is_xl = !matches!(family, Family::Sd1 | Family::Sd2);
+    let is_xl = !matches!(family, Family::Sd1 | Family::Sd2 | Family::X4Upscaler);
     match (is_xl, variant) {
+        _ if family == Family::X4Upscaler => "StableDiffusionUpscalePipeline",
         (false, Variant::Inpainting) => "StableDiffusionInpaintPipeline",
         (false, Variant::Pix2Pix) => "StableDiffusionInstructPix2PixPipeline",
         (false, Variant::Depth) => "StableDiffusionDepth2ImgPipeline",
@@ -114,6 +128,9 @@ fn unet(spec: &ModelSpec, linear: bool) -> Result<Value> {
         json["addition_embed_type"] = json!("text_time");
         json["addition_time_embed_dim"] = json!(added.number);
         json["projection_class_embeddings_input_dim"] = json!(added.input);
+    }
+    if let Some(classes) = config.classes {
+        json["num_class_embeds"] = json!(classes);
     }
     // what was written must be what is read
     let read = unet::Config::from_json(&json).map_err(|e| Error::Weights(e.to_string()))?;
@@ -309,7 +326,7 @@ fn scheduler(spec: &ModelSpec, detection: &Detection) -> Value {
     }
     let class = match spec.family {
         Family::Sd1 => "PNDMScheduler",
-        Family::Sd2 => "DDIMScheduler",
+        Family::Sd2 | Family::X4Upscaler => "DDIMScheduler",
         _ => "EulerDiscreteScheduler",
     };
     let zero = detection.noise == Noise::ZeroSnr;
@@ -317,12 +334,13 @@ fn scheduler(spec: &ModelSpec, detection: &Detection) -> Value {
         true => "DDIMScheduler",
         false => class,
     };
+    let (first, last) = betas(spec.family);
     let mut json = json!({
         "_class_name": class,
         "_diffusers_version": VERSION,
-        "beta_end": 0.012,
+        "beta_end": last,
         "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
+        "beta_start": first,
         "num_train_timesteps": 1000,
         "prediction_type": prediction,
         "steps_offset": 1,

@@ -11,7 +11,7 @@ use super::scene::Scene;
 use super::source::{Edges, Fill, Source, Whose};
 use crate::error::{Error, Result};
 use crate::picture::{Filter, Grey};
-use crate::sampling::Trajectory;
+use crate::sampling::{NoiseSchedule, Trajectory};
 use crate::spec::ModelSpec;
 
 /// The beginning of a batch of b pictures.
@@ -28,7 +28,7 @@ pub(super) struct Beginning {
 fn beside(extra: Option<Tensor>) -> Given {
     Given {
         extra,
-        reference: None,
+        ..Given::default()
     }
 }
 
@@ -43,6 +43,8 @@ pub enum Role {
     Instruct,
     /// The network looks at it, and begins at noise.
     Reference,
+    /// The network is given it with some noise, and makes it larger from noise.
+    Enlarge,
 }
 
 impl Role {
@@ -51,6 +53,9 @@ impl Role {
         let config = &spec.unet.config;
         if spec.looks_at_pictures {
             return Self::Reference;
+        }
+        if spec.low_res.is_some() {
+            return Self::Enlarge;
         }
         let (latents, extra) = (config.latent_channels(), config.extra_channels());
         if extra == 0 {
@@ -64,7 +69,7 @@ impl Role {
 
     /// Whether runs begin at noise, whatever the picture.
     pub(super) fn begins_at_noise(self) -> bool {
-        matches!(self, Self::Instruct | Self::Reference)
+        matches!(self, Self::Instruct | Self::Reference | Self::Enlarge)
     }
 }
 
@@ -76,6 +81,8 @@ pub(super) struct Begin<'a> {
     pub(super) source: Option<&'a Source>,
     pub(super) scene: Option<&'a Scene>,
     pub(super) whose: Whose,
+    /// The noise that a picture to be enlarged is given.
+    pub(super) low_res: Option<&'a NoiseSchedule>,
     /// The picture's latents that an instruction changes are scaled (CosXL).
     pub(super) scaled: bool,
     /// `[c, h, w]` of the latents.
@@ -94,7 +101,7 @@ impl Begin<'_> {
             return Ok(Beginning {
                 given: match role {
                     Role::Inpaint => beside(Some(self.all_masked(drawn.dim(0)?)?)),
-                    Role::Start | Role::Instruct | Role::Reference => Given::default(),
+                    _ => Given::default(),
                 },
                 sample: (drawn * self.trajectory.init_noise_sigma)?,
                 known: None,
@@ -103,6 +110,7 @@ impl Begin<'_> {
         match role {
             Role::Instruct => return self.instructed(scene, noise),
             Role::Reference => return self.referred(scene, noise),
+            Role::Enlarge => return self.enlarged((source, scene), noise),
             Role::Start | Role::Inpaint => {}
         }
         if self.whose == Whose::Diffusers {
@@ -140,8 +148,36 @@ impl Begin<'_> {
         let drawn = noise.draw()?;
         Ok(Beginning {
             given: Given {
-                extra: None,
                 reference: Some(latents.repeat((drawn.dim(0)?, 1, 1, 1))?),
+                ..Given::default()
+            },
+            sample: (drawn * self.trajectory.init_noise_sigma)?,
+            known: None,
+        })
+    }
+
+    /// The network is given the picture itself, with noise that is drawn before the latents', and is told how much that is.
+    fn enlarged(&self, (source, scene): (&Source, &Scene), noise: &mut BatchNoise) -> Result<Beginning> {
+        let picture = &scene.picture;
+        let (w, h) = (picture.width() as usize, picture.height() as usize);
+        let level = source.noise_level;
+        let bar = self.low_res.and_then(|schedule| schedule.alphas_cumprod.get(level));
+        let (Some(bar), Some(label)) = (bar, self.networks.label(level)?) else {
+            return Err(Error::Usage(format!(
+                "--noise-level is {level}, and the model knows fewer levels; 20 is usual"
+            )));
+        };
+        let device = self.networks.device();
+        let values: Vec<f32> = picture.to_planar().iter().map(|v| v * 2.0 - 1.0).collect();
+        let pixels = Tensor::from_vec(values, (1, 3, h, w), device)?;
+        let fresh = (noise.draw_of([3, h, w])? * (1.0 - bar).sqrt())?;
+        let noised = fresh.broadcast_add(&(pixels * bar.sqrt())?)?;
+        let drawn = noise.draw()?;
+        Ok(Beginning {
+            given: Given {
+                extra: Some(noised),
+                label: Some(label.repeat((drawn.dim(0)?, 1))?),
+                reference: None,
             },
             sample: (drawn * self.trajectory.init_noise_sigma)?,
             known: None,

@@ -12,6 +12,7 @@ pub(super) const ADDED: &str = "added";
 pub(super) const GUIDANCE: &str = "guidance";
 pub(super) const EXTRA: &str = "extra";
 pub(super) const REFERENCE: &str = "reference";
+pub(super) const LABEL: &str = "label";
 
 /// What the UNet is told beside latents and time; a batch has the unconditional rows first if there are any.
 #[derive(Debug, Clone)]
@@ -26,6 +27,8 @@ pub struct Conditions {
     pub extra: Option<Tensor>,
     /// Latents of a picture that the network looks at, `[b, c, h', w']`, f32.
     pub reference: Option<Tensor>,
+    /// The row of the picture's class, `[b, width]`, f32, where the network has classes.
+    pub label: Option<Tensor>,
 }
 
 /// What of a picture the network is given.
@@ -35,6 +38,8 @@ pub struct Given {
     pub extra: Option<Tensor>,
     /// Latents of their own, `[n, c, h', w']`.
     pub reference: Option<Tensor>,
+    /// The row of its class, `[n, width]`.
+    pub label: Option<Tensor>,
 }
 
 /// What a part of a batch is given.
@@ -122,6 +127,7 @@ impl Conditions {
             guidance,
             extra: rows(&given.extra)?,
             reference: rows(&given.reference)?,
+            label: rows(&given.label)?,
         })
     }
 
@@ -133,6 +139,7 @@ impl Conditions {
             guidance: convert(&self.guidance)?,
             extra: convert(&self.extra)?,
             reference: convert(&self.reference)?,
+            label: convert(&self.label)?,
         })
     }
 
@@ -144,6 +151,7 @@ impl Conditions {
             (GUIDANCE, self.guidance.as_ref()),
             (EXTRA, self.extra.as_ref()),
             (REFERENCE, self.reference.as_ref()),
+            (LABEL, self.label.as_ref()),
         ];
         all.into_iter()
             .filter_map(|(name, tensor)| Some((name, tensor?)))

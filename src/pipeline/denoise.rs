@@ -96,7 +96,11 @@ impl BatchNoise {
 
     /// Standard normal numbers `[b, c, h, w]`.
     pub(super) fn draw(&mut self) -> Result<Tensor> {
-        let [c, h, w] = self.shape;
+        self.draw_of(self.shape)
+    }
+
+    /// The same of another shape.
+    pub(super) fn draw_of(&mut self, [c, h, w]: [usize; 3]) -> Result<Tensor> {
         let values: Vec<f32> = self
             .generators
             .iter_mut()

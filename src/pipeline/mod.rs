@@ -33,7 +33,7 @@ pub use request::{Request, Rng};
 pub use begin::Role;
 pub use scene::Scene;
 pub use sizes::SizeConditioning;
-pub use source::{Edges, Fill, Fit, IMAGE_CFG_SCALE, Masking, Source, Whose};
+pub use source::{Edges, Fill, Fit, IMAGE_CFG_SCALE, Masking, NOISE_LEVEL, Source, Whose};
 pub use tower::LoadedTower;
 
 use std::time::{Duration, Instant};
@@ -354,6 +354,7 @@ impl Engine {
             source,
             scene: plan.scene.as_ref(),
             whose: plan.whose,
+            low_res: self.spec.low_res.as_ref(),
             scaled: self.spec.scales_instructions,
             shape,
         };

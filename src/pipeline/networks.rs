@@ -12,7 +12,7 @@ use sd_models::t5::{self, T5Encoder};
 use sd_models::vae::{self, AnyDecoder, Encoder, TinyConfig};
 
 use super::adapted::bind_adapters;
-use super::conditions::{ADDED, CONTEXT, Conditions, EXTRA, GUIDANCE, REFERENCE};
+use super::conditions::{ADDED, CONTEXT, Conditions, EXTRA, GUIDANCE, LABEL, REFERENCE};
 use super::coverage::{Coverage, ENCODER, T5, TEXT, UNET, VAE, named, source};
 use super::tower::{LoadedT5, LoadedTower, Runner};
 use crate::adapters::{Adapters, Bound, Owner};
@@ -305,6 +305,17 @@ impl Networks {
         &self.config
     }
 
+    /// The row of a class in the denoising network's table, `[1, width]`; none where it has no such class.
+    ///
+    /// # Errors
+    /// When the table cannot be read.
+    pub fn label(&self, class: usize) -> Result<Option<Tensor>> {
+        Ok(match self.unet.label(class)? {
+            Some(row) => Some(Tensor::new(row, &self.device)?.unsqueeze(0)?),
+            None => None,
+        })
+    }
+
     /// Tokens of a short text's states.
     pub fn tokens(&self) -> usize {
         self.tokens
@@ -521,6 +532,7 @@ impl Networks {
         let vector = |name, width: Option<usize>| width.map(|w| graph.input(name, &[batch, w]));
         let added = vector(ADDED, config.added_width());
         let guidance = vector(GUIDANCE, config.guidance_width());
+        let label = vector(LABEL, config.label_width());
         let channels = config.latent_channels();
         let reference =
             reference.map(|(w, h)| graph.input(REFERENCE, &[batch, channels, h, w]));
@@ -530,6 +542,7 @@ impl Networks {
             context: &context,
             added: added.as_ref(),
             guidance: guidance.as_ref(),
+            label: label.as_ref(),
             reference: reference.as_ref(),
         };
         let output = self.unet.forward_without(&inputs, skipped)?;
@@ -598,7 +611,7 @@ impl Networks {
         const SHARE: f64 = 0.8;
         let options = Options {
             timestep: Some("timestep"),
-            constant: vec![CONTEXT, ADDED, GUIDANCE, EXTRA, REFERENCE],
+            constant: vec![CONTEXT, ADDED, GUIDANCE, EXTRA, REFERENCE, LABEL],
             halved: if guided { vec!["sample"] } else { Vec::new() },
             ..Options::new(Level::current(), precision(self.dtype))
         };
@@ -684,13 +697,15 @@ impl Denoiser<'_> {
                 let node_of = |x: &Option<Tensor>| x.as_ref().map(node);
                 let (added, guidance) =
                     (node_of(&conditions.added), node_of(&conditions.guidance));
-                let reference = node_of(&conditions.reference);
+                let (label, reference) =
+                    (node_of(&conditions.label), node_of(&conditions.reference));
                 let inputs = Inputs {
                     sample: &sample.into(),
                     timestep: &timestep.into(),
                     context: &node(&conditions.context),
                     added: added.as_ref(),
                     guidance: guidance.as_ref(),
+                    label: label.as_ref(),
                     reference: reference.as_ref(),
                 };
                 let out = unet.forward_without(&inputs, skipped)?;

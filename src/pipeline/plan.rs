@@ -78,10 +78,13 @@ impl Plan {
         let role = Role::of(spec);
         check_source(request.source.as_ref(), role, spec)?;
         let masked = request.source.as_ref().is_some_and(|s| s.masking.is_some());
+        let patch = scale.saturating_mul(spec.unet.config.patch());
         let side = |name: &str, wanted: Option<usize>, picture: Option<usize>| -> Result<usize> {
             let multiple = match spec.unet.config.patch() {
+                // a picture to be enlarged is cut to what its autoencoder divides by
+                _ if role == Role::Enlarge => scale * scale,
                 1 => scale.max(8),
-                patch => scale.saturating_mul(patch),
+                _ => patch,
             };
             let size = match (wanted, picture) {
                 (Some(size), _) => size,
@@ -97,7 +100,7 @@ impl Plan {
             }
             Ok(size)
         };
-        let picture = own_size(request.source.as_ref(), role);
+        let picture = own_size(request.source.as_ref(), role, (scale, patch));
         let (width, height) = (
             side("width", request.width, picture.map(|(width, _)| width))?,
             side("height", request.height, picture.map(|(_, height)| height))?,
@@ -167,7 +170,8 @@ impl Plan {
         let source = request.source.as_ref();
         let asked = request.width.is_some() || request.height.is_some();
         let scene = source.map(|source| match role {
-            Role::Reference => Scene::looked_at(source),
+            Role::Reference => Scene::looked_at(source, patch),
+            Role::Enlarge => Scene::resized(source, latent),
             _ => Scene::new(source, (width, height), asked, whose),
         });
         let scene = scene.transpose()?;
@@ -243,6 +247,11 @@ impl Plan {
 fn is_guided(engine: &Engine, request: &Request, cfg_scale: f64) -> bool {
     let spec = engine.spec();
     let own = is_own(engine, request);
+    let instructed = Role::of(spec) == Role::Instruct;
+    let source = request.source.as_ref().filter(|_| instructed && own);
+    if source.is_some_and(|source| source.image_cfg_scale < 1.0) {
+        return false; // diffusers' pipelines guide by neither then
+    }
     if spec.unet.config.guides_itself() || cfg_scale == 0.0 {
         return false;
     }
@@ -301,18 +310,20 @@ fn start(source: Option<&Source>, (role, whose): (Role, Whose), spec: &ModelSpec
 /// Whether the model can do with the picture, or without one.
 fn check_source(source: Option<&Source>, role: Role, spec: &ModelSpec) -> Result<()> {
     let Some(source) = source else {
-        if role == Role::Instruct {
-            return Err(Error::Usage(format!(
-                "this is {} that changes a picture by instruction; give it one with --init-image",
-                spec.family.phrase()
-            )));
-        }
-        return Ok(());
+        let what = match role {
+            Role::Instruct => "changes a picture by what it is told",
+            Role::Enlarge => "enlarges a picture",
+            Role::Start | Role::Inpaint | Role::Reference => return Ok(()),
+        };
+        return Err(Error::Usage(format!(
+            "this is {} that {what}; give it one with --init-image",
+            spec.family.phrase()
+        )));
     };
     source.check()?;
     if role.begins_at_noise() && source.masking.is_some() {
         return Err(Error::Usage(
-            "--mask has no say with a model that changes pictures by instruction; leave it out"
+            "a mask has no say with a model that is only given the picture; leave out --mask, --mask-box and --extend"
                 .to_owned(),
         ));
     }
@@ -320,10 +331,19 @@ fn check_source(source: Option<&Source>, role: Role, spec: &ModelSpec) -> Result
 }
 
 /// The size of the picture that is begun at; a part of it is computed at the model's own.
-fn own_size(source: Option<&Source>, role: Role) -> Option<(usize, usize)> {
+fn own_size(
+    source: Option<&Source>,
+    role: Role,
+    (scale, patch): (usize, usize),
+) -> Option<(usize, usize)> {
     let source = source?;
+    if role == Role::Enlarge {
+        let larger = |side: u32| (side as usize).saturating_mul(scale);
+        let picture = &source.picture;
+        return Some((larger(picture.width()), larger(picture.height())));
+    }
     if role == Role::Reference {
-        return Some(source.looked_at());
+        return Some(source.looked_at(patch));
     }
     let part = source.masking.as_ref().is_some_and(|m| m.only_masked.is_some());
     let size = (source.picture.width() as usize, source.picture.height() as usize);

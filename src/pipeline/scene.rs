@@ -80,16 +80,30 @@ impl Scene {
         scene.filled(masking.fill)
     }
 
-    /// The picture as a network looks at it.
+    /// The picture as a network looks at it, in patches of so many pixels.
     ///
     /// # Errors
     /// [`Error::Usage`] for impossible sizes.
-    pub(super) fn looked_at(source: &Source) -> Result<Self> {
+    pub(super) fn looked_at(source: &Source, patch: usize) -> Result<Self> {
         let side = |pixels: usize| u32::try_from(pixels).unwrap_or(u32::MAX);
-        let (width, height) = source.looked_at();
+        let (width, height) = source.looked_at(patch);
         let picture = source.picture.as_ref().clone().with_alpha(None)?;
         Ok(Self {
             picture: picture.resize(side(width), side(height), Filter::Lanczos)?,
+            mask: None,
+            finish: None,
+        })
+    }
+
+    /// The picture in another size, by a cubic as diffusers' upscaling pipeline has it.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for impossible sizes.
+    pub(super) fn resized(source: &Source, (width, height): (usize, usize)) -> Result<Self> {
+        let side = |pixels: usize| u32::try_from(pixels).unwrap_or(u32::MAX);
+        let picture = source.picture.as_ref().clone().with_alpha(None)?;
+        Ok(Self {
+            picture: picture.resize(side(width), side(height), Filter::Bicubic)?,
             mask: None,
             finish: None,
         })

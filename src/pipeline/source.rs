@@ -93,10 +93,15 @@ pub struct Source {
     pub image_cfg_scale: f64,
     /// The network looks at the picture in its own size, and not in one that it was trained at (FLUX.1 Kontext).
     pub own_size: bool,
+    /// How much noise a picture is given before it is enlarged, in timesteps.
+    pub noise_level: usize,
 }
 
 /// Guidance towards the picture when nobody says (Brooks et al., "InstructPix2Pix", arXiv 2211.09800).
 pub const IMAGE_CFG_SCALE: f64 = 1.5;
+
+/// [`Source::noise_level`] when nobody says, as in diffusers.
+pub const NOISE_LEVEL: usize = 20;
 
 /// Widths and heights that FLUX.1 Kontext was trained at (diffusers 0.42.1 `PREFERRED_KONTEXT_RESOLUTIONS`).
 const TRAINED_SIZES: [(usize, usize); 17] = [
@@ -130,17 +135,16 @@ impl Source {
             whose: None,
             image_cfg_scale: IMAGE_CFG_SCALE,
             own_size: false,
+            noise_level: NOISE_LEVEL,
         }
     }
 
     /// The size, in pixels, in which a network looks at the picture: that of its training whose proportions are nearest, or the picture's own, cut
-    /// to whole patches.
-    pub(super) fn looked_at(&self) -> (usize, usize) {
-        /// Pixels of a patch.
-        const PATCH: usize = 16;
+    /// to whole patches of so many pixels.
+    pub(super) fn looked_at(&self, patch: usize) -> (usize, usize) {
         let own = (self.picture.width() as usize, self.picture.height() as usize);
         if self.own_size {
-            let cut = |side: usize| (side / PATCH).max(1) * PATCH;
+            let cut = |side: usize| (side / patch.max(1)).max(1) * patch;
             return (cut(own.0), cut(own.1));
         }
         let wanted = own.0 as f64 / own.1 as f64;

@@ -20,6 +20,7 @@ use sd_models::config::ConfigResult;
 use sd_models::vae::TinyConfig;
 use sd_models::{clip, denoiser, unet, vae};
 pub(crate) use single::{SINGLE_UNET, difference, layouts, unet_difference};
+pub(crate) use table::betas;
 pub use table::{Defaults, Pad, T5Role, TowerRole, native_size, t5_length, towers};
 use table::{FlowLevels, NORMALISED_FACTOR, Row, row};
 pub use text::T5Tower;
@@ -54,6 +55,8 @@ pub struct ModelSpec {
     pub zero_negative: bool,
     /// The latents of a picture that an instruction changes are scaled as all others are (CosXL), and not as the encoder leaves them.
     pub scales_instructions: bool,
+    /// The noise that a picture is given which the network enlarges, by timestep; none for all other networks.
+    pub low_res: Option<NoiseSchedule>,
     /// The network was trained to look at a picture's latents behind its own (FLUX.1 Kontext); only names tell.
     pub looks_at_pictures: bool,
     /// What is used when the user does not say.
@@ -205,10 +208,14 @@ impl ModelSpec {
         let unet = folder_component(checkpoint, row.network.component(), |value| {
             row.network.config(value)
         })?;
-        let vae = match vae {
+        let mut vae = match vae {
             Some(vae) => vae,
             None => autoencoder::of_folder(checkpoint)?,
         };
+        if row.enlarges {
+            // diffusers' pipeline does not believe what old configs say
+            vae.config.scaling_factor = row.scaling_factor;
+        }
         let text = text::read(checkpoint, row, others.text)?;
         let (prediction, levels) = trained(scheduler.as_ref(), row.flow_of(&unet.config));
         let mut defaults = row.defaults_of(&unet.config, prediction, detection.distilled);
@@ -241,6 +248,7 @@ impl ModelSpec {
             scheduler,
             levels,
             zero_negative,
+            low_res: low_res(checkpoint, row)?,
             looks_at_pictures: is_kontext(checkpoint, row),
             scales_instructions: checkpoint
                 .model_index()
@@ -280,6 +288,7 @@ impl ModelSpec {
         let levels = match &detection.noise {
             Noise::Betas => match flow {
                 Some(flow) => NoiseSchedule::flow(flow.shift, flow.levels),
+                None if row.enlarges => NoiseSchedule::new(&scaled_linear(row.betas)),
                 None => NoiseSchedule::default(),
             },
             Noise::ZeroSnr => NoiseSchedule::new(&SchedulerConfig {
@@ -322,6 +331,7 @@ impl ModelSpec {
             scheduler,
             levels,
             zero_negative: row.zero_negative,
+            low_res: low_res(checkpoint, row)?,
             looks_at_pictures: is_kontext(checkpoint, row),
             scales_instructions: prediction == Prediction::Edm,
             defaults,
@@ -536,6 +546,30 @@ fn trained(
         NoiseSchedule::new(config)
     };
     (config.prediction, levels)
+}
+
+/// The noise of pictures that are enlarged: the folder's own, or that of the family's training.
+fn low_res(checkpoint: &Checkpoint, row: &Row) -> Result<Option<NoiseSchedule>> {
+    if !row.enlarges {
+        return Ok(None);
+    }
+    let config = match checkpoint.config("low_res_scheduler") {
+        Some(value) => SchedulerConfig::from_json(value).map_err(|e| {
+            Error::bad_model(checkpoint.path().join("low_res_scheduler"), e.to_string())
+        })?,
+        None => scaled_linear(row.betas),
+    };
+    Ok(Some(NoiseSchedule::new(&config)))
+}
+
+/// Betas whose roots are even.
+fn scaled_linear((beta_start, beta_end): (f64, f64)) -> SchedulerConfig {
+    SchedulerConfig {
+        class_name: "DDIMScheduler".to_owned(),
+        beta_start,
+        beta_end,
+        ..SchedulerConfig::default()
+    }
 }
 
 /// Whether the model calls itself Kontext: its folder's pipeline, or its file's name. Its tensors are those of FLUX.1 dev.

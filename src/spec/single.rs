@@ -129,6 +129,7 @@ pub(crate) fn unet_difference(own: &unet::Config, read: &unet::Config) -> Option
         "activation": own.activation, read.activation;
         "timestep's embedding": own.time, read.time;
         "vector beside the time": own.added, read.added;
+        "classes": own.classes, read.classes;
         "activation of the time's embedding": own.time_activation, read.time_activation;
         "time as scale and shift": own.scale_shift, read.scale_shift;
         "padding of downsampling": own.downsample_padding, read.downsample_padding;

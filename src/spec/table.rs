@@ -165,6 +165,10 @@ pub(super) struct Row {
     pub(super) t5: Option<T5Role>,
     /// The levels of flow models; none for models with betas.
     pub(super) flow: Option<FlowLevels>,
+    /// The first and last beta of training.
+    pub(super) betas: (f64, f64),
+    /// The network is given a picture and makes it larger.
+    pub(super) enlarges: bool,
 }
 
 const CLIP_L: TowerRole = TowerRole {
@@ -259,11 +263,25 @@ const SD1: Row = Row {
     towers: &[CLIP_L],
     t5: None,
     flow: None,
+    betas: (0.00085, 0.012),
+    enlarges: false,
 };
 const SD2: Row = Row {
     v_size: 768,
     towers: &[OPEN_CLIP_H],
     ..SD1
+};
+/// Stable Diffusion x4 upscaler.
+const X4: Row = Row {
+    defaults: Defaults {
+        cfg_scale: 9.0,
+        ..SD1.defaults
+    },
+    scaling_factor: 0.08333,
+    corrects_scheduler: false,
+    betas: (0.0001, 0.02),
+    enlarges: true,
+    ..SD2
 };
 const SDXL: Row = Row {
     network: Network::UNet,
@@ -279,8 +297,7 @@ const SDXL: Row = Row {
     zero_negative: true,
     corrects_scheduler: false,
     towers: &[XL_CLIP_L, XL_OPEN_CLIP_G],
-    t5: None,
-    flow: None,
+    ..SD1
 };
 const SDXL_REFINER: Row = Row {
     zero_negative: false,
@@ -310,6 +327,8 @@ const SD3: Row = Row {
         shift: 3.0,
         levels: 1000,
     }),
+    betas: SD1.betas,
+    enlarges: false,
 };
 const SD35: Row = Row {
     defaults: Defaults {
@@ -344,6 +363,7 @@ pub(super) fn row(family: Family) -> Option<&'static Row> {
     match family {
         Family::Sd1 => Some(&SD1),
         Family::Sd2 => Some(&SD2),
+        Family::X4Upscaler => Some(&X4),
         Family::Sdxl | Family::Ssd1b | Family::Vega | Family::Koala => Some(&SDXL),
         Family::SdxlRefiner => Some(&SDXL_REFINER),
         Family::Sd3 => Some(&SD3),
@@ -351,6 +371,11 @@ pub(super) fn row(family: Family) -> Option<&'static Row> {
         Family::Flux1 => Some(&FLUX),
         _ => None,
     }
+}
+
+/// The first and last beta that a family was trained with.
+pub(crate) fn betas(family: Family) -> (f64, f64) {
+    row(family).map_or(SD1.betas, |row| row.betas)
 }
 
 /// A family's text towers; none for families that pictures are not made with.

@@ -33,6 +33,8 @@ pub(crate) type Shapes<'a> = dyn Fn(&str) -> Option<Vec<usize>> + 'a;
 /// A level while it is being read.
 struct Draft {
     channels: usize,
+    /// Its first attentions look at the text.
+    crossed: bool,
     down: Vec<usize>,
     up: Vec<usize>,
 }
@@ -66,15 +68,20 @@ pub(crate) fn read(prefix: &str, shapes: &Shapes<'_>) -> Result<(Config, Layout)
         _ => return Err(reader.missing("time_embed.0.weight")),
     };
     let added = reader.added()?;
+    let classes = match reader.shape("label_emb.weight").as_deref() {
+        Some(&[classes, _]) => Some(classes),
+        _ => None,
+    };
     let (context, linear) = reader.transformer.unwrap_or((768, false));
     let levels = reader
         .levels
         .iter()
         .map(|draft| Level {
             channels: draft.channels,
-            heads: heads(draft.channels, linear),
+            // the x4 upscaler has eight heads in spite of its linear projections
+            heads: heads(draft.channels, linear && classes.is_none()),
             context,
-            only_cross_attention: false,
+            only_cross_attention: draft.crossed,
             down: draft.down.clone(),
             up: draft.up.clone(),
         })
@@ -98,6 +105,7 @@ pub(crate) fn read(prefix: &str, shapes: &Shapes<'_>) -> Result<(Config, Layout)
             condition: None,
         },
         added,
+        classes,
         time_activation: None,
         scale_shift: false,
         downsample_padding: 1,
@@ -119,6 +127,7 @@ pub(crate) fn layout(prefix: &str, config: &Config) -> Layout {
     rename("conv_in", "input_blocks.0.0", &[]);
     rename("time_embedding", "time_embed", TIME);
     rename("add_embedding", "label_emb.0", TIME);
+    rename("class_embedding", "label_emb", &[]);
     rename("conv_norm_out", "out.0", &[]);
     rename("conv_out", "out.2", &[]);
     rename("mid_block.resnets.0", "middle_block.0", RESNET);
@@ -242,6 +251,15 @@ impl Reader<'_> {
         depth
     }
 
+    /// Whether the first attention of a transformer looks at the text: its keys are then as wide as those of the second.
+    fn is_crossed(&self, stored: &str, channels: usize) -> bool {
+        let key = |i: usize| {
+            let name = format!("{stored}.transformer_blocks.0.attn{i}.to_k.weight");
+            self.shape(&name).and_then(|shape| shape.get(1).copied())
+        };
+        key(1).is_some_and(|width| width != channels && Some(width) == key(2))
+    }
+
     fn down(&mut self) -> Result<(), String> {
         let mut fresh = true;
         for n in 1..MAX_BLOCKS {
@@ -257,6 +275,7 @@ impl Reader<'_> {
             if fresh {
                 self.levels.push(Draft {
                     channels,
+                    crossed: self.is_crossed(&format!("{block}.1"), channels),
                     down: Vec::new(),
                     up: Vec::new(),
                 });

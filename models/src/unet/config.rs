@@ -30,6 +30,8 @@ pub struct Config {
     pub time: TimeConfig,
     /// What is embedded beside the time, if anything.
     pub added: Option<Added>,
+    /// How many classes have a row in a table that is added to the time's embedding (the x4 upscaler's levels of noise).
+    pub classes: Option<usize>,
     /// Applied once to the time embedding before the blocks, if given.
     pub time_activation: Option<Activation>,
     /// Residual blocks take the time as scale and shift.
@@ -86,11 +88,10 @@ pub enum Mid {
 }
 
 /// Options of `UNet2DConditionModel` that no Stable Diffusion 1, 2 or XL uses, with the value that means "off".
-fn unsupported() -> [(&'static str, Value); 11] {
+fn unsupported() -> [(&'static str, Value); 10] {
     [
         ("dual_cross_attention", json!(false)),
         ("class_embed_type", Value::Null),
-        ("num_class_embeds", Value::Null),
         ("encoder_hid_dim", Value::Null),
         ("encoder_hid_dim_type", Value::Null),
         ("timestep_post_act", Value::Null),
@@ -142,6 +143,10 @@ impl Config {
                 },
             },
             added: added(&fields)?,
+            classes: match fields.size("num_class_embeds", 0)? {
+                0 => None,
+                count => Some(count),
+            },
             time_activation: match fields.get("time_embedding_act_fn") {
                 Some(_) => Some(self::activation(&fields, "time_embedding_act_fn", "silu")?),
                 None => None,

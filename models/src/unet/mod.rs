@@ -13,7 +13,7 @@ pub(crate) use config::activation;
 pub use config::{Added, Config, Level, Mid};
 
 use block::{DownBlock, MidBlock, UpBlock};
-use sd_kernels::{Activation, Error, Padding, Result, Tensor, Weights, ops};
+use sd_kernels::{Activation, Error, Padding, Param, Result, Tensor, Weights, ops};
 
 pub use crate::denoiser::Inputs;
 use crate::layers::{Conv2d, Embedding, GroupNorm, TimeEmbedding, given};
@@ -24,6 +24,7 @@ pub struct UNet {
     conv_in: Conv2d,
     time_embedding: TimeEmbedding,
     add_embedding: Option<Embedding>,
+    class_embedding: Option<Param>,
     down: Vec<DownBlock>,
     mid: Option<MidBlock>,
     up: Vec<UpBlock>,
@@ -55,6 +56,10 @@ impl UNet {
                     Activation::Silu,
                 )
             }),
+            class_embedding: config.classes.map(|classes| {
+                let weights = weights.at("class_embedding");
+                weights.param("weight", &[classes, config.time.output])
+            }),
             down: (0..count)
                 .map(|i| DownBlock::load(&weights.at("down_blocks").at(i), config, i))
                 .collect(),
@@ -83,6 +88,19 @@ impl UNet {
         &self.config
     }
 
+    /// The row of a class, `[time width]`; none where the network has no classes, or not so many.
+    ///
+    /// # Errors
+    /// When the table cannot be read.
+    pub fn label(&self, class: usize) -> Result<Option<Vec<f32>>> {
+        let Some(table) = &self.class_embedding else {
+            return Ok(None);
+        };
+        let width = self.config.time.output;
+        let rows = table.numbers()?;
+        Ok(rows.chunks_exact(width.max(1)).nth(class).map(<[f32]>::to_vec))
+    }
+
     /// One prediction `[b, out_channels, h, w]`.
     ///
     /// # Errors
@@ -94,10 +112,22 @@ impl UNet {
             context,
             added,
             guidance,
+            label,
             reference: _,
         } = *inputs;
         // 1. time, and what is embedded beside it
         let temb = self.time_embedding.forward(timestep, guidance)?; // [b, time width]
+        let temb = match (&self.class_embedding, label) {
+            (None, None) => temb,
+            (Some(_), Some(label)) => ops::add(&temb, label)?,
+            (table, _) => {
+                return Err(Error::Shape {
+                    op: "class_embedding",
+                    expected: given(table.is_some()).to_owned(),
+                    got: given(table.is_none()).to_owned(),
+                });
+            }
+        };
         let temb = match (&self.add_embedding, added) {
             (None, None) => temb,
             (Some(embedding), Some(added)) => ops::add(&temb, &embedding.forward(added)?)?,

@@ -59,6 +59,9 @@ pub struct ImageArgs {
     /// Let FLUX.1 Kontext look at the picture in its own size, not in the nearest that it was trained at
     #[arg(long)]
     pub own_size: bool,
+    /// Timesteps of noise that the x4 upscaler's picture is given [default: 20]
+    #[arg(long, value_name = "N")]
+    pub noise_level: Option<usize>,
     /// Begin again at the result, so many times in all, with the next seed
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub loopback: u16,
