@@ -11,9 +11,9 @@ use serde_json::{Value, json};
 use crate::samplers::{TOLERANCE, cases, config_of, difference, floats, network, report, size};
 
 /// Elements of the latents; fixtures keep the first twelve.
-const N: usize = 24;
+pub(crate) const N: usize = 24;
 /// What is repainted: all, half, or nothing of an element.
-const MASK: [f64; 3] = [0.0, 1.0, 0.5];
+pub(crate) const MASK: [f64; 3] = [0.0, 1.0, 0.5];
 
 /// The result, and the estimate of the clean latents at call `at`.
 fn run(trajectory: &Trajectory, masked: bool, at: usize) -> (Vec<f64>, Vec<f64>) {

@@ -3,10 +3,11 @@
 use super::NoiseSchedule;
 use super::names::Sampler;
 use super::prediction::Prediction;
+use super::solvers::sde::{self, Multistep};
 use super::solvers::{self, Levels, kdiffusion, rectified};
 use super::spacing::Schedule;
 use super::start::{Span, Start, StepCount, nothing_left};
-use super::trajectory::Trajectory;
+use super::trajectory::{Brownian, Trajectory};
 use crate::error::{Error, Result};
 
 /// What a run by name needs to know of a model.
@@ -52,7 +53,9 @@ pub fn by_name(
         },
         ..*model
     };
-    let run = levels_of(levels, &spread, (sampler, schedule), span);
+    let (run, brownian) = levels_of(levels, &spread, (sampler, schedule), span);
+    let first = run.sigmas[0];
+    let run = away_from_pure_noise(run, levels, sampler);
     if let (1, Start::Picture { strength, .. }) = (run.sigmas.len(), start) {
         return Err(nothing_left(steps, strength));
     }
@@ -69,12 +72,17 @@ pub fn by_name(
         Sampler::DpmPp2m => kdiffusion::dpmpp_2m(&run),
         Sampler::DpmPp2sA if flow => rectified::dpmpp_2s_ancestral(&run, &middle),
         Sampler::DpmPp2sA => kdiffusion::dpmpp_2s_ancestral(&run, &middle),
+        Sampler::DpmPpSde => sde::dpmpp_sde(&run, &|_, sigma| middle(sigma)),
+        Sampler::DpmPp2mSde => sde::dpmpp_multistep_sde(&run, Multistep::Midpoint),
+        Sampler::DpmPp2mSdeHeun => sde::dpmpp_multistep_sde(&run, Multistep::Heun),
+        Sampler::DpmPp3mSde => sde::dpmpp_multistep_sde(&run, Multistep::Third),
         Sampler::Lcm if flow => rectified::lcm(&run),
         Sampler::Lcm => solvers::consistency::lcm(&run),
         Sampler::Tcd => solvers::consistency::tcd(&run, model.levels),
     };
     run.link();
-    begin(&mut run, model, start);
+    run.brownian = brownian.filter(|_| sampler.is_stochastic());
+    begin(&mut run, model, (start, first));
     if !run.is_finite() {
         return Err(Error::Usage(format!(
             "--steps is {steps}, too many for {} with the schedule {}: two of its noise levels coincide",
@@ -91,19 +99,26 @@ fn levels_of(
     spread: &Model<'_>,
     (sampler, schedule): (Sampler, Schedule),
     span: Span,
-) -> Levels {
-    let skips = sampler.skips_last_but_one();
+) -> (Levels, Option<Brownian>) {
+    let flow = levels.is_flow();
+    let skips = sampler.skips_last_but_one(flow);
     let mut sigmas = schedule.sigmas(spread, span.steps + usize::from(skips));
     if skips && sigmas.len() > 2 {
         sigmas.remove(sigmas.len() - 2);
     }
     let skipped = span.skipped(sigmas.len());
+    let whole = sde::brownian(&sigmas);
     sigmas.drain(..skipped.min(sigmas.len() - 1));
+    // A1111's Brownian motion is over the levels of all steps, ComfyUI's over those that are made
+    let brownian = match span.kept {
+        None if !flow => whole,
+        _ => sde::brownian(&sigmas),
+    };
     let timesteps = sigmas[..sigmas.len() - 1]
         .iter()
         .map(|&s| levels.timestep(s))
         .collect();
-    Levels {
+    let levels = Levels {
         init_noise_sigma: sigmas.first().copied().unwrap_or_default(),
         sigmas,
         timesteps,
@@ -115,21 +130,38 @@ fn levels_of(
         data: levels.data(),
         clip: None,
         first: 0,
+    };
+    (levels, brownian)
+}
+
+/// Levels that stochastic samplers can begin at.
+fn away_from_pure_noise(mut run: Levels, levels: &NoiseSchedule, sampler: Sampler) -> Levels {
+    let (Some(sigma), Some(timestep)) = (run.sigmas.first_mut(), run.timesteps.first_mut()) else {
+        return run;
+    };
+    if let Some(level) = levels.almost_noise()
+        && sampler.is_stochastic()
+        && *sigma >= 1.0
+    {
+        *sigma = level;
+        *timestep = levels.timestep(*sigma);
     }
+    run
 }
 
 /// How near ComfyUI takes the first level for the most noise of the model.
 const MOST_NOISE: f64 = 1e-5;
 
 /// What a run that begins at a picture begins with.
-fn begin(run: &mut Trajectory, model: &Model<'_>, start: Start) {
+fn begin(run: &mut Trajectory, model: &Model<'_>, (start, sigma): (Start, f64)) {
     if !start.is_picture() {
         return;
     }
-    run.begin_at_picture();
+    let flow = model.levels.is_flow();
+    run.init_latents = if flow { 1.0 - sigma } else { 1.0 };
+    run.init_noise_sigma = sigma;
     let comfy = matches!(start, Start::Picture { count: StepCount::ComfyUi, strength } if strength > 0.9999);
-    let sigma = run.sigmas.first().copied().unwrap_or_default();
-    if comfy && !model.levels.is_flow() && sigma >= model.levels.sigma_max() * (1.0 - MOST_NOISE) {
+    if comfy && !flow && sigma >= model.levels.sigma_max() * (1.0 - MOST_NOISE) {
         run.init_noise_sigma = sigma.hypot(1.0);
     }
 }

@@ -22,6 +22,14 @@ pub enum Sampler {
     DpmPp2m,
     /// DPM++ 2S ancestral.
     DpmPp2sA,
+    /// DPM++ SDE.
+    DpmPpSde,
+    /// DPM++ 2M SDE.
+    DpmPp2mSde,
+    /// DPM++ 2M SDE, the solver's second type.
+    DpmPp2mSdeHeun,
+    /// DPM++ 3M SDE.
+    DpmPp3mSde,
     /// Latent consistency models.
     Lcm,
     /// Trajectory consistency models.
@@ -76,6 +84,26 @@ const SAMPLERS: &[(Sampler, &str, &[&str])] = &[
         "DPM++ 2S a",
         &["dpm++2sa", "dpm++2sancestral"],
     ),
+    (
+        Sampler::DpmPpSde,
+        "DPM++ SDE",
+        &["dpm++sde", "dpm++sdegpu", "dpmsolversde"],
+    ),
+    (
+        Sampler::DpmPp2mSde,
+        "DPM++ 2M SDE",
+        &["dpm++2msde", "dpm++2msdegpu"],
+    ),
+    (
+        Sampler::DpmPp2mSdeHeun,
+        "DPM++ 2M SDE Heun",
+        &["dpm++2msdeheun", "dpm++2msdeheungpu"],
+    ),
+    (
+        Sampler::DpmPp3mSde,
+        "DPM++ 3M SDE",
+        &["dpm++3msde", "dpm++3msdegpu"],
+    ),
     (Sampler::Lcm, "LCM", &["lcm", "flowmatchlcm"]),
     (Sampler::Tcd, "TCD", &["tcd"]),
 ];
@@ -114,20 +142,12 @@ const KNOWN_SAMPLERS: &[&str] = &[
     "deismultistep",
     "dpmfast",
     "dpmadaptive",
-    "dpm++sde",
-    "dpm++sdegpu",
-    "dpm++2msde",
-    "dpm++2msdegpu",
-    "dpm++2msdeheun",
-    "dpm++3msde",
-    "dpm++3msdegpu",
     "dpm++2mv2",
     "dpm++2mcfg++",
     "dpm++2sacfg++",
     "dpm++2sancestralcfg++",
     "dpm++2mbt",
     "dpmsolversinglestep",
-    "dpmsolversde",
     "heunpp2",
     "heun++2",
     "eulercfg++",
@@ -171,7 +191,10 @@ impl Sampler {
         match self {
             _ if flow => Schedule::Simple,
             Self::Tcd => Schedule::Simple,
-            Self::DpmPp2m | Self::DpmPp2sA | Self::Dpm2 | Self::Dpm2A => Schedule::Karras,
+            Self::DpmPp2m | Self::DpmPp2sA | Self::DpmPpSde | Self::Dpm2 | Self::Dpm2A => {
+                Schedule::Karras
+            }
+            Self::DpmPp2mSde | Self::DpmPp2mSdeHeun | Self::DpmPp3mSde => Schedule::Exponential,
             Self::Euler | Self::EulerA | Self::Heun | Self::Lms | Self::Lcm => Schedule::Normal,
         }
     }
@@ -181,9 +204,17 @@ impl Sampler {
         matches!(self, Self::Lcm | Self::Tcd)
     }
 
-    /// Whether A1111 makes one level more and leaves out the last before the end.
-    pub(super) fn skips_last_but_one(self) -> bool {
-        matches!(self, Self::Dpm2 | Self::Dpm2A)
+    /// Whether A1111 (on flow models ComfyUI) makes one level more and leaves out the last before the end.
+    pub(super) fn skips_last_but_one(self, flow: bool) -> bool {
+        matches!(self, Self::Dpm2 | Self::Dpm2A) || (self == Self::DpmPp3mSde && !flow)
+    }
+
+    /// Whether its noise comes from a Brownian motion, and its steps from ln(α/σ).
+    pub(super) fn is_stochastic(self) -> bool {
+        matches!(
+            self,
+            Self::DpmPpSde | Self::DpmPp2mSde | Self::DpmPp2mSdeHeun | Self::DpmPp3mSde
+        )
     }
 }
 
@@ -456,15 +487,7 @@ mod tests {
 
     #[test]
     fn what_is_not_built_is_named() {
-        for name in [
-            "DPM++ SDE Karras",
-            "dpmpp_sde",
-            "UniPC",
-            "uni_pc_bh2",
-            "Restart",
-            "k_dpm_fast",
-            "DDIM",
-        ] {
+        for name in ["UniPC", "uni_pc_bh2", "Restart", "k_dpm_fast", "DDIM"] {
             assert!(
                 matches!(parse(name, None, false), Err(Error::Unsupported(_))),
                 "{name}"

@@ -10,6 +10,7 @@ pub(super) mod flow;
 pub(super) mod kdiffusion;
 pub(super) mod pndm;
 pub(super) mod rectified;
+pub(super) mod sde;
 pub(super) mod unipc;
 
 use super::config::{SchedulerConfig, SigmaMap};
