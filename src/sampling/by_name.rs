@@ -4,7 +4,7 @@ use super::NoiseSchedule;
 use super::names::Sampler;
 use super::prediction::Prediction;
 use super::solvers::sde::{self, Multistep};
-use super::solvers::{self, Levels, kdiffusion, rectified};
+use super::solvers::{self, Levels, kdiffusion, rectified, timesteps};
 use super::spacing::Schedule;
 use super::start::{Span, Start, StepCount, nothing_left};
 use super::trajectory::{Brownian, Trajectory};
@@ -53,6 +53,9 @@ pub fn by_name(
         },
         ..*model
     };
+    if sampler.goes_by_timesteps() {
+        return by_timesteps(sampler, model, (span, start));
+    }
     let (run, brownian) = levels_of(levels, &spread, (sampler, schedule), span);
     let first = run.sigmas[0];
     let run = away_from_pure_noise(run, levels, sampler);
@@ -60,6 +63,11 @@ pub fn by_name(
         return Err(nothing_left(steps, strength));
     }
     let middle = |sigma| levels.timestep(sigma);
+    let fast = match start {
+        // from a picture it goes between the levels of the schedule, else between the model's
+        Start::Picture { .. } => ((first, least(&run.sigmas)), run.sigmas.len() - 1),
+        Start::Noise => ((levels.sigma_max(), levels.sigma_min()), steps),
+    };
     let mut run = match sampler {
         Sampler::Euler => kdiffusion::euler(&run),
         Sampler::EulerA if flow => rectified::euler_ancestral(&run),
@@ -76,6 +84,12 @@ pub fn by_name(
         Sampler::DpmPp2mSde => sde::dpmpp_multistep_sde(&run, Multistep::Midpoint),
         Sampler::DpmPp2mSdeHeun => sde::dpmpp_multistep_sde(&run, Multistep::Heun),
         Sampler::DpmPp3mSde => sde::dpmpp_multistep_sde(&run, Multistep::Third),
+        Sampler::DpmFast => solvers::fast::dpm_fast(&run, fast, &middle),
+        Sampler::Restart => solvers::restart::restart(&run, &middle),
+        Sampler::HeunPp2 => solvers::restart::heunpp2(&run),
+        Sampler::Ipndm => solvers::ipndm::ipndm(&run, false),
+        Sampler::IpndmV => solvers::ipndm::ipndm(&run, true),
+        Sampler::Ddim | Sampler::Plms | Sampler::UniPc => Trajectory::default(),
         Sampler::Lcm if flow => rectified::lcm(&run),
         Sampler::Lcm => solvers::consistency::lcm(&run),
         Sampler::Tcd => solvers::consistency::tcd(&run, model.levels),
@@ -88,6 +102,47 @@ pub fn by_name(
             "--steps is {steps}, too many for {} with the schedule {}: two of its noise levels coincide",
             sampler.name(),
             schedule.name()
+        )));
+    }
+    Ok(run)
+}
+
+/// The least of some noise levels above 0, or what comes before the last.
+fn least(sigmas: &[f64]) -> f64 {
+    sigmas.iter().rev().nth(1).copied().unwrap_or_default()
+}
+
+/// The run of a sampler that goes by whole timesteps, in A1111's way.
+fn by_timesteps(
+    sampler: Sampler,
+    model: &Model<'_>,
+    (span, start): (Span, Start),
+) -> Result<Trajectory> {
+    let (least, most) = match sampler {
+        // with a picture one is lost to the level that it has
+        Sampler::UniPc => (timesteps::UNIPC_ORDER, 1000),
+        _ => (2, 1000),
+    };
+    let least = least + usize::from(start.is_picture());
+    let made = span.steps - span.first;
+    if made < least || span.steps > most {
+        return Err(Error::Usage(format!(
+            "sampler {} is left with {made} of {} steps, expected at least {least} of at most {most}; use other --steps, more --strength or another --sampler",
+            sampler.name(),
+            span.steps
+        )));
+    }
+    let span = (span, start.is_picture());
+    let mut run = match sampler {
+        Sampler::Ddim => timesteps::ddim(model.levels, model.prediction, span),
+        Sampler::Plms => timesteps::plms(model.levels, model.prediction, span),
+        _ => timesteps::unipc(model.levels, model.prediction, span),
+    };
+    run.link();
+    if !run.is_finite() {
+        return Err(Error::Usage(format!(
+            "sampler {} divides by zero on this model's noise levels; use another --sampler",
+            sampler.name()
         )));
     }
     Ok(run)
@@ -180,12 +235,14 @@ fn refuse_meaningless(
             schedule.name()
         )));
     }
-    if flow && sampler == Sampler::Tcd {
-        return Err(Error::Unsupported(
-            "sampler TCD is for models distilled from Stable Diffusion 1 and XL, it has no form for flow models such as this one; choose Euler or LCM".to_owned(),
-        ));
+    if flow && sampler.is_for_betas() {
+        return Err(Error::Unsupported(format!(
+            "sampler {} is for Stable Diffusion 1, 2 and XL, it has no form for flow models such as this one; choose Euler or LCM",
+            sampler.name()
+        )));
     }
-    if sampler.is_distilled() && !flow && model.levels.is_continuous() {
+    let by_timesteps = sampler.is_distilled() || sampler.goes_by_timesteps();
+    if by_timesteps && !flow && model.levels.is_continuous() {
         return Err(Error::Unsupported(format!(
             "sampler {} is for models with timesteps, this one was trained at continuous noise levels; choose Euler or DPM++ 2M",
             sampler.name()

@@ -92,7 +92,7 @@ pub(super) fn karras(min: f64, max: f64, n: usize, rho: f64) -> Vec<f64> {
 }
 
 /// The same as k-diffusion computes it, in f32.
-fn karras_f32(min: f64, max: f64, n: usize) -> Vec<f64> {
+pub(super) fn karras_f32(min: f64, max: f64, n: usize) -> Vec<f64> {
     let (low, high) = (min.powf(1.0 / RHO), max.powf(1.0 / RHO));
     let (high, slope) = (high as f32, (low - high) as f32);
     let curve = |ramp: f32| f64::from(high + ramp * slope).powf(RHO);
