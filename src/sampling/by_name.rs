@@ -62,38 +62,12 @@ pub fn by_name(
     if let (1, Start::Picture { strength, .. }) = (run.sigmas.len(), start) {
         return Err(nothing_left(steps, strength));
     }
-    let middle = |sigma| levels.timestep(sigma);
     let fast = match start {
         // from a picture it goes between the levels of the schedule, else between the model's
         Start::Picture { .. } => ((first, least(&run.sigmas)), run.sigmas.len() - 1),
         Start::Noise => ((levels.sigma_max(), levels.sigma_min()), steps),
     };
-    let mut run = match sampler {
-        Sampler::Euler => kdiffusion::euler(&run),
-        Sampler::EulerA if flow => rectified::euler_ancestral(&run),
-        Sampler::EulerA => kdiffusion::euler_ancestral(&run, false),
-        Sampler::Heun => kdiffusion::heun(&run),
-        Sampler::Lms => kdiffusion::lms(&run),
-        Sampler::Dpm2 => solvers::dpm2::dpm2(&run, false, &middle),
-        Sampler::Dpm2A if flow => rectified::dpm2_ancestral(&run, &middle),
-        Sampler::Dpm2A => solvers::dpm2::dpm2(&run, true, &middle),
-        Sampler::DpmPp2m => kdiffusion::dpmpp_2m(&run),
-        Sampler::DpmPp2sA if flow => rectified::dpmpp_2s_ancestral(&run, &middle),
-        Sampler::DpmPp2sA => kdiffusion::dpmpp_2s_ancestral(&run, &middle),
-        Sampler::DpmPpSde => sde::dpmpp_sde(&run, &|_, sigma| middle(sigma)),
-        Sampler::DpmPp2mSde => sde::dpmpp_multistep_sde(&run, Multistep::Midpoint),
-        Sampler::DpmPp2mSdeHeun => sde::dpmpp_multistep_sde(&run, Multistep::Heun),
-        Sampler::DpmPp3mSde => sde::dpmpp_multistep_sde(&run, Multistep::Third),
-        Sampler::DpmFast => solvers::fast::dpm_fast(&run, fast, &middle),
-        Sampler::Restart => solvers::restart::restart(&run, &middle),
-        Sampler::HeunPp2 => solvers::restart::heunpp2(&run),
-        Sampler::Ipndm => solvers::ipndm::ipndm(&run, false),
-        Sampler::IpndmV => solvers::ipndm::ipndm(&run, true),
-        Sampler::Ddim | Sampler::Plms | Sampler::UniPc => Trajectory::default(),
-        Sampler::Lcm if flow => rectified::lcm(&run),
-        Sampler::Lcm => solvers::consistency::lcm(&run),
-        Sampler::Tcd => solvers::consistency::tcd(&run, model.levels),
-    };
+    let mut run = solve(sampler, &run, (levels, model), fast);
     run.link();
     run.brownian = brownian.filter(|_| sampler.is_stochastic());
     begin(&mut run, model, (start, first));
@@ -105,6 +79,44 @@ pub fn by_name(
         )));
     }
     Ok(run)
+}
+
+/// The steps of a sampler over the levels of a run, which `levels` tells the timesteps of. `fast`: between which, and in how many calls, for
+/// the sampler that chooses its own.
+fn solve(
+    sampler: Sampler,
+    run: &Levels,
+    (levels, model): (&NoiseSchedule, &Model<'_>),
+    fast: ((f64, f64), usize),
+) -> Trajectory {
+    let flow = levels.is_flow();
+    let middle = |sigma| levels.timestep(sigma);
+    match sampler {
+        Sampler::Euler => kdiffusion::euler(run),
+        Sampler::EulerA if flow => rectified::euler_ancestral(run),
+        Sampler::EulerA => kdiffusion::euler_ancestral(run, false),
+        Sampler::Heun => kdiffusion::heun(run),
+        Sampler::Lms => kdiffusion::lms(run),
+        Sampler::Dpm2 => solvers::dpm2::dpm2(run, false, &middle),
+        Sampler::Dpm2A if flow => rectified::dpm2_ancestral(run, &middle),
+        Sampler::Dpm2A => solvers::dpm2::dpm2(run, true, &middle),
+        Sampler::DpmPp2m => kdiffusion::dpmpp_2m(run),
+        Sampler::DpmPp2sA if flow => rectified::dpmpp_2s_ancestral(run, &middle),
+        Sampler::DpmPp2sA => kdiffusion::dpmpp_2s_ancestral(run, &middle),
+        Sampler::DpmPpSde => sde::dpmpp_sde(run, &|_, sigma| middle(sigma)),
+        Sampler::DpmPp2mSde => sde::dpmpp_multistep_sde(run, Multistep::Midpoint),
+        Sampler::DpmPp2mSdeHeun => sde::dpmpp_multistep_sde(run, Multistep::Heun),
+        Sampler::DpmPp3mSde => sde::dpmpp_multistep_sde(run, Multistep::Third),
+        Sampler::DpmFast => solvers::fast::dpm_fast(run, fast, &middle),
+        Sampler::Restart => solvers::restart::restart(run, &middle),
+        Sampler::HeunPp2 => solvers::restart::heunpp2(run),
+        Sampler::Ipndm => solvers::ipndm::ipndm(run, false),
+        Sampler::IpndmV => solvers::ipndm::ipndm(run, true),
+        Sampler::Ddim | Sampler::Plms | Sampler::UniPc => Trajectory::default(),
+        Sampler::Lcm if flow => rectified::lcm(run),
+        Sampler::Lcm => solvers::consistency::lcm(run),
+        Sampler::Tcd => solvers::consistency::tcd(run, model.levels),
+    }
 }
 
 /// The least of some noise levels above 0, or what comes before the last.

@@ -54,16 +54,25 @@ impl Times {
     }
 }
 
-/// A run's steps, the noisiest first: α and σ at their timestep, the timestep, α and σ at the next.
-fn steps(times: &Times, schedule: &NoiseSchedule) -> Vec<((f64, f64), f64, (f64, f64))> {
+/// A step between two timesteps, α and σ at both.
+struct Step {
+    timestep: f64,
+    now: (f64, f64),
+    next: (f64, f64),
+}
+
+/// A run's steps, the noisiest first.
+fn steps(times: &Times, schedule: &NoiseSchedule) -> Vec<Step> {
     let place = |t: f64| {
         let bar = alpha_bar_at(schedule, t);
         (bar.sqrt(), (1.0 - bar).sqrt())
     };
-    let pairs = times.timesteps.windows(2).rev();
-    pairs
-        .map(|pair| (place(pair[1]), pair[1], place(pair[0])))
-        .collect()
+    let step = |pair: &[f64]| Step {
+        timestep: pair[1],
+        now: place(pair[1]),
+        next: place(pair[0]),
+    };
+    times.timesteps.windows(2).rev().map(step).collect()
 }
 
 /// Along the estimate of the noise from one level to another.
@@ -83,7 +92,12 @@ pub(in super::super) fn ddim(
 ) -> Trajectory {
     let times = Times::new(span, picture);
     let mut run = times.trajectory(schedule, 0);
-    for (i, (now, timestep, next)) in steps(&times, schedule).into_iter().enumerate() {
+    for (i, step) in steps(&times, schedule).into_iter().enumerate() {
+        let Step {
+            timestep,
+            now,
+            next,
+        } = step;
         let mut call = plain_call(i, told(timestep, now), now, prediction);
         let (_, epsilon) = estimates(prediction, now, &sample(), &output());
         let x = transfer(sample(), epsilon, now, next);
@@ -105,7 +119,15 @@ pub(in super::super) fn plms(
     let times = Times::new(span, picture);
     let mut run = times.trajectory(schedule, HISTORY + 1);
     let steps = steps(&times, schedule);
-    for (i, &(now, timestep, next)) in steps.iter().enumerate() {
+    for (
+        i,
+        &Step {
+            timestep,
+            now,
+            next,
+        },
+    ) in steps.iter().enumerate()
+    {
         let mut call = plain_call(i, told(timestep, now), now, prediction);
         let (_, epsilon) = estimates(prediction, now, &sample(), &output());
         call.then.push(epsilon.into(Register::Saved(i % HISTORY)));
