@@ -73,6 +73,34 @@ fn a_picture_of_a_batch_is_the_picture_alone() {
     assert_ne!(pixels("3.png"), alone);
 }
 
+/// Each image has its own Brownian motion, of its own seed and generator.
+#[test]
+fn stochastic_noise_of_a_batch_is_the_noise_alone() {
+    let dir = Dir::new();
+    let latents = |name: &str, more: &[&str]| {
+        let sampler = ["--sampler", "DPM++ SDE", "--save-latents", name];
+        let small = ["generate", "-p", "a red circle", "-W", "64", "-H", "64"];
+        let rest = ["--steps", "3", "-o", "p.png"];
+        dir.ok(&[&small[..], &rest, &sampler, more].concat());
+        let file = candle_core::safetensors::load(dir.path(name), &candle_core::Device::Cpu);
+        let tensor = file.unwrap()["latents"].flatten_from(1).unwrap();
+        tensor.to_vec2::<f32>().unwrap()
+    };
+    for rng in ["cpu", "nv"] {
+        let both = latents(
+            "both.safetensors",
+            &["-b", "2", "--seed", "3", "--rng", rng],
+        );
+        let alone = latents("alone.safetensors", &["--seed", "4", "--rng", rng]);
+        let apart = |a: &[f32], b: &[f32]| {
+            let off = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+            off.fold(0.0, f32::max)
+        };
+        assert!(apart(&both[1], &alone[0]) < 1e-3, "{rng}");
+        assert!(apart(&both[0], &alone[0]) > 0.1, "{rng}");
+    }
+}
+
 #[test]
 fn wrong_command_lines_exit_with_2_and_say_why() {
     let dir = Dir::new();
@@ -103,7 +131,11 @@ fn what_is_not_there_or_not_built_exits_with_1() {
             vec!["--model", "nothing.safetensors"],
             "nothing.safetensors",
         ),
-        (vec!["--sampler", "DPM++ SDE"], "not built yet"),
+        (vec!["--sampler", "DDIM CFG++"], "not built yet"),
+        (
+            vec!["--sampler", "DPM adaptive"],
+            "what the picture looks like",
+        ),
         (vec!["--dtype", "f16"], "f16"),
         (vec!["--device", "cuda"], "cuda"),
         (vec!["-o", "no/such/folder/p.png"], "no/such/folder"),

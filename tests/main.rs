@@ -35,6 +35,8 @@ mod picture;
 mod samplers;
 /// Runs that begin at a picture, and inpainting's levels, against diffusers' schedulers and k-diffusion's samplers.
 mod samplers_picture;
+/// Brownian trees against torchsde, stochastic samplers against k-diffusion and diffusers.
+mod samplers_sde;
 /// The XL family: two towers, sizes, refiner, continuous noise levels.
 mod sdxl;
 /// Temporary folders, running the binary.

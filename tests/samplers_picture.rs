@@ -11,9 +11,9 @@ use serde_json::{Value, json};
 use crate::samplers::{TOLERANCE, cases, config_of, difference, floats, network, report, size};
 
 /// Elements of the latents; fixtures keep the first twelve.
-const N: usize = 24;
+pub(crate) const N: usize = 24;
 /// What is repainted: all, half, or nothing of an element.
-const MASK: [f64; 3] = [0.0, 1.0, 0.5];
+pub(crate) const MASK: [f64; 3] = [0.0, 1.0, 0.5];
 
 /// The result, and the estimate of the clean latents at call `at`.
 fn run(trajectory: &Trajectory, masked: bool, at: usize) -> (Vec<f64>, Vec<f64>) {
@@ -140,6 +140,53 @@ fn named_fault(case: &Value) -> Option<String> {
 fn k_diffusion_samplers_from_a_picture_as_each_tool_counts() {
     let cases = cases("picture_named");
     let failures: Vec<String> = cases.iter().filter_map(named_fault).collect();
+    report(&failures, cases.len());
+}
+
+/// What is wrong with a case of `extra.json`.
+fn extra_fault(case: &Value) -> Option<String> {
+    let text = |name: &str| case[name].as_str().unwrap();
+    let flow = text("prediction") == "flow";
+    let levels = if flow {
+        NoiseSchedule::flow(3.0, 1000)
+    } else {
+        NoiseSchedule::default()
+    };
+    let model = sampling::Model {
+        levels: &levels,
+        prediction: match text("prediction") {
+            "v_prediction" => Prediction::V,
+            _ => Prediction::Epsilon,
+        },
+        xl: false,
+    };
+    let count = if flow {
+        StepCount::ComfyUi
+    } else {
+        StepCount::A1111
+    };
+    let start = match case["strength"].as_f64() {
+        Some(strength) => Start::Picture { strength, count },
+        None => Start::Noise,
+    };
+    let (sampler, schedule) =
+        sampling::parse(text("sampler"), Some(text("schedule")), flow).unwrap();
+    let trajectory = match sampling::by_name(sampler, schedule, size(&case["steps"]), &model, start)
+    {
+        Ok(run) => run,
+        Err(error) => return Some(format!("{error}: {case}")),
+    };
+    let last = difference(
+        &run(&trajectory, false, usize::MAX).0,
+        &floats(&case["final"]),
+    );
+    (last > TOLERANCE).then(|| format!("{last:.1e}: {case}"))
+}
+
+#[test]
+fn samplers_of_a1111_and_comfyui_that_k_diffusion_has_not() {
+    let cases = cases("extra");
+    let failures: Vec<String> = cases.iter().filter_map(extra_fault).collect();
     report(&failures, cases.len());
 }
 

@@ -7,7 +7,9 @@ use candle_core::{DType, Device, Tensor};
 use super::event::{Event, Listener, send};
 use super::known::Known;
 use crate::error::{Error, Result};
-use crate::sampling::{Assign, Call, Combo, Generator, Register, Trajectory};
+use crate::sampling::{
+    Assign, Brownian, BrownianTree, Call, Combo, Draw, Generator, Register, Trajectory,
+};
 
 /// The registers of a run, all `[b, c, h, w]` in f32.
 struct Registers {
@@ -75,6 +77,8 @@ impl Registers {
 /// The initial noise and every later draw of a batch: one generator an image, so that an image does not depend on its neighbours.
 pub(super) struct BatchNoise {
     generators: Vec<Generator>,
+    /// Of runs whose noise comes from Brownian motions; of the seeds of the generators.
+    trees: Vec<BrownianTree>,
     /// `[c, h, w]` of one image.
     shape: [usize; 3],
     device: Device,
@@ -84,6 +88,7 @@ impl BatchNoise {
     pub(super) fn new(generators: Vec<Generator>, shape: [usize; 3], device: &Device) -> Self {
         Self {
             generators,
+            trees: Vec::new(),
             shape,
             device: device.clone(),
         }
@@ -94,23 +99,49 @@ impl BatchNoise {
         self.generators.len()
     }
 
+    /// The Brownian motion of each image, for a run that draws from them.
+    fn plant(&mut self, brownian: Option<Brownian>) {
+        let n = self.shape.iter().product();
+        let tree = |brownian: Brownian, generator: &Generator| {
+            let generator = match brownian.seed {
+                Some(seed) => &generator.reseeded(seed),
+                None => generator,
+            };
+            BrownianTree::new(generator, (brownian.low, brownian.high), n)
+        };
+        self.trees = brownian.map_or_else(Vec::new, |brownian| {
+            let generators = self.generators.iter();
+            generators.map(|g| tree(brownian, g)).collect()
+        });
+    }
+
     /// Standard normal numbers `[b, c, h, w]`.
     pub(super) fn draw(&mut self) -> Result<Tensor> {
         self.draw_of(self.shape)
     }
 
     /// The same of another shape.
-    pub(super) fn draw_of(&mut self, [c, h, w]: [usize; 3]) -> Result<Tensor> {
-        let values: Vec<f32> = self
-            .generators
-            .iter_mut()
-            .flat_map(|g| g.normal(c * h * w))
-            .collect();
-        Ok(Tensor::from_vec(
-            values,
-            (self.generators.len(), c, h, w),
-            &self.device,
-        )?)
+    pub(super) fn draw_of(&mut self, shape: [usize; 3]) -> Result<Tensor> {
+        let n = shape.iter().product();
+        let values = self.generators.iter_mut().flat_map(|g| g.normal(n));
+        let values = values.collect();
+        self.tensor(values, shape)
+    }
+
+    /// The noise of a draw, from each image's motion if it lies between two levels.
+    fn drawn(&mut self, draw: &Draw) -> Result<Tensor> {
+        match draw.between {
+            Some((from, to)) if !self.trees.is_empty() => {
+                let values = self.trees.iter().flat_map(|tree| tree.noise(from, to));
+                self.tensor(values.collect(), self.shape)
+            }
+            _ => self.draw(),
+        }
+    }
+
+    fn tensor(&self, values: Vec<f32>, [c, h, w]: [usize; 3]) -> Result<Tensor> {
+        let shape = (self.generators.len(), c, h, w);
+        Ok(Tensor::from_vec(values, shape, &self.device)?)
     }
 }
 
@@ -137,6 +168,7 @@ impl Run<'_> {
         listener: &mut Listener<'_>,
     ) -> Result<(Tensor, Vec<Duration>)> {
         let (done, total) = self.progress;
+        noise.plant(self.trajectory.brownian);
         let mut registers = Registers {
             model_input: sample.clone(),
             model_output: sample.clone(),
@@ -206,7 +238,7 @@ fn step(registers: &mut Registers, call: &Call, noise: &mut BatchNoise) -> Resul
             } => {
                 let mut value = registers.combine(terms)?;
                 if let Some(draw) = fresh {
-                    let drawn = noise.draw()?;
+                    let drawn = noise.drawn(draw)?;
                     if draw.factor != 0.0 {
                         value = (value + (drawn * draw.factor)?)?;
                     }

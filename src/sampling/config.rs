@@ -94,6 +94,7 @@ pub struct SchedulerConfig {
     pub timestep_scaling: f64,
     pub sigma_data: f64,
     pub rho: f64,
+    pub noise_sampler_seed: Option<u64>,
     /// `sigma_schedule` exponential instead of karras.
     pub exponential: bool,
     /// The form for flow models; none where the config is for models with betas.
@@ -137,6 +138,7 @@ impl Default for SchedulerConfig {
             timestep_scaling: 10.0,
             sigma_data: 0.5,
             rho: 7.0,
+            noise_sampler_seed: None,
             exponential: false,
             flow: None,
         }
@@ -198,6 +200,7 @@ impl SchedulerConfig {
             timestep_scaling: r.number("timestep_scaling", 10.0)?,
             sigma_data: r.level("sigma_data")?.unwrap_or(0.5),
             rho: r.level("rho")?.unwrap_or(7.0),
+            noise_sampler_seed: r.seed("noise_sampler_seed")?,
             exponential: r.choice("sigma_schedule", "karras", SIGMA_SCHEDULES)?,
             flow: flow::read(&r)?,
             class_name,
@@ -252,6 +255,7 @@ impl SchedulerConfig {
             Class::Kdpm2Ancestral => "DPM2 a",
             Class::DpmMultistep | Class::EdmDpmMultistep => "DPM++ 2M",
             Class::UniPc => "UniPC",
+            Class::DpmSde => "DPM++ SDE",
             _ => class,
         };
         if matches!(self.class(), Class::EdmEuler | Class::EdmDpmMultistep) {

@@ -1,6 +1,7 @@
 //! The mathematics of noise. Two independent choices make a sampler: which noise levels a run passes through, and how it steps from one
 //! to the next. Either way the result is a [`Trajectory`]: coefficients in f64, known before the run.
 
+mod brownian;
 mod by_name;
 mod config;
 mod names;
@@ -12,6 +13,7 @@ mod spacing;
 mod start;
 mod trajectory;
 
+pub use brownian::BrownianTree;
 pub use by_name::{Model, by_name};
 pub use config::{
     BetaSchedule, Class, DynamicShift, FlowConfig, SchedulerConfig, SigmaMap, Spacing,
@@ -22,7 +24,7 @@ pub use prediction::Prediction;
 pub use schedule::NoiseSchedule;
 pub use spacing::Schedule;
 pub use start::{Start, StepCount};
-pub use trajectory::{Assign, Call, Combo, Draw, Register, Slices, Trajectory};
+pub use trajectory::{Assign, Brownian, Call, Combo, Draw, Register, Slices, Trajectory};
 
 use crate::error::{Error, Result};
 use solvers::{Levels, kdiffusion};
@@ -62,7 +64,10 @@ pub fn diffusers(
         call.step = call.step.saturating_sub(span.first);
     }
     run.link();
-    if matches!(config.class(), Class::Kdpm2 | Class::Kdpm2Ancestral) {
+    if matches!(
+        config.class(),
+        Class::Kdpm2 | Class::Kdpm2Ancestral | Class::DpmSde
+    ) {
         solvers::dpm2::link_halves(&mut run);
     }
     if start.is_picture() {
@@ -118,6 +123,7 @@ fn whole_or_part(
         Class::EulerAncestral => kdiffusion::euler_ancestral(&levels(), true),
         Class::Heun => kdiffusion::heun(&levels()),
         Class::Lms => kdiffusion::lms(&levels()),
+        Class::DpmSde => dpm_sde(config, &schedule, &levels()),
         Class::Kdpm2 => solvers::dpm2::dpm2(&levels(), false, &middle),
         Class::Kdpm2Ancestral => solvers::dpm2::dpm2(&levels(), true, &middle),
         Class::DpmMultistep => solvers::dpm::multistep(config, &schedule, span)?,
@@ -186,7 +192,12 @@ fn flows(
 fn refuse_undefined(config: &SchedulerConfig) -> Result<()> {
     let undefined = matches!(
         config.class(),
-        Class::Pndm | Class::Unknown | Class::EulerAncestral | Class::Kdpm2 | Class::Kdpm2Ancestral
+        Class::Pndm
+            | Class::Unknown
+            | Class::EulerAncestral
+            | Class::Kdpm2
+            | Class::Kdpm2Ancestral
+            | Class::DpmSde
     );
     if undefined && config.prediction == Prediction::Sample {
         return Err(Error::Unsupported(format!(
@@ -195,6 +206,16 @@ fn refuse_undefined(config: &SchedulerConfig) -> Result<()> {
         )));
     }
     Ok(())
+}
+
+/// `DPMSolverSDEScheduler`. Its Brownian motion has the seed of the config, or one that nobody knows: the image's own is as good.
+fn dpm_sde(config: &SchedulerConfig, schedule: &NoiseSchedule, levels: &Levels) -> Trajectory {
+    let mut run = solvers::sde::dpmpp_sde(levels, &|_, sigma| schedule.timestep(sigma));
+    run.brownian = solvers::sde::brownian(&levels.sigmas).map(|brownian| Brownian {
+        seed: config.noise_sampler_seed,
+        ..brownian
+    });
+    run
 }
 
 /// Levels of diffusers' σ-space schedulers.

@@ -22,6 +22,30 @@ pub enum Sampler {
     DpmPp2m,
     /// DPM++ 2S ancestral.
     DpmPp2sA,
+    /// DPM++ SDE.
+    DpmPpSde,
+    /// DPM++ 2M SDE.
+    DpmPp2mSde,
+    /// DPM++ 2M SDE, the solver's second type.
+    DpmPp2mSdeHeun,
+    /// DPM++ 3M SDE.
+    DpmPp3mSde,
+    /// DPM fast.
+    DpmFast,
+    /// Restart.
+    Restart,
+    /// Heun++.
+    HeunPp2,
+    /// iPNDM.
+    Ipndm,
+    /// iPNDM with weights by the levels.
+    IpndmV,
+    /// DDIM by whole timesteps.
+    Ddim,
+    /// PLMS by whole timesteps.
+    Plms,
+    /// UniPC.
+    UniPc,
     /// Latent consistency models.
     Lcm,
     /// Trajectory consistency models.
@@ -76,6 +100,34 @@ const SAMPLERS: &[(Sampler, &str, &[&str])] = &[
         "DPM++ 2S a",
         &["dpm++2sa", "dpm++2sancestral"],
     ),
+    (
+        Sampler::DpmPpSde,
+        "DPM++ SDE",
+        &["dpm++sde", "dpm++sdegpu", "dpmsolversde"],
+    ),
+    (
+        Sampler::DpmPp2mSde,
+        "DPM++ 2M SDE",
+        &["dpm++2msde", "dpm++2msdegpu"],
+    ),
+    (
+        Sampler::DpmPp2mSdeHeun,
+        "DPM++ 2M SDE Heun",
+        &["dpm++2msdeheun", "dpm++2msdeheungpu"],
+    ),
+    (
+        Sampler::DpmPp3mSde,
+        "DPM++ 3M SDE",
+        &["dpm++3msde", "dpm++3msdegpu"],
+    ),
+    (Sampler::DpmFast, "DPM fast", &["dpmfast"]),
+    (Sampler::Restart, "Restart", &["restart"]),
+    (Sampler::HeunPp2, "HeunPP2", &["heunpp2", "heun++2"]),
+    (Sampler::Ipndm, "IPNDM", &["ipndm"]),
+    (Sampler::IpndmV, "IPNDM_V", &["ipndmv"]),
+    (Sampler::Ddim, "DDIM", &["ddim"]),
+    (Sampler::Plms, "PLMS", &["plms", "pndm"]),
+    (Sampler::UniPc, "UniPC", &["unipc", "unipcmultistep"]),
     (Sampler::Lcm, "LCM", &["lcm", "flowmatchlcm"]),
     (Sampler::Tcd, "TCD", &["tcd"]),
 ];
@@ -98,38 +150,20 @@ const SCHEDULES: &[(Schedule, &[&str])] = &[
 
 /// Names that exist elsewhere and are not built yet.
 const KNOWN_SAMPLERS: &[&str] = &[
-    "ddim",
     "ddimtrailing",
     "ddimcfg++",
-    "plms",
-    "pndm",
-    "unipc",
     "unipcbh2",
-    "unipcmultistep",
     "ddpm",
-    "restart",
-    "ipndm",
-    "ipndmv",
     "deis",
     "deismultistep",
-    "dpmfast",
     "dpmadaptive",
-    "dpm++sde",
-    "dpm++sdegpu",
-    "dpm++2msde",
-    "dpm++2msdegpu",
-    "dpm++2msdeheun",
-    "dpm++3msde",
-    "dpm++3msdegpu",
+    "dpmad",
     "dpm++2mv2",
     "dpm++2mcfg++",
     "dpm++2sacfg++",
     "dpm++2sancestralcfg++",
     "dpm++2mbt",
     "dpmsolversinglestep",
-    "dpmsolversde",
-    "heunpp2",
-    "heun++2",
     "eulercfg++",
     "euleracfg++",
     "eulerancestralcfg++",
@@ -171,8 +205,12 @@ impl Sampler {
         match self {
             _ if flow => Schedule::Simple,
             Self::Tcd => Schedule::Simple,
-            Self::DpmPp2m | Self::DpmPp2sA | Self::Dpm2 | Self::Dpm2A => Schedule::Karras,
-            Self::Euler | Self::EulerA | Self::Heun | Self::Lms | Self::Lcm => Schedule::Normal,
+            Self::DpmPp2m | Self::DpmPp2sA | Self::DpmPpSde | Self::Dpm2 | Self::Dpm2A => {
+                Schedule::Karras
+            }
+            Self::DpmPp2mSde | Self::DpmPp2mSdeHeun | Self::DpmPp3mSde => Schedule::Exponential,
+            Self::Restart => Schedule::Karras,
+            _ => Schedule::Normal,
         }
     }
 
@@ -181,9 +219,27 @@ impl Sampler {
         matches!(self, Self::Lcm | Self::Tcd)
     }
 
-    /// Whether A1111 makes one level more and leaves out the last before the end.
-    pub(super) fn skips_last_but_one(self) -> bool {
-        matches!(self, Self::Dpm2 | Self::Dpm2A)
+    /// Whether A1111 (on flow models ComfyUI) makes one level more and leaves out the last before the end.
+    pub(super) fn skips_last_but_one(self, flow: bool) -> bool {
+        matches!(self, Self::Dpm2 | Self::Dpm2A) || (self == Self::DpmPp3mSde && !flow)
+    }
+
+    /// Whether it goes by whole timesteps, which no schedule moves.
+    pub(super) fn goes_by_timesteps(self) -> bool {
+        matches!(self, Self::Ddim | Self::Plms | Self::UniPc)
+    }
+
+    /// Whether it is made for latents `x₀ + σ·ε`.
+    pub(super) fn is_for_betas(self) -> bool {
+        self.goes_by_timesteps() || matches!(self, Self::Tcd | Self::DpmFast | Self::Restart)
+    }
+
+    /// Whether its noise comes from a Brownian motion, and its steps from ln(α/σ).
+    pub(super) fn is_stochastic(self) -> bool {
+        matches!(
+            self,
+            Self::DpmPpSde | Self::DpmPp2mSde | Self::DpmPp2mSdeHeun | Self::DpmPp3mSde
+        )
     }
 }
 
@@ -259,6 +315,12 @@ fn is_known_sampler(name: &str) -> bool {
 fn unknown_sampler(name: &str, base: &str) -> Error {
     let names: Vec<&str> = SAMPLERS.iter().map(|(_, name, _)| *name).collect();
     let list = names.join(", ");
+    let bare = base.strip_prefix('k').unwrap_or(base);
+    if matches!(bare, "dpmadaptive" | "dpmad") {
+        return Error::Unsupported(format!(
+            "sampler \"{name}\" chooses its steps by what the picture looks like on the way, which runs here do not; choose DPM fast or from {list}"
+        ));
+    }
     if is_known_sampler(base) {
         return Error::Unsupported(format!(
             "sampler \"{name}\" is not built yet; choose from {list}"
@@ -456,15 +518,7 @@ mod tests {
 
     #[test]
     fn what_is_not_built_is_named() {
-        for name in [
-            "DPM++ SDE Karras",
-            "dpmpp_sde",
-            "UniPC",
-            "uni_pc_bh2",
-            "Restart",
-            "k_dpm_fast",
-            "DDIM",
-        ] {
+        for name in ["uni_pc_bh2", "DDIM CFG++", "k_dpm_ad", "DPM adaptive"] {
             assert!(
                 matches!(parse(name, None, false), Err(Error::Unsupported(_))),
                 "{name}"

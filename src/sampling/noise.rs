@@ -20,6 +20,23 @@ impl Generator {
         Self::Philox(Philox { seed, offset: 0 })
     }
 
+    /// The seed that it began with.
+    pub fn seed(&self) -> u64 {
+        match self {
+            Self::Torch(torch) => torch.seed,
+            Self::Philox(philox) => philox.seed,
+        }
+    }
+
+    /// A fresh one of the same kind.
+    #[must_use]
+    pub fn reseeded(&self, seed: u64) -> Self {
+        match self {
+            Self::Torch(_) => Self::torch(seed),
+            Self::Philox(_) => Self::philox(seed),
+        }
+    }
+
     /// The next `n` numbers, as one call of `randn` with as many elements draws them.
     pub fn normal(&mut self, n: usize) -> Vec<f32> {
         match self {
@@ -35,6 +52,7 @@ const M: usize = 397;
 /// mt19937 (Matsumoto & Nishimura, 1998) with PyTorch's two ways to normal numbers (ATen `DistributionTemplates.h`).
 #[derive(Clone)]
 pub struct Torch {
+    seed: u64,
     state: [u32; N],
     index: usize,
     /// The sine of a pair of which the cosine was used; only draws of fewer than 16 leave one.
@@ -61,6 +79,7 @@ impl Torch {
                 .wrapping_add(i as u32);
         }
         Self {
+            seed,
             state,
             index: N,
             cached: None,

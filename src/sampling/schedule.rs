@@ -58,16 +58,16 @@ impl Default for NoiseSchedule {
     }
 }
 
-/// `torch.linspace` in f32: from both ends towards the middle.
-fn linspace_f32(start: f64, end: f64, n: usize) -> Vec<f32> {
+/// `torch.linspace` in f32: from both ends towards the middle, each product and sum rounded once.
+pub(super) fn linspace_f32(start: f64, end: f64, n: usize) -> Vec<f32> {
     let (start, end) = (start as f32, end as f32);
     let step = (end - start) / (n.max(2) - 1) as f32;
     (0..n)
         .map(|i| {
-            if i < n / 2 {
-                start + step * i as f32
+            if i < n / 2 || n == 1 {
+                step.mul_add(i as f32, start)
             } else {
-                end - step * (n - 1 - i) as f32
+                (-step).mul_add((n - 1 - i) as f32, end)
             }
         })
         .collect()
@@ -245,6 +245,14 @@ impl NoiseSchedule {
         matches!(self.time, Time::Flow(_))
     }
 
+    /// The level of a flow that stands for its first, where ln(α/σ) has no end: ComfyUI's at a ten-thousandth of the way.
+    pub(super) fn almost_noise(&self) -> Option<f64> {
+        match self.time {
+            Time::Flow(shift) => Some(f64::from(shifted(shift, 1.0 - 1e-4) as f32)),
+            _ => None,
+        }
+    }
+
     /// Continuous levels between two, of clean latents with standard deviation `data` (Karras et al., arXiv 2206.00364, table 1), a thousand
     /// of them even in log σ where a list is wanted, as in ComfyUI.
     pub fn continuous(min: f64, max: f64, data: f64) -> Self {
@@ -316,19 +324,24 @@ impl NoiseSchedule {
         f64::from(1.0 - w) * low as f64 + f64::from(w) * (low + 1) as f64
     }
 
-    /// The noise level of a fractional timestep, linear in log σ (k-diffusion `DiscreteSchedule.t_to_sigma`).
+    /// The noise level of a fractional timestep, linear in log σ (k-diffusion `DiscreteSchedule.t_to_sigma`). In f32 to the last
+    /// bit where that can be, because the noise of stochastic samplers hangs on it.
     pub fn sigma(&self, timestep: f64) -> f64 {
         let (low, high, w) = match self.time {
             Time::Interpolated => self.place(timestep),
             Time::Continuous => return (4.0 * timestep).exp(),
-            Time::Flow(shift) => return shifted(shift, timestep / FLOW_TIME),
+            Time::Flow(shift) => {
+                let (shift, t) = (shift as f32, timestep as f32 / FLOW_TIME as f32);
+                return f64::from(shift * t / ((shift - 1.0) * t + 1.0));
+            }
             Time::Nearest(stride) => {
                 let before = stride as f64 - 1.0;
                 self.place((timestep - before) / stride as f64)
             }
         };
-        let log = |i: usize| f64::from(self.log_sigmas[i]);
-        ((1.0 - w) * log(low) + w * log(high)).exp()
+        let w = w as f32;
+        let log = (1.0 - w) * self.log_sigmas[low] + w * self.log_sigmas[high];
+        f64::from(f64::from(log).exp() as f32)
     }
 
     /// The noise level of a timestep, linear in σ (diffusers' `np.interp`).

@@ -2,6 +2,7 @@
 
 use super::Model;
 use super::config::{Class, SchedulerConfig, SigmaMap, Spacing};
+use super::schedule::linspace_f32;
 
 /// `n` numbers from `start` to `end` (`numpy.linspace`).
 pub(super) fn linspace(start: f64, end: f64, n: usize) -> Vec<f64> {
@@ -42,7 +43,11 @@ pub(super) fn timesteps(config: &SchedulerConfig, steps: usize, whole: bool) -> 
             let mut t = linspace(0.0, (train - 1) as f64, steps);
             t.reverse();
             t.iter()
-                .map(|&t| if whole { round(t) } else { f64::from(t as f32) })
+                .map(|&t| match config.class() {
+                    _ if whole => round(t),
+                    Class::DpmSde => t,
+                    _ => f64::from(t as f32),
+                })
                 .collect()
         }
         Spacing::Leading => {
@@ -86,6 +91,20 @@ pub(super) fn karras(min: f64, max: f64, n: usize, rho: f64) -> Vec<f64> {
         .collect()
 }
 
+/// The same as k-diffusion computes it, in f32.
+pub(super) fn karras_f32(min: f64, max: f64, n: usize) -> Vec<f64> {
+    let (low, high) = (min.powf(1.0 / RHO), max.powf(1.0 / RHO));
+    let (high, slope) = (high as f32, (low - high) as f32);
+    let curve = |ramp: f32| f64::from(high + ramp * slope).powf(RHO);
+    linspace_f32(0.0, 1.0, n).into_iter().map(curve).collect()
+}
+
+/// Even in log σ as k-diffusion computes it, in f32.
+fn exponential_f32(min: f64, max: f64, n: usize) -> Vec<f64> {
+    let logs = linspace_f32(max.ln(), min.ln(), n);
+    logs.iter().map(|&log| f64::from(log).exp()).collect()
+}
+
 /// Even in log σ.
 pub(super) fn exponential(min: f64, max: f64, n: usize) -> Vec<f64> {
     linspace(max.ln(), min.ln(), n)
@@ -97,12 +116,14 @@ pub(super) fn exponential(min: f64, max: f64, n: usize) -> Vec<f64> {
 /// Both parameters of the beta distribution.
 const BETA: f64 = 0.6;
 
-/// Even in arctan σ.
+/// Even in arctan σ, in f32.
 fn kl_optimal(min: f64, max: f64, n: usize) -> Vec<f64> {
-    let angle = |share: &f64| share * min.atan() + (1.0 - share) * max.atan();
-    linspace(0.0, 1.0, n)
-        .iter()
-        .map(|share| angle(share).tan())
+    let (low, high) = (min.atan() as f32, max.atan() as f32);
+    (0..n)
+        .map(|i| {
+            let share = i as f32 / (n.max(2) - 1) as f32;
+            f64::from(share * low + (1.0 - share) * high).tan()
+        })
         .collect()
 }
 
@@ -238,17 +259,18 @@ impl Schedule {
         let train = schedule.len();
         let (first, last) = schedule.timesteps();
         let mut sigmas: Vec<f64> = match self {
-            Self::Normal => linspace(last, first, steps)
+            Self::Normal => linspace_f32(last, first, steps)
                 .iter()
-                .map(|&t| schedule.sigma(t))
+                .map(|&t| schedule.sigma(t.into()))
                 .collect(),
-            Self::Karras => karras(min, max, steps, RHO),
-            Self::Exponential => exponential(min, max, steps),
+            Self::Karras => karras_f32(min, max, steps),
+            Self::Exponential => exponential_f32(min, max, steps),
             Self::Beta if schedule.is_flow() => beta_of_levels(&schedule.sigmas, steps),
             Self::Beta => beta(min, max, steps),
             Self::SgmUniform => {
-                let t = linspace(schedule.timestep(max), schedule.timestep(min), steps + 1);
-                t[..steps].iter().map(|&t| schedule.sigma(t)).collect()
+                let t = linspace_f32(schedule.timestep(max), schedule.timestep(min), steps + 1);
+                let t = t[..steps].iter();
+                t.map(|&t| schedule.sigma(t.into())).collect()
             }
             Self::Simple => {
                 let stride = train as f64 / steps as f64;

@@ -124,8 +124,7 @@ const ALL: f64 = 0.9999;
 /// The last `steps` of as many more as the strength is less than 1.
 fn scaled(steps: usize, strength: f64) -> Result<Span> {
     let total = steps as f64 / strength;
-    // so is NaN, of no steps at no strength
-    if !(total <= MANY_STEPS) {
+    if total.is_nan() || total > MANY_STEPS {
         return Err(Error::Usage(format!(
             "--strength is {strength}, too little to make {steps} steps of; use more strength or fewer --steps"
         )));

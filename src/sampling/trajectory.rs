@@ -29,6 +29,17 @@ pub struct Draw {
     pub between: Option<(f64, f64)>,
 }
 
+/// Where the noise of draws between two levels comes from.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Brownian {
+    /// The noise level that the motion begins at.
+    pub low: f64,
+    /// The one that it ends at.
+    pub high: f64,
+    /// A seed that takes the place of every image's own.
+    pub seed: Option<u64>,
+}
+
 /// One assignment; everything is read before the target is written.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Assign {
@@ -87,6 +98,8 @@ pub struct Trajectory {
     pub init_noise_sigma: f64,
     /// The calls, in order.
     pub calls: Vec<Call>,
+    /// The Brownian motion of each image, if draws ask for it.
+    pub brownian: Option<Brownian>,
     /// How many [`Register::Saved`] there are.
     pub registers: usize,
     /// Steps as users count.

@@ -15,6 +15,7 @@ pub enum Class {
     Kdpm2Ancestral,
     DpmMultistep,
     DpmSinglestep,
+    DpmSde,
     UniPc,
     Deis,
     Lcm,
@@ -50,6 +51,7 @@ const NAMES: &[(&str, Class)] = &[
     ("KDPM2AncestralDiscreteScheduler", Class::Kdpm2Ancestral),
     ("DPMSolverMultistepScheduler", Class::DpmMultistep),
     ("DPMSolverSinglestepScheduler", Class::DpmSinglestep),
+    ("DPMSolverSDEScheduler", Class::DpmSde),
     ("UniPCMultistepScheduler", Class::UniPc),
     ("DEISMultistepScheduler", Class::Deis),
     ("LCMScheduler", Class::Lcm),
@@ -137,6 +139,12 @@ impl Class {
             Self::EulerAncestral => &[&["rescale_betas_zero_snr"]],
             Self::Heun => &[MAPS, &["clip_sample", "clip_sample_range"]],
             Self::Lms | Self::Kdpm2 | Self::Kdpm2Ancestral => &[MAPS],
+            Self::DpmSde => &[&[
+                "use_karras_sigmas",
+                "use_exponential_sigmas",
+                "use_beta_sigmas",
+                "noise_sampler_seed",
+            ]],
             Self::DpmMultistep => &[
                 MAPS,
                 ORDERS,
@@ -195,7 +203,11 @@ impl Class {
     pub(super) fn defaults(self) -> Defaults {
         let leading = matches!(self, Self::Pndm | Self::Ddim | Self::Ddpm | Self::Unknown);
         let few_step = matches!(self, Self::Lcm | Self::Tcd);
-        let sensible = few_step || matches!(self, Self::Heun | Self::Kdpm2 | Self::Kdpm2Ancestral);
+        let sensible = few_step
+            || matches!(
+                self,
+                Self::Heun | Self::Kdpm2 | Self::Kdpm2Ancestral | Self::DpmSde
+            );
         Defaults {
             betas: if sensible {
                 (0.00085, 0.012)

@@ -64,6 +64,14 @@ impl Reader<'_> {
         })
     }
 
+    pub(super) fn seed(&self, field: &str) -> Result<Option<u64>> {
+        self.get(field).map_or(Ok(None), |v| {
+            let seed = v.as_u64();
+            seed.map(Some)
+                .ok_or_else(|| wrong(field, v, "a whole number from 0"))
+        })
+    }
+
     pub(super) fn flag(&self, field: &str, default: bool) -> Result<bool> {
         self.get(field).map_or(Ok(default), |v| {
             v.as_bool().ok_or_else(|| wrong(field, v, "true or false"))

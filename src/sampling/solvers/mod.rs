@@ -6,10 +6,15 @@ pub(super) mod deis;
 pub(super) mod dpm;
 pub(super) mod dpm2;
 pub(super) mod edm;
+pub(super) mod fast;
 pub(super) mod flow;
+pub(super) mod ipndm;
 pub(super) mod kdiffusion;
 pub(super) mod pndm;
 pub(super) mod rectified;
+pub(super) mod restart;
+pub(super) mod sde;
+pub(super) mod timesteps;
 pub(super) mod unipc;
 
 use super::config::{SchedulerConfig, SigmaMap};

@@ -2,16 +2,19 @@
 //! B(h) = h or eʰ − 1 (diffusers `UniPCMultistepScheduler`).
 
 use super::super::config::{SchedulerConfig, SigmaMap};
-use super::super::prediction::estimates;
+use super::super::prediction::{Prediction, estimates};
 use super::super::schedule::NoiseSchedule;
 use super::super::start::Span;
-use super::super::trajectory::{Linear, Register, Trajectory, output, sample, saved};
+use super::super::trajectory::{Linear, Register, Trajectory, input, output, sample, saved};
 use super::UnitLevels;
 use crate::error::{Error, Result};
 
-struct UniPc<'a> {
+/// A solver on its levels.
+pub(super) struct UniPc<'a> {
     config: &'a SchedulerConfig,
     levels: UnitLevels,
+    /// Where velocities are turned into noise, if that is at other α and σ than those of the levels.
+    velocities: Option<Vec<(f64, f64)>>,
     /// Converted predictions are kept in as many registers, one more than the order; the last register holds the latents that the
     /// last prediction step began from.
     history: usize,
@@ -39,42 +42,69 @@ pub(in super::super) fn unipc(
         rounded,
     );
     levels.end_at_own_last(config);
-    let history = config.solver_order + 1;
-    let mut run = Trajectory {
-        registers: history + 1,
-        ..levels.trajectory()
-    };
-    let (count, first) = (levels.timesteps.len(), levels.first);
-    let solver = UniPc {
-        config,
-        levels,
-        history,
-    };
-    let mut last_order = 0;
-    for i in solver.levels.indices() {
-        let scales = solver.levels.space.place(solver.levels.sigmas[i]);
-        let (x0, epsilon) = estimates(config.prediction, scales, &sample(), &output());
-        let mut call = solver.levels.call(i, config.prediction);
-        let converted = if config.predict_x0 { x0 } else { epsilon };
-        call.then
-            .push(converted.into(Register::Saved(i % solver.history)));
-        if i > first && !config.disable_corrector.contains(&(i - 1)) {
-            call.then
-                .push(solver.step(i - 1, last_order, true).into(Register::Sample));
+    Ok(UniPc::new(config, levels, None).run())
+}
+
+impl<'a> UniPc<'a> {
+    pub(super) fn new(
+        config: &'a SchedulerConfig,
+        levels: UnitLevels,
+        velocities: Option<Vec<(f64, f64)>>,
+    ) -> Self {
+        Self {
+            config,
+            levels,
+            velocities,
+            history: config.solver_order + 1,
         }
-        call.then
-            .push(sample().into(Register::Saved(solver.history)));
-        let order = if config.lower_order_final {
-            config.solver_order.min(count - i)
-        } else {
-            config.solver_order
-        };
-        last_order = order.min(i + 1 - first);
-        call.then
-            .push(solver.step(i, last_order, false).into(Register::Sample));
-        run.calls.push(call);
     }
-    Ok(run)
+
+    /// Estimates of x₀ and ε at level `i` for latents `x`.
+    fn estimates(&self, i: usize, x: &Linear) -> (Linear, Linear) {
+        let scales = self.levels.space.place(self.levels.sigmas[i]);
+        let prediction = self.config.prediction;
+        match self.velocities.as_ref().and_then(|places| places.get(i)) {
+            Some(&place) => {
+                let (_, epsilon) = estimates(prediction, place, x, &output());
+                estimates(Prediction::Epsilon, scales, x, &epsilon)
+            }
+            None => estimates(prediction, scales, x, &output()),
+        }
+    }
+
+    /// The run: each prediction corrects the step that led to it, and predicts the next.
+    pub(super) fn run(&self) -> Trajectory {
+        let config = self.config;
+        let (count, first) = (self.levels.timesteps.len(), self.levels.first);
+        let mut run = Trajectory {
+            registers: self.history + 1,
+            ..self.levels.trajectory()
+        };
+        let mut last_order = 0;
+        for i in self.levels.indices() {
+            let (x0, epsilon) = self.estimates(i, &sample());
+            let mut call = self.levels.call(i, config.prediction);
+            call.denoised = self.estimates(i, &input()).0.of_call();
+            let converted = if config.predict_x0 { x0 } else { epsilon };
+            call.then
+                .push(converted.into(Register::Saved(i % self.history)));
+            if i > first && !config.disable_corrector.contains(&(i - 1)) {
+                call.then
+                    .push(self.step(i - 1, last_order, true).into(Register::Sample));
+            }
+            call.then.push(sample().into(Register::Saved(self.history)));
+            let order = if config.lower_order_final {
+                config.solver_order.min(count - i)
+            } else {
+                config.solver_order
+            };
+            last_order = order.min(i + 1 - first);
+            call.then
+                .push(self.step(i, last_order, false).into(Register::Sample));
+            run.calls.push(call);
+        }
+        run
+    }
 }
 
 impl UniPc<'_> {
