@@ -1,6 +1,10 @@
 //! What can be typed. Nothing is resolved here; see `docs` of each command for what it does.
 
+mod upscale;
+
 use std::path::PathBuf;
+
+pub use upscale::UpscaleArgs;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -48,6 +52,8 @@ pub enum Command {
     Models(ModelsArgs),
     /// Change a model's form: single file, folder, GGUF; its type; merge it
     Convert(Box<ConvertArgs>),
+    /// Make pictures larger with a network of the ESRGAN family
+    Upscale(Box<UpscaleArgs>),
 }
 
 /// Arguments of `convert`.

@@ -12,6 +12,7 @@ mod interrupt;
 mod kernels;
 mod lora;
 mod models;
+mod upscale;
 
 use std::io::Write;
 
@@ -32,6 +33,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Doctor(args) => doctor::run(stdout, args.json),
         Command::Models(args) => models::run(&args),
         Command::Convert(args) => convert::run(&args, cli.quiet),
+        Command::Upscale(args) => upscale::run(&args, cli.quiet),
     }
 }
 
