@@ -16,6 +16,7 @@ pub mod pipeline;
 pub mod sampling;
 pub mod spec;
 pub mod text;
+pub mod upscale;
 pub mod weights;
 
 pub use checkpoint::Checkpoint;

@@ -45,3 +45,5 @@ mod support;
 mod t5;
 /// Prompt grammar, tokens and chunks against transformers and A1111's rules.
 mod text;
+/// Upscalers against spandrel: spellings, tiles, the command.
+mod upscale;

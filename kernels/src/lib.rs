@@ -28,6 +28,7 @@
 //! | `Patchify`, `Unpatchify` | `[b, c, h · p, w · p]` ↔ `[b, h · w, c · p · p]` |
 //! | `Geglu` | `[.., 2c]` → `[.., c]` |
 //! | `Activate` | any → same |
+//! | `Prelu` | `[b, c, h, w]` → same |
 //! | `Add`, `Multiply` | two of the same shape → same |
 //! | `AddChannels`, `ScaleShift` | `[b, c, h, w]`, `[b, c]` or `[b, 2c]` → `[b, c, h, w]` |
 //! | `Affine` | any → same (`x · scale + shift`) |

@@ -19,6 +19,11 @@ pub enum Activation {
     Mish,
     /// `max(x, 0)`.
     Relu,
+    /// `x`, and below 0 a part of it.
+    LeakyRelu {
+        /// The part, in hundredths.
+        percent: u8,
+    },
 }
 
 impl Activation {
@@ -33,6 +38,11 @@ impl Activation {
             "relu" => Self::Relu,
             _ => return None,
         })
+    }
+
+    /// Of [`Activation::LeakyRelu`]: what is below 0 is multiplied with it.
+    pub(crate) fn slope(percent: u8) -> f32 {
+        f32::from(percent) / 100.0
     }
 }
 
@@ -159,6 +169,8 @@ pub enum Op {
     Geglu,
     /// A pointwise non-linearity.
     Activate(Activation),
+    /// `x`, and below 0 `x` times its channel's slope `[c]` (He et al., "Delving Deep into Rectifiers", arXiv 1502.01852).
+    Prelu { slopes: Param },
     /// Sum of two tensors of one shape.
     Add,
     /// Adds a value a channel: `[b, c, h, w] + [b, c]`.
@@ -247,6 +259,7 @@ impl Op {
             Self::Unpatchify { .. } => "unpatchify",
             Self::Geglu => "geglu",
             Self::Activate(_) => "activate",
+            Self::Prelu { .. } => "prelu",
             Self::Add => "add",
             Self::AddChannels => "add_channels",
             Self::ScaleShift => "scale_shift",
@@ -284,7 +297,7 @@ impl Op {
             Self::GroupNorm { weight, bias, .. } | Self::LayerNorm { weight, bias, .. } => {
                 vec![weight, bias]
             }
-            Self::RmsNorm { weight, .. } => vec![weight],
+            Self::RmsNorm { weight, .. } | Self::Prelu { slopes: weight } => vec![weight],
             Self::Embed { table } | Self::AddPositions { table, .. } => vec![table],
             Self::Attention {
                 relative: Some(relative),
@@ -413,6 +426,9 @@ impl Op {
                 Ok(shape)
             }
             (Self::Activate(_) | Self::Affine { .. }, [x]) => Ok(x.to_vec()),
+            (Self::Prelu { slopes }, [x @ [_, c, _, _]]) if slopes.shape() == [*c] => {
+                Ok(x.to_vec())
+            }
             (Self::Add | Self::Multiply, [x, y]) if x == y => Ok(x.to_vec()),
             (Self::AddChannels, [x @ [b, c, _, _], [tb, tc]]) if b == tb && c == tc => {
                 Ok(x.to_vec())

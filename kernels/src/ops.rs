@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use crate::tensor::{Tensor, Value};
-use crate::{Activation, Error, Op, Param, Result, eager, profile};
+use crate::{Activation, Error, Op, Param, PatchOrder, Result, eager, profile};
 
 /// Computes `op` when the inputs hold data, notes it when they are nodes of a graph.
 ///
@@ -81,6 +81,40 @@ pub fn affine(x: &Tensor, scale: f64, shift: f64) -> Result<Tensor> {
 /// As [`apply`].
 pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
     apply(Op::Activate(activation), &[x])
+}
+
+/// `x [b, c, h, w]`, and below 0 `x` times its channel's slope `[c]`.
+///
+/// # Errors
+/// As [`apply`].
+pub fn prelu(x: &Tensor, slopes: &Param) -> Result<Tensor> {
+    let slopes = slopes.clone();
+    apply(Op::Prelu { slopes }, &[x])
+}
+
+/// `torch.pixel_shuffle`: `[b, c · r², h, w]` → `[b, c, h · r, w · r]`.
+///
+/// # Errors
+/// As [`apply`].
+pub fn pixel_shuffle(x: &Tensor, r: usize) -> Result<Tensor> {
+    let (_, _, h, w) = x.dims4()?;
+    let op = Op::Unpatchify {
+        h,
+        w,
+        patch: r,
+        order: PatchOrder::ChannelsFirst,
+    };
+    apply(op, &[&flatten(x)?])
+}
+
+/// `torch.pixel_unshuffle`: `[b, c, h · r, w · r]` → `[b, c · r², h, w]`.
+///
+/// # Errors
+/// As [`apply`].
+pub fn pixel_unshuffle(x: &Tensor, r: usize) -> Result<Tensor> {
+    let (_, _, h, w) = x.dims4()?;
+    let patches = apply(Op::Patchify { patch: r }, &[x])?; // [b, h · w, c · r²]
+    unflatten(&patches, h / r.max(1), w / r.max(1))
 }
 
 /// First half of the last axis × gelu(second half).

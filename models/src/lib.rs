@@ -15,6 +15,7 @@ pub mod layers;
 pub mod mmdit;
 pub mod t5;
 pub mod unet;
+pub mod upscaler;
 pub mod vae;
 
 pub use sd_kernels::{Error, Result};

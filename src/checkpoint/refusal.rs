@@ -132,7 +132,7 @@ fn advice(family: Family) -> &'static str {
             "not a base model; give a base model with --model, and this with --embedding (not built yet)"
         }
         Family::Upscaler => {
-            "not a base model; it makes finished pictures larger (`sd-rs upscale`, not built yet)"
+            "not a base model; it makes finished pictures larger: `sd-rs upscale IMAGE --model` takes it"
         }
         Family::Taesd => {
             "not a base model; give a base model with --model, and this in its VAE's place with --vae"

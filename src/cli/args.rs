@@ -3,8 +3,11 @@
 mod image;
 
 pub use image::ImageArgs;
+mod upscale;
 
 use std::path::PathBuf;
+
+pub use upscale::UpscaleArgs;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -52,6 +55,8 @@ pub enum Command {
     Models(ModelsArgs),
     /// Change a model's form: single file, folder, GGUF; its type; merge it
     Convert(Box<ConvertArgs>),
+    /// Make pictures larger with a network of the ESRGAN family
+    Upscale(Box<UpscaleArgs>),
 }
 
 /// Arguments of `convert`.

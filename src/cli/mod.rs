@@ -13,6 +13,7 @@ mod kernels;
 mod lora;
 mod models;
 mod picture;
+mod upscale;
 
 use std::io::Write;
 
@@ -33,6 +34,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Doctor(args) => doctor::run(stdout, args.json),
         Command::Models(args) => models::run(&args),
         Command::Convert(args) => convert::run(&args, cli.quiet),
+        Command::Upscale(args) => upscale::run(&args, cli.quiet),
     }
 }
 

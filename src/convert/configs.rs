@@ -232,6 +232,7 @@ fn activation(activation: Activation) -> &'static str {
         Activation::QuickGelu => "quick_gelu",
         Activation::Mish => "mish",
         Activation::Relu => "relu",
+        Activation::LeakyRelu { .. } => "leaky_relu",
     }
 }
 

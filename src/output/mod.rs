@@ -9,5 +9,5 @@ mod stream;
 
 pub use image::Image;
 pub use infotext::{NoiseSource, Parameters};
-pub use save::{Target, check_target, save, save_latents};
+pub use save::{Target, check_file, check_target, save, save_bytes, save_latents};
 pub use stream::{NewFile, NewFolder, check_room};

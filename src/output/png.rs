@@ -90,6 +90,56 @@ pub fn encode(
     Ok(bytes)
 }
 
+/// The whole file of a picture of that width and height with these texts; those whose keyword PNG does not allow are left out. `rgb` is
+/// `[height, width, 3]`, `alpha` `[height, width]`.
+///
+/// # Errors
+/// [`Error::Usage`] when the picture is empty or its bytes do not fit its size.
+pub fn encode_plain(
+    (width, height): (u32, u32),
+    rgb: &[u8],
+    alpha: Option<&[u8]>,
+    texts: &[(String, String)],
+) -> Result<Vec<u8>> {
+    let failed = |source: png::EncodingError| {
+        Error::Usage(format!(
+            "a picture of {width}x{height} with {} bytes cannot be written as PNG: {source}",
+            rgb.len()
+        ))
+    };
+    let mut bytes = Vec::new();
+    let mut encoder = png::Encoder::new(&mut bytes, width, height);
+    encoder.set_color(match alpha {
+        Some(_) => png::ColorType::Rgba,
+        None => png::ColorType::Rgb,
+    });
+    encoder.set_depth(png::BitDepth::Eight);
+    let latin = |text: &str| text.chars().all(|c| u32::from(c) <= 0xff);
+    for (keyword, text) in texts {
+        if keyword.is_empty() || keyword.chars().count() > 79 || !latin(keyword) {
+            continue;
+        }
+        let (keyword, text) = (keyword.clone(), text.replace('\0', "\u{fffd}"));
+        match latin(&text) {
+            true => encoder.add_text_chunk(keyword, text),
+            false => encoder.add_itxt_chunk(keyword, text),
+        }
+        .map_err(failed)?;
+    }
+    let mut writer = encoder.write_header().map_err(failed)?;
+    match alpha {
+        None => writer.write_image_data(rgb),
+        Some(alpha) => {
+            let pixels = rgb.chunks(3).zip(alpha);
+            let mixed = pixels.flat_map(|(rgb, &alpha)| rgb.iter().copied().chain([alpha]));
+            writer.write_image_data(&mixed.collect::<Vec<u8>>())
+        }
+    }
+    .map_err(failed)?;
+    writer.finish().map_err(failed)?;
+    Ok(bytes)
+}
+
 /// The texts of a PNG file. Texts that are damaged are left out.
 ///
 /// # Errors

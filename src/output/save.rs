@@ -105,6 +105,24 @@ pub fn save(
     file::write(&path, &bytes, existing(target.template, target.overwrite)).map(Some)
 }
 
+/// Fails, before the work begins, where a picture that is called `path` could not be written.
+///
+/// # Errors
+/// As [`check_target`].
+pub fn check_file(path: &Path, overwrite: bool) -> Result<()> {
+    refuse_other_format(&path.to_string_lossy())?;
+    file::check(path, latents_existing(overwrite))
+}
+
+/// Writes the bytes of a file, whole or not at all.
+///
+/// # Errors
+/// [`Error::Disk`] when it cannot be written, or is there and may not be replaced.
+pub fn save_bytes(path: &Path, bytes: &[u8], overwrite: bool) -> Result<()> {
+    file::write(path, bytes, latents_existing(overwrite))?;
+    Ok(())
+}
+
 /// Writes latents as safetensors: key `latents`, f32, `shape` is `[n, c, h, w]`.
 ///
 /// # Errors

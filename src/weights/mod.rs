@@ -14,6 +14,7 @@ mod source;
 pub(crate) mod t5;
 pub(crate) mod taesd;
 pub(crate) mod text_tower;
+pub(crate) mod upscaler;
 pub(crate) mod values;
 
 pub use layout::{Layout, Part, Rename};

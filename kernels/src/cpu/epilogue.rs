@@ -8,7 +8,7 @@ use super::simd;
 use super::view::Numbers;
 use crate::Activation;
 
-/// `out = activation(sum + bias + image) · gate + residual`, or a gated pair of columns.
+/// `out = activation(sum + bias + image) · scale · gate + residual`, or a gated pair of columns.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Epilogue<'a> {
     /// One value a column.
@@ -17,6 +17,10 @@ pub(crate) struct Epilogue<'a> {
     pub(crate) image: Option<PerImage<'a>>,
     /// Applied to the sum so far.
     pub(crate) activation: Option<Activation>,
+    /// One slope a column for what is below 0, in an activation's place.
+    pub(crate) slopes: Option<&'a [f32]>,
+    /// One factor for all, after the activation.
+    pub(crate) scale: Option<f32>,
     /// One factor a column and picture, after the activation.
     pub(crate) gate: Option<PerImage<'a>>,
     /// Added at the end: rows as those of the result, read modulo its own length.
@@ -213,6 +217,8 @@ unsafe fn body<O: Stored, const NATIVE: bool>(epilogue: &Epilogue<'_>, tile: &Fi
                 Numbers::Bf16(more) => Numbers::Bf16(&more[within(place, more.len())..][..results]),
             }),
             activation: epilogue.activation,
+            slopes: epilogue.slopes.map(|slopes| &slopes[column..][..width]),
+            scale: epilogue.scale,
             gates: epilogue.gated.then_some(results),
         };
         // SAFETY: `results` numbers of a row that the caller promises to be there and nobody else's
@@ -252,6 +258,8 @@ struct Line<'a> {
     gate: Option<&'a [f32]>,
     residual: Option<Numbers<'a>>,
     activation: Option<Activation>,
+    slopes: Option<&'a [f32]>,
+    scale: Option<f32>,
     /// How far behind its value a gate is.
     gates: Option<usize>,
 }
@@ -273,6 +281,17 @@ impl Line<'_> {
             Some(Activation::QuickGelu) => each(&mut x, |_, x| *x = simd::quick_gelu(*x)),
             Some(Activation::Mish) => each(&mut x, |_, x| *x = simd::mish(*x)),
             Some(Activation::Relu) => each(&mut x, |_, x| *x = x.max(0.0)),
+            Some(Activation::LeakyRelu { percent }) => {
+                let slope = Activation::slope(percent);
+                each(&mut x, |_, x| *x = simd::leaky(*x, slope));
+            }
+        }
+        if let Some(slopes) = self.slopes {
+            let slopes = &slopes[first..][..N];
+            each(&mut x, |i, x| *x = simd::leaky(*x, slopes[i]));
+        }
+        if let Some(scale) = self.scale {
+            each(&mut x, |_, x| *x *= scale);
         }
         if let Some(gate) = self.gate {
             let gate = &gate[first..][..N];

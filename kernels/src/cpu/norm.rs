@@ -305,6 +305,10 @@ multiversion! {
             Some(Activation::QuickGelu) => affine(x, factors, out, place, simd::quick_gelu),
             Some(Activation::Mish) => affine(x, factors, out, place, simd::mish),
             Some(Activation::Relu) => affine(x, factors, out, place, |x| x.max(0.0)),
+            Some(Activation::LeakyRelu { percent }) => {
+                let slope = Activation::slope(percent);
+                affine(x, factors, out, place, |x| simd::leaky(x, slope));
+            }
         }
     }
 }

@@ -161,6 +161,11 @@ fn check<W: Weight>(
     );
     assert!(grid.place.1 < step && grid.place.2 < step);
     assert!(epilogue.bias.is_none_or(|bias| bias.len() == columns));
+    assert!(
+        epilogue
+            .slopes
+            .is_none_or(|slopes| !epilogue.gated && slopes.len() == columns)
+    );
     for values in [epilogue.image, epilogue.gate].into_iter().flatten() {
         assert!(values.fits(columns));
     }

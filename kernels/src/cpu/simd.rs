@@ -92,6 +92,12 @@ pub(crate) fn silu(x: f32) -> f32 {
     x / (1.0 + exp(-x))
 }
 
+/// `x`, and below 0 `x · slope`; what is not a number stays so.
+#[inline(always)]
+pub(crate) fn leaky(x: f32, slope: f32) -> f32 {
+    if x < 0.0 { x * slope } else { x }
+}
+
 /// `x · sigmoid(1.702 x)`.
 #[inline(always)]
 pub(crate) fn quick_gelu(x: f32) -> f32 {

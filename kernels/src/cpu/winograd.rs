@@ -154,6 +154,11 @@ fn check<T: Kept, I: Kept>(
     );
     assert_eq!(out, batch * h * w * columns, "the result's size");
     assert!(!epilogue.gated && epilogue.bias.is_none_or(|bias| bias.len() == columns));
+    assert!(
+        epilogue
+            .slopes
+            .is_none_or(|slopes| !epilogue.gated && slopes.len() == columns)
+    );
     for values in [epilogue.image, epilogue.gate].into_iter().flatten() {
         assert!(values.fits(columns));
     }

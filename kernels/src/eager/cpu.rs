@@ -28,15 +28,16 @@ fn mish(x: f32) -> f32 {
     x * (x.max(0.0) + (-x.abs()).exp().ln_1p()).tanh()
 }
 
-fn pointwise(activation: Activation) -> fn(f32) -> f32 {
-    match activation {
+fn pointwise(activation: Activation) -> Option<fn(f32) -> f32> {
+    Some(match activation {
         Activation::Silu => silu,
         Activation::Gelu => gelu,
         Activation::GeluTanh => gelu_tanh,
         Activation::QuickGelu => quick_gelu,
         Activation::Mish => mish,
         Activation::Relu => |x| x.max(0.0),
-    }
+        Activation::LeakyRelu { .. } => return None,
+    })
 }
 
 /// Gives `work` the elements of a contiguous f32 CPU tensor, or returns `None`.
@@ -50,7 +51,9 @@ pub(super) fn with_f32<T>(x: &Tensor, work: impl FnOnce(&[f32]) -> T) -> Option<
 }
 
 pub(super) fn activate(x: &Tensor, activation: Activation) -> Result<Option<Tensor>> {
-    let f = pointwise(activation);
+    let Some(f) = pointwise(activation) else {
+        return Ok(None);
+    };
     let out = with_f32(x, |x| {
         x.par_iter()
             .with_min_len(CHUNK)
@@ -102,7 +105,10 @@ pub(super) fn group_norm(
     }
     let out = with_f32(x, |x| {
         let (weight, bias) = (weight.to_vec1::<f32>().ok()?, bias.to_vec1::<f32>().ok()?);
-        let f = activation.map(pointwise);
+        let f = match activation {
+            Some(activation) => Some(pointwise(activation)?),
+            None => None,
+        };
         let mut out = vec![0f32; x.len()];
         out.par_chunks_mut(per_group * area)
             .zip(x.par_chunks(per_group * area))

@@ -76,6 +76,10 @@ pub fn run(op: &Op, inputs: &[&Tensor]) -> Result<Tensor> {
             }
         }
         Op::Activate(activation) => activate(x, *activation)?,
+        Op::Prelu { slopes } => {
+            let slopes = slopes.value()?.reshape((1, (), 1, 1))?;
+            (x.relu()? - x.neg()?.relu()?.broadcast_mul(&slopes)?)?
+        }
         Op::Add => (x + inputs[1])?,
         Op::AddChannels => {
             let (b, c) = inputs[1].dims2()?;
@@ -207,6 +211,10 @@ fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
             (x * softplus.tanh()?)?
         }
         Activation::Relu => x.relu()?,
+        Activation::LeakyRelu { percent } => {
+            let slope = f64::from(Activation::slope(percent));
+            (x.relu()? - (x.neg()?.relu()? * slope)?)?
+        }
     })
 }
 

@@ -72,6 +72,7 @@ impl Memory<'_> {
                 Prepared::Product {
                     weights,
                     bias,
+                    slopes,
                     taps,
                 },
             ) => {
@@ -83,6 +84,8 @@ impl Memory<'_> {
                         None => None,
                     },
                     activation: product.activation,
+                    slopes: slopes.as_ref().map(|s| s.as_slice()),
+                    scale: product.scale,
                     gate: match product.gate {
                         Some((values, slot)) => Some(PerImage {
                             values: self.read_f32(values)?,

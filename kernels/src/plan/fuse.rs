@@ -22,8 +22,8 @@ enum State {
     Alias(NodeId),
     /// A product that was not needed yet.
     Pending(Box<Product>),
-    /// Two nodes side by side along the channels.
-    Pair(NodeId, NodeId),
+    /// Nodes side by side along the channels, none of them such a row itself.
+    Joined(Vec<NodeId>),
     /// A node enlarged to twice its height and width.
     Doubled(NodeId),
     /// Visited, and absorbed by another.
@@ -159,20 +159,21 @@ impl<'a> Fuser<'a> {
                     size: (1, w),
                     image: None,
                     activation: None,
+                    slopes: None,
+                    scale: None,
                     gate: None,
                     residual: None,
                 }))
             }
+            // joins of joins are one: dense blocks read the same pieces again and again
             Op::Concat => {
-                let nested = inputs
+                let pieces = inputs
                     .iter()
-                    .any(|&i| matches!(self.states[self.origin(i)], State::Pair(..)));
-                if nested {
-                    let pair = (self.ready(inputs[0])?, self.ready(inputs[1])?);
-                    self.emit(id, Work::Concat(pair.0, pair.1))
-                } else {
-                    State::Pair(inputs[0], inputs[1])
-                }
+                    .flat_map(|&i| match &self.states[self.origin(i)] {
+                        State::Joined(pieces) => pieces.clone(),
+                        _ => vec![i],
+                    });
+                State::Joined(pieces.collect())
             }
             Op::Upsample { h, w } => {
                 let [_, _, sh, sw] = *self.nodes[x].shape else {
@@ -197,11 +198,7 @@ impl<'a> Fuser<'a> {
                 }
             }
             Op::AddChannels => match self.absorb(x, |p| {
-                p.image.is_none()
-                    && p.activation.is_none()
-                    && p.gate.is_none()
-                    && p.residual.is_none()
-                    && p.form != Form::Gated
+                p.image.is_none() && p.is_linear() && p.form != Form::Gated
             }) {
                 Some(mut product) => {
                     product.image = Some(self.ready(inputs[1])?);
@@ -212,27 +209,51 @@ impl<'a> Fuser<'a> {
                     self.emit(id, Work::AddChannels(pair.0, pair.1))
                 }
             },
-            Op::Activate(activation) => match self.absorb(x, |p| {
-                p.activation.is_none()
-                    && p.gate.is_none()
-                    && p.residual.is_none()
-                    && p.form != Form::Gated
-            }) {
-                Some(mut product) => {
-                    product.activation = Some(*activation);
-                    State::Pending(product)
+            Op::Prelu { slopes } => {
+                match self.absorb(x, |p| p.is_linear() && p.form != Form::Gated) {
+                    Some(mut product) => {
+                        product.slopes = Some(slopes.clone());
+                        State::Pending(product)
+                    }
+                    None => {
+                        let (source, slopes) = (self.ready(x)?, slopes.clone());
+                        self.emit(id, Work::Prelu { source, slopes })
+                    }
                 }
-                None => {
-                    let x = self.ready(x)?;
-                    self.emit(id, Work::Activate(x, *activation))
+            }
+            Op::Affine { scale, shift } => {
+                let free = |p: &Product| {
+                    *shift == 0.0
+                        && p.scale.is_none()
+                        && p.gate.is_none()
+                        && p.residual.is_none()
+                        && p.form != Form::Gated
+                };
+                match self.absorb(x, free) {
+                    Some(mut product) => {
+                        product.scale = Some(*scale as f32);
+                        State::Pending(product)
+                    }
+                    None => {
+                        let work = self.plain(op, inputs)?;
+                        self.emit(id, work)
+                    }
                 }
-            },
+            }
+            Op::Activate(activation) => {
+                match self.absorb(x, |p| p.is_linear() && p.form != Form::Gated) {
+                    Some(mut product) => {
+                        product.activation = Some(*activation);
+                        State::Pending(product)
+                    }
+                    None => {
+                        let x = self.ready(x)?;
+                        self.emit(id, Work::Activate(x, *activation))
+                    }
+                }
+            }
             Op::Geglu => match self.absorb(x, |p| {
-                p.activation.is_none()
-                    && p.gate.is_none()
-                    && p.residual.is_none()
-                    && p.image.is_none()
-                    && p.form == Form::Direct
+                p.is_linear() && p.image.is_none() && p.form == Form::Direct
             }) {
                 Some(mut product) => {
                     product.form = Form::Gated;
@@ -420,6 +441,8 @@ impl<'a> Fuser<'a> {
             columns: *columns,
             image: None,
             activation: None,
+            slopes: None,
+            scale: None,
             gate: None,
             residual: None,
         })))
@@ -445,14 +468,11 @@ impl<'a> Fuser<'a> {
                 let foldable = |p: &Product| {
                     p.form == Form::Direct
                         && p.image.is_none()
-                        && p.activation.is_none()
-                        && p.gate.is_none()
-                        && p.residual.is_none()
+                        && p.is_linear()
                         && p.parts.iter().all(|part| part.stride == 1)
                 };
                 let same = product.form == Form::Direct
-                    && product.activation.is_none()
-                    && product.gate.is_none()
+                    && product.is_linear()
                     && self.pending(other).is_some_and(|p| p.size == product.size);
                 match self.absorb(other, |p| same && foldable(p)) {
                     Some(shortcut) => {
@@ -512,10 +532,7 @@ impl<'a> Fuser<'a> {
         let ready = match state {
             State::Ready(value) => return Ok(value),
             State::Pending(product) => self.emit(origin, Work::Product(*product)),
-            State::Pair(a, b) => {
-                let (a, b) = (self.ready(a)?, self.ready(b)?);
-                self.emit(origin, Work::Concat(a, b))
-            }
+            State::Joined(pieces) => self.joined(origin, &pieces)?,
             State::Doubled(small) => {
                 let [_, _, h, w] = *self.nodes[small].shape else {
                     return Err(Error::Mixed { op: "upsample" });
@@ -543,10 +560,17 @@ impl<'a> Fuser<'a> {
         }
     }
 
-    /// The stored values of a node: two for a pair.
+    /// Copies nodes side by side, for those who want them in one piece.
+    fn joined(&mut self, id: NodeId, pieces: &[NodeId]) -> Result<State> {
+        let values = pieces.iter().map(|&piece| self.ready(piece));
+        let values = values.collect::<Result<Vec<_>>>()?;
+        Ok(self.emit(id, Work::Concat(values)))
+    }
+
+    /// The stored values of a node: several where it is a join.
     fn sources(&mut self, id: NodeId) -> Result<Vec<ValueId>> {
-        match self.states[self.origin(id)] {
-            State::Pair(a, b) => Ok(vec![self.ready(a)?, self.ready(b)?]),
+        match self.states[self.origin(id)].clone() {
+            State::Joined(pieces) => pieces.into_iter().map(|piece| self.ready(piece)).collect(),
             _ => Ok(vec![self.ready(id)?]),
         }
     }

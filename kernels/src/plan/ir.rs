@@ -73,9 +73,24 @@ pub(super) struct Product {
     pub columns: usize,
     pub image: Option<ValueId>,
     pub activation: Option<Activation>,
+    /// One slope a column for what is below 0, in an activation's place.
+    pub slopes: Option<Param>,
+    /// A factor for all, after the activation.
+    pub scale: Option<f32>,
     /// A factor a column and sequence: a value, and the place in it counted in columns.
     pub gate: Option<(ValueId, usize)>,
     pub residual: Option<ValueId>,
+}
+
+impl Product {
+    /// Whether nothing but biases and values of pictures was added to the sums so far.
+    pub(super) fn is_linear(&self) -> bool {
+        self.activation.is_none()
+            && self.slopes.is_none()
+            && self.scale.is_none()
+            && self.gate.is_none()
+            && self.residual.is_none()
+    }
 }
 
 /// Inputs of one weight.
@@ -177,6 +192,10 @@ pub(super) enum Work {
     },
     Geglu(ValueId),
     Activate(ValueId, Activation),
+    Prelu {
+        source: ValueId,
+        slopes: Param,
+    },
     Add(ValueId, ValueId),
     AddChannels(ValueId, ValueId),
     ScaleShift(ValueId, ValueId),
@@ -185,7 +204,8 @@ pub(super) enum Work {
         scale: f32,
         shift: f32,
     },
-    Concat(ValueId, ValueId),
+    /// Side by side along the channels.
+    Concat(Vec<ValueId>),
     Upsample {
         source: View,
         h: usize,
@@ -228,14 +248,15 @@ impl Work {
             | Self::AddChannels(a, b)
             | Self::ScaleShift(a, b)
             | Self::Multiply(a, b)
-            | Self::Join(a, b)
-            | Self::Concat(a, b) => vec![*a, *b],
+            | Self::Join(a, b) => vec![*a, *b],
+            Self::Concat(pieces) => pieces.clone(),
             Self::AdaptiveNorm { source, values, .. } | Self::Gate { source, values, .. } => {
                 vec![*source, *values]
             }
             Self::LayerNorm { source, .. }
             | Self::RmsNorm { source, .. }
             | Self::Rotate { source, .. }
+            | Self::Prelu { source, .. }
             | Self::Tokens { source, .. }
             | Self::Affine { source, .. }
             | Self::Sinusoid { source, .. }

@@ -37,6 +37,13 @@ fn fill(out: NumbersMut<'_>, channels: usize, f: impl Fn(usize, usize) -> f32 + 
     }
 }
 
+/// Gives `write` pieces of a result and where they begin, where what is read lies as what is written.
+fn in_chunks(out: &mut [f32], write: impl Fn(usize, &mut [f32]) + Sync) {
+    out.par_chunks_mut(CHUNK)
+        .enumerate()
+        .for_each(|(i, out)| write(i * CHUNK, out));
+}
+
 /// Writes rows that lie elsewhere: `from(row)` says where, modulo the length.
 fn copy_rows<'a>(
     out: NumbersMut<'_>,
@@ -77,6 +84,7 @@ fn activate(activation: Activation, x: f32) -> f32 {
         Activation::QuickGelu => simd::quick_gelu(x),
         Activation::Mish => simd::mish(x),
         Activation::Relu => x.max(0.0),
+        Activation::LeakyRelu { percent } => simd::leaky(x, Activation::slope(percent)),
     }
 }
 
@@ -95,9 +103,27 @@ impl Memory<'_> {
                 let x = self.read(*x);
                 fill(out, c, |row, j| activate(*activation, at(x, row * c + j)));
             }
+            (Work::Prelu { source, .. }, Prepared::Table(slopes)) => {
+                let x = self.read(*source);
+                fill(out, c, |row, j| simd::leaky(at(x, row * c + j), slopes[j]));
+            }
             (Work::Add(a, b), _) => {
                 let (a, b) = (self.read(*a), self.read(*b));
-                fill(out, c, |row, j| at(a, row * c + j) + at(b, row * c + j));
+                match (out, a, b) {
+                    (NumbersMut::F32(out), Numbers::F32(a), Numbers::F32(b))
+                        if a.len() == out.len() && b.len() == out.len() =>
+                    {
+                        in_chunks(out, |first, out| {
+                            let pairs = a[first..].iter().zip(&b[first..]);
+                            out.iter_mut()
+                                .zip(pairs)
+                                .for_each(|(out, (a, b))| *out = a + b);
+                        });
+                    }
+                    (out, a, b) => {
+                        fill(out, c, |row, j| at(a, row * c + j) + at(b, row * c + j));
+                    }
+                }
             }
             (Work::Geglu(x), _) => {
                 let x = self.read(*x);
@@ -125,19 +151,27 @@ impl Memory<'_> {
                     shift,
                 },
                 _,
-            ) => {
-                let x = self.read(*source);
-                fill(out, c, |row, j| at(x, row * c + j) * scale + shift);
-            }
-            (Work::Concat(a, b), _) => {
-                let (ca, cb) = (self.channels(*a), self.channels(*b));
-                let (a, b) = (self.read(*a), self.read(*b));
+            ) => match (out, self.read(*source)) {
+                (NumbersMut::F32(out), Numbers::F32(x)) if x.len() == out.len() => {
+                    in_chunks(out, |first, out| {
+                        let all = out.iter_mut().zip(&x[first..]);
+                        all.for_each(|(out, x)| *out = x * scale + shift);
+                    });
+                }
+                (out, x) => fill(out, c, |row, j| at(x, row * c + j) * scale + shift),
+            },
+            (Work::Concat(pieces), _) => {
+                // for each channel: the piece, its width, and the place in it
+                let places: Vec<(Numbers<'_>, usize, usize)> = pieces
+                    .iter()
+                    .flat_map(|&piece| {
+                        let (x, wide) = (self.read(piece), self.channels(piece));
+                        (0..wide).map(move |j| (x, wide, j))
+                    })
+                    .collect();
                 fill(out, c, |row, j| {
-                    if j < ca {
-                        at(a, row * ca + j)
-                    } else {
-                        at(b, row * cb + j - ca)
-                    }
+                    let (x, wide, place) = places[j];
+                    at(x, row * wide + place)
                 });
             }
             (Work::Upsample { source, h, w }, _) => self.upsample(*source, (*h, *w), c, out),

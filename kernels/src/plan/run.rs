@@ -52,6 +52,7 @@ pub(super) enum Prepared {
         /// None: to be packed when they are needed.
         weights: Option<Packed>,
         bias: Option<Arc<Vec<f32>>>,
+        slopes: Option<Arc<Vec<f32>>>,
         /// Of each group, for each phase.
         taps: Vec<Vec<Taps>>,
     },
@@ -293,6 +294,10 @@ fn prepare(
                     true => None,
                 },
                 bias: store.bias(product)?,
+                slopes: match &product.slopes {
+                    Some(slopes) => Some(store.vector(slopes)?),
+                    None => None,
+                },
                 taps: taps(product),
             }
         }
@@ -304,6 +309,7 @@ fn prepare(
         }
         Work::Embed { table, .. }
         | Work::AddPositions { table, .. }
+        | Work::Prelu { slopes: table, .. }
         | Work::RmsNorm { weight: table, .. } => Prepared::Table(store.vector(table)?),
         Work::Attention {
             q,

@@ -430,6 +430,43 @@ fn convolutions_in_winograds_forms() {
     }
 }
 
+/// A dense block: joins of joins, leaky activations, slopes, scaled results added to what came in, pixels shuffled.
+fn dense(w: &Weights, inputs: &[Tensor]) -> Result<Tensor> {
+    let leaky = |x: &Tensor| ops::activate(x, Activation::LeakyRelu { percent: 20 });
+    let x = conv(w, "in", &ops::pixel_unshuffle(&inputs[0], 2)?, (34, 3, 1))?;
+    let x1 = leaky(&conv(w, "1", &x, (32, 3, 1))?)?;
+    let seen = ops::concat(&x, &x1)?;
+    let x2 = ops::prelu(&conv(w, "2", &seen, (9, 3, 1))?, &w.param("slopes", &[9]))?;
+    let x2 = ops::add(&x2, &conv(w, "short", &x, (9, 1, 1))?)?;
+    let seen = ops::concat(&seen, &x2)?;
+    let x3 = conv(w, "3", &ops::concat(&seen, &leaky(&x2)?)?, (34, 3, 1))?;
+    let y = ops::add(&ops::affine(&x3, 0.2, 0.0)?, &x)?;
+    // of what is no product any more
+    let y = ops::add(&ops::affine(&y, 0.2, 0.0)?, &x)?;
+    let y = ops::prelu(&ops::concat(&y, &x1)?, &w.param("more", &[66]))?;
+    let y = ops::pixel_shuffle(&conv(w, "out", &y, (18, 3, 1))?, 3)?;
+    leaky(&y)
+}
+
+#[test]
+fn dense_blocks() {
+    for size in [[2, 3, 40, 36], [1, 3, 6, 10]] {
+        let net = Net {
+            stored: DType::F32,
+            inputs: vec![("x", size.to_vec())],
+            run: dense,
+        };
+        for level in Level::supported() {
+            let error = distance(&net, &Options::new(level, Precision::F32));
+            assert!(error < 2e-6, "{}: {error}", level.name());
+            if level.has_bf16() {
+                let error = distance(&net, &Options::new(level, Precision::Bf16));
+                assert!(error < 2e-2 && error > 1e-4, "bf16: {error}");
+            }
+        }
+    }
+}
+
 #[test]
 fn wider_layers_than_kernels_take_are_refused() {
     let weights = weights(DType::F32);

@@ -9,15 +9,17 @@ use crate::checkpoint::input::{Fault, Outcome};
 use crate::checkpoint::printable::printable;
 
 /// What the weights are kept under beside epochs, optimizers and such; the first that holds a dict with tensors is taken.
-const ROOTS: [&str; 8] = [
+const ROOTS: [&str; 10] = [
     "state_dict",
     "model_state_dict",
     "params_ema",
+    "params-ema",
     "params",
     "model",
     "module",
     "generator",
     "weights",
+    "net",
 ];
 /// How deep dicts in dicts are looked through.
 const MAX_DEPTH: usize = 8;

@@ -95,6 +95,7 @@ fn run<T: Operand + Weight<Row = T>>(level: Level, case: &Case) -> f64 {
             taps: &taps,
         })
         .collect();
+    let slopes = numbers(columns, 8);
     let (bias, image, more) = (
         numbers(columns, 5),
         numbers(2 * 3 * columns, 6),
@@ -112,6 +113,8 @@ fn run<T: Operand + Weight<Row = T>>(level: Level, case: &Case) -> f64 {
             place: (3, 2),
             rows: oh * ow,
         }),
+        slopes: Some(&slopes),
+        scale: Some(0.7),
         residual: Some(Numbers::F32(&more)),
         ..Epilogue::default()
     };
@@ -142,7 +145,9 @@ fn run<T: Operand + Weight<Row = T>>(level: Level, case: &Case) -> f64 {
                 }
             }
         }
-        let want = sum * of_picture(2) + f64::from(more[row % (oh * ow) * columns + o]);
+        let slope = if sum < 0.0 { f64::from(slopes[o]) } else { 1.0 };
+        let want =
+            sum * slope * 0.7 * of_picture(2) + f64::from(more[row % (oh * ow) * columns + o]);
         worst = worst.max((f64::from(*got) - want).abs());
     }
     worst

@@ -1,0 +1,64 @@
+//! Arguments of `upscale`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::LibraryArgs;
+use crate::device::{DeviceChoice, DtypeChoice};
+use crate::upscale::Tiling;
+
+/// Arguments of `upscale`.
+#[derive(Debug, Args)]
+pub struct UpscaleArgs {
+    /// Pictures (PNG, JPEG, WebP), or folders of them
+    #[arg(required = true, value_name = "IMAGE")]
+    pub inputs: Vec<PathBuf>,
+    /// A network of the ESRGAN family: a .pth or .safetensors file, or a name in the models folders
+    #[arg(short, long)]
+    pub model: PathBuf,
+    /// Where names are looked up
+    #[command(flatten)]
+    pub library: LibraryArgs,
+    /// Read model files instead of mapping them into memory: for network file systems, and files that others write to
+    #[arg(long)]
+    pub no_mmap: bool,
+    /// Where the picture goes, a PNG; a folder for several, in which they keep their names [default: NAME-xSCALE.png in this folder]
+    #[arg(short, long, value_name = "FILE_OR_FOLDER")]
+    pub output: Option<PathBuf>,
+    /// Replace files that are there
+    #[arg(long)]
+    pub overwrite: bool,
+    /// How many times as wide and high: the network is applied until that is reached, three times at most, and the result resized (Lanczos)
+    /// [default: the network's own]
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
+    pub scale: Option<f64>,
+    /// Pixels of a tile's side; 0: the picture in one piece [default: as large as memory allows]
+    #[arg(long, value_name = "N")]
+    pub tile: Option<usize>,
+    /// Pixels by which tiles overlap, over which they fade into each other [default: what the network looks at, or 48 if that is very far]
+    #[arg(long, value_name = "N")]
+    pub tile_overlap: Option<usize>,
+    /// The compute type
+    #[arg(long, value_enum, default_value = "f32")]
+    pub dtype: DtypeChoice,
+    /// auto, cpu, cuda, cuda:N or metal
+    #[arg(long, default_value = "auto")]
+    pub device: DeviceChoice,
+    /// Threads to compute with [default: one a core]
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: Option<u16>,
+    /// One JSON object a picture on the standard output
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl UpscaleArgs {
+    /// How pictures are cut.
+    pub(in crate::cli) fn tiling(&self) -> Tiling {
+        Tiling {
+            side: self.tile,
+            overlap: self.tile_overlap,
+        }
+    }
+}
