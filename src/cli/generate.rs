@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::args::GenerateArgs;
+use super::embedding::{Learned, Used};
 use super::fetch::{open_model, open_part};
 use super::lora::{self, Worn};
 use super::{interrupt, print_line, set_threads};
@@ -32,6 +33,7 @@ struct Job<'a> {
     plan: &'a Plan,
     request: &'a Request,
     worn: &'a Worn,
+    embeddings: &'a Used,
     threads: usize,
     start: Instant,
 }
@@ -52,6 +54,7 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     let device = device::open(args.device)?;
     let dtype = device::dtype(args.dtype, &device)?;
     output::check_target(&args.output, args.save_latents.as_deref(), args.overwrite)?;
+    let mut learned = Learned::find(args, &request, &worn.adapters)?;
     let model = open_model(args.model.as_deref(), &args.library, args.no_mmap)?;
     let vae = match &args.vae {
         Some(path) => Some(open_part(path, "vae", &args.library, args.no_mmap)?),
@@ -71,11 +74,20 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     };
     let mut engine =
         Engine::load_adapted(&model.checkpoint, others, &worn.adapters, &device, dtype)?;
+    engine = learned.teach(engine)?;
+    let embeddings = learned.used(&engine, &request)?;
+    if let Some(warning) = learned.unsaid(args, &embeddings) {
+        tracing::warn!("{warning}");
+    }
+    for fit in engine.networks().adapters().fits() {
+        lora::tell(fit);
+    }
     let mut refiner_name = None;
     if let Some(refiner) = &args.refiner {
         let refiner = open_model(Some(refiner), &args.library, args.no_mmap)?;
         refiner_name = Some(refiner.name);
         let refiner = Engine::load(&refiner.checkpoint, &device, dtype)?;
+        let refiner = learned.teach_refiner(refiner)?;
         engine = engine.with_refiner(refiner, args.refiner_switch)?;
     }
     let plan = Plan::new(&engine, &request)?;
@@ -89,6 +101,7 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
         plan: &plan,
         request: &request,
         worn: &worn,
+        embeddings: &embeddings,
         threads,
         start,
     };
@@ -278,6 +291,15 @@ impl Job<'_> {
     }
 
     fn common_json(&self, seed: u64) -> Value {
+        let mut object = self.own_json(seed);
+        let loras: Vec<_> = self.engine.networks().adapters().fits().collect();
+        if let Some(fields) = object.as_object_mut().filter(|_| !loras.is_empty()) {
+            fields.insert("loras".to_owned(), json!(loras));
+        }
+        object
+    }
+
+    fn own_json(&self, seed: u64) -> Value {
         json!({
             "path": Value::Null,
             "seed": seed,
@@ -297,7 +319,7 @@ impl Job<'_> {
 
     /// Our exact request, for the picture's second text chunk.
     fn request_json(&self, seed: u64) -> Value {
-        let mut object = self.common_json(seed);
+        let mut object = self.own_json(seed);
         if let Some(fields) = object.as_object_mut() {
             for key in ["path", "threads", "device"] {
                 fields.shift_remove(key);
@@ -326,6 +348,9 @@ impl Job<'_> {
                     "skip_layer_guidance".to_owned(),
                     json!({ "scale": slg.scale, "layers": slg.layers, "start": slg.span.0, "end": slg.span.1 }),
                 );
+            }
+            if !self.embeddings.names.is_empty() {
+                fields.insert("embeddings".to_owned(), json!(self.embeddings.names));
             }
             if self.args.dora_norm != DoraNorm::default() {
                 fields.insert("dora_norm".to_owned(), json!("original"));
@@ -383,6 +408,9 @@ impl Job<'_> {
         }
         if let Some(hashes) = &self.worn.hashes {
             pairs.push(("Lora hashes".to_owned(), hashes.clone()));
+        }
+        if let Some(hashes) = &self.embeddings.hashes {
+            pairs.push(("TI hashes".to_owned(), hashes.clone()));
         }
         pairs
     }

@@ -7,6 +7,7 @@ mod decode;
 mod denoise;
 mod event;
 mod guidance;
+mod learned;
 mod memory;
 mod networks;
 mod plan;
@@ -283,7 +284,8 @@ impl Engine {
             .denoiser(size, &conditions, &timesteps, skipped)
     }
 
-    fn readers(&self) -> Readers<'_> {
+    /// Everybody who reads this model's texts.
+    pub fn readers(&self) -> Readers<'_> {
         let towers = self.networks.towers().iter();
         let towers = towers.zip(&self.tokenizers.clip).zip(&self.spec.text).map(
             |((tower, tokenizer), spec)| Speaker {
