@@ -120,7 +120,12 @@ fn latents(engine: &Engine, model: &Case, sampler: Option<&str>) -> candle_core:
     latents_of(engine, model, sampler, None)
 }
 
-fn latents_of(engine: &Engine, model: &Case, sampler: Option<&str>, steps: Option<usize>) -> candle_core::Tensor {
+fn latents_of(
+    engine: &Engine,
+    model: &Case,
+    sampler: Option<&str>,
+    steps: Option<usize>,
+) -> candle_core::Tensor {
     let record = record();
     let size = |name: &str| model.record["runs"][0][name].as_u64().map(|n| n as usize);
     let request = Request {

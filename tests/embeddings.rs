@@ -87,7 +87,12 @@ fn engine(model: &Path, embeddings: &[Arc<Embedding>]) -> Engine {
 }
 
 /// The rows that fixtures keep of a negative prompt's and a prompt's states, and the prompt's vector.
-fn states(engine: &Engine, prompt: &str, negative: &str, syntax: Syntax) -> ([Values; 2], Option<Values>) {
+fn states(
+    engine: &Engine,
+    prompt: &str,
+    negative: &str,
+    syntax: Syntax,
+) -> ([Values; 2], Option<Values>) {
     let texts = Texts {
         prompt,
         negative: Some(negative),
@@ -119,8 +124,18 @@ fn near(what: &str, got: &Values, want: &Values) {
 fn sd1() -> (Dir, Vec<Arc<Embedding>>) {
     let dir = Dir::new();
     Case::load("single-sd1").write_folder(&dir.path("model"), &FolderForm::default());
-    write(&dir.path("toy.safetensors"), "sd1", &[("<cat-toy>", "<cat-toy>")], Dtype::F32);
-    write(&dir.path("ink.safetensors"), "sd1", &[("ink_style", "ink_style")], Dtype::F32);
+    write(
+        &dir.path("toy.safetensors"),
+        "sd1",
+        &[("<cat-toy>", "<cat-toy>")],
+        Dtype::F32,
+    );
+    write(
+        &dir.path("ink.safetensors"),
+        "sd1",
+        &[("ink_style", "ink_style")],
+        Dtype::F32,
+    );
     let all = ["toy.safetensors", "ink.safetensors"].map(|name| open(&dir.path(name)));
     (dir, all.concat())
 }
@@ -186,10 +201,18 @@ fn both_towers_of_xl_learn_a_word() {
     let (dir, record, expected) = (Dir::new(), record("sdxl"), expected());
     Case::load("single-sdxl").write_folder(&dir.path("model"), &FolderForm::default());
     let path = dir.path("hat_man.safetensors");
-    write(&path, "sdxl", &[("clip_l", "clip_l"), ("clip_g", "clip_g")], Dtype::F32);
+    write(
+        &path,
+        "sdxl",
+        &[("clip_l", "clip_l"), ("clip_g", "clip_g")],
+        Dtype::F32,
+    );
     let engine = engine(&dir.path("model"), &open(&path));
     let prompt = text(&record["prompt"]);
-    for (syntax, pooled) in [(Syntax::Plain, "sdxl/pooled"), (Syntax::A1111, "sdxl/pooled_at_end")] {
+    for (syntax, pooled) in [
+        (Syntax::Plain, "sdxl/pooled"),
+        (Syntax::A1111, "sdxl/pooled_at_end"),
+    ] {
         let ([_, got], vector) = states(&engine, prompt, "", syntax);
         near("states", &got, &expected["sdxl/states"]);
         near("pooled", &vector.unwrap(), &expected[pooled]);
@@ -202,9 +225,17 @@ fn holds(path: &Path, word: &str, dtype: Dtype) -> Arc<Embedding> {
     assert_eq!(found.len(), 1, "{}", path.display());
     let (shape, numbers) = vectors("sd1", word);
     let rounded = bytes_of(&numbers, dtype, Dtype::F32);
-    let rounded: Vec<f32> = rounded.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    let rounded: Vec<f32> = rounded
+        .as_chunks()
+        .0
+        .iter()
+        .map(|b| f32::from_le_bytes(*b))
+        .collect();
     let part = &found[0].parts()[0];
-    assert_eq!((part.count * part.width, part.width), (numbers.len(), *shape.last().unwrap()));
+    assert_eq!(
+        (part.count * part.width, part.width),
+        (numbers.len(), *shape.last().unwrap())
+    );
     assert_eq!(*part.values, rounded, "{}", path.display());
     Arc::clone(&found[0])
 }
@@ -217,7 +248,11 @@ fn every_form_of_file_is_read() {
     assert_eq!(a1111.tokens(), ["ink-train"]);
     let first = holds(&folder().join("first.pt"), "ink_style", Dtype::F32);
     assert_eq!((first.name(), first.token()), ("first", None));
-    let learned = holds(&folder().join("learned_embeds.bin"), "<cat-toy>", Dtype::BF16);
+    let learned = holds(
+        &folder().join("learned_embeds.bin"),
+        "<cat-toy>",
+        Dtype::BF16,
+    );
     assert_eq!(learned.words(), ["learned_embeds", "<cat-toy>"]);
     let dir = Dir::new();
     let path = dir.path("e.safetensors");
@@ -226,7 +261,12 @@ fn every_form_of_file_is_read() {
         assert_eq!(holds(&path, "ink_style", dtype).words(), ["e"]);
     }
     // several words in one file
-    write(&path, "sd1", &[("ink_style", "<a>"), ("<cat-toy>", "b")], Dtype::F32);
+    write(
+        &path,
+        "sd1",
+        &[("ink_style", "<a>"), ("<cat-toy>", "b")],
+        Dtype::F32,
+    );
     let several: Vec<String> = open(&path).iter().flat_map(|e| e.words()).collect();
     assert_eq!(several, ["<a>", "b"]);
 }
@@ -236,7 +276,12 @@ fn what_does_not_fit_is_told_in_a_sentence() {
     let (dir, embeddings) = sd1();
     Case::load("single-sdxl").write_folder(&dir.path("xl"), &FolderForm::default());
     let path = dir.path("hat.safetensors");
-    write(&path, "sdxl", &[("clip_l", "clip_l"), ("clip_g", "clip_g")], Dtype::F32);
+    write(
+        &path,
+        "sdxl",
+        &[("clip_l", "clip_l"), ("clip_g", "clip_g")],
+        Dtype::F32,
+    );
     let refuse = |model: &str, embeddings: &[Arc<Embedding>]| {
         let checkpoint = Checkpoint::open(dir.path(model)).unwrap();
         let engine = Engine::load(&checkpoint, &Device::Cpu, DType::F32).unwrap();
@@ -244,9 +289,15 @@ fn what_does_not_fit_is_told_in_a_sentence() {
         error.to_string()
     };
     let error = refuse("xl", &embeddings);
-    assert!(error.contains("made for") && error.contains("SDXL"), "{error}");
+    assert!(
+        error.contains("made for") && error.contains("SDXL"),
+        "{error}"
+    );
     let error = refuse("model", &open(&path));
-    assert!(error.contains("Stable Diffusion XL") && error.contains("Stable Diffusion 1 checkpoint"), "{error}");
+    assert!(
+        error.contains("Stable Diffusion XL") && error.contains("Stable Diffusion 1 checkpoint"),
+        "{error}"
+    );
 
     let broken = |name: &str, shape: &[usize], number: f32| {
         let count = shape.iter().product();

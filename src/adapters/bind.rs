@@ -338,7 +338,11 @@ impl Match<'_> {
     }
 
     fn fit(&self) -> Fit {
-        let tensors: BTreeSet<_> = self.patches.iter().map(|(owner, name, _)| (owner, name)).collect();
+        let tensors: BTreeSet<_> = self
+            .patches
+            .iter()
+            .map(|(owner, name, _)| (owner, name))
+            .collect();
         Fit {
             file: printable(&self.wanted.adapter.path().display().to_string()),
             modules: self.wanted.adapter.modules.len(),
@@ -353,7 +357,11 @@ impl Match<'_> {
         /// Names that one sentence holds.
         const NAMED: usize = 3;
         let left = self.left();
-        let named: Vec<String> = left.iter().take(NAMED).map(|name| format!("`{name}`")).collect();
+        let named: Vec<String> = left
+            .iter()
+            .take(NAMED)
+            .map(|name| format!("`{name}`"))
+            .collect();
         let more = match left.len().saturating_sub(NAMED) {
             0 => String::new(),
             n => format!(" and {n} more"),

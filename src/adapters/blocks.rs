@@ -157,7 +157,9 @@ impl BlockWeights {
         // all of a list being one number, blocks that it does not know are no exception
         match (place, self.numbers.split_first()) {
             (Some(place), _) => self.numbers.get(place).copied().unwrap_or(0.0),
-            (None, Some((first, rest))) if BlockWeights::is_preset(&self.text) && rest.iter().all(|n| n == first) => {
+            (None, Some((first, rest)))
+                if BlockWeights::is_preset(&self.text) && rest.iter().all(|n| n == first) =>
+            {
                 *first
             }
             _ => 0.0,
@@ -200,7 +202,9 @@ mod tests {
         assert_eq!(named("ALL", &all).len(), 25);
         assert_eq!(named("NONE", &all), [0; 0]);
         let one = |length: usize, place: usize| {
-            let numbers: Vec<&str> = (0..length).map(|i| if i == place { "1" } else { "0" }).collect();
+            let numbers: Vec<&str> = (0..length)
+                .map(|i| if i == place { "1" } else { "0" })
+                .collect();
             named(&numbers.join(","), &all)
         };
         assert_eq!(one(26, 1), [0]);
@@ -211,12 +215,24 @@ mod tests {
         assert_eq!(one(12, 5), [12]);
         assert_eq!(one(12, 1), [4]);
         assert_eq!(one(12, 6), [13]);
-        let flux = [Block::First, Block::Double(0), Block::Double(18), Block::Single(0), Block::Single(37), Block::Last];
+        let flux = [
+            Block::First,
+            Block::Double(0),
+            Block::Double(18),
+            Block::Single(0),
+            Block::Single(37),
+            Block::Last,
+        ];
         let at = |place: usize| {
-            let numbers: Vec<&str> = (0..61).map(|i| if i == place { "1" } else { "0" }).collect();
+            let numbers: Vec<&str> = (0..61)
+                .map(|i| if i == place { "1" } else { "0" })
+                .collect();
             named(&numbers.join(","), &flux)
         };
-        assert_eq!([at(2), at(3), at(21), at(22), at(59), at(60)].concat(), [0, 1, 2, 3, 4, 5]);
+        assert_eq!(
+            [at(2), at(3), at(21), at(22), at(59), at(60)].concat(),
+            [0, 1, 2, 3, 4, 5]
+        );
         assert_eq!(BlockWeights::parse("OUTALL").unwrap().of(None), 1.0);
         for wrong in ["", "1,2", "OUT", "1,1,1,1,1,1,1,1,1,1,1,x"] {
             assert!(BlockWeights::parse(wrong).is_err(), "{wrong}");

@@ -125,7 +125,10 @@ impl Bound {
 
     /// How much of a patch there is now.
     fn strength(&self, owner: Owner, patch: &Patch) -> f32 {
-        let now = self.worn.get(patch.worn).map_or(0.0, |worn| worn.now(owner));
+        let now = self
+            .worn
+            .get(patch.worn)
+            .map_or(0.0, |worn| worn.now(owner));
         now * patch.factor
     }
 
@@ -235,7 +238,15 @@ impl Patch {
         let Some(form) = &module.form else {
             return Ok(());
         };
-        if let (Some(rows), Form::LowRank { up, down, mid: None }) = (self.rows, form) {
+        if let (
+            Some(rows),
+            Form::LowRank {
+                up,
+                down,
+                mid: None,
+            },
+        ) = (self.rows, form)
+        {
             // only the rows that are meant
             let count = extent.rows;
             let first = count / rows.span.max(1) * rows.index;

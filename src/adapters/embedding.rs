@@ -11,7 +11,7 @@
 //! Each is `[width]` or `[vectors, width]`. Facts from A1111's `modules/textual_inversion`, ComfyUI's `comfy/sd1_clip.py`, diffusers'
 //! `loaders/textual_inversion.py`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -80,11 +80,16 @@ impl Embedding {
         let found = read(&tensors, path, &stem).map_err(refused)?;
         if found.is_empty() {
             let detection = detect(&checkpoint);
-            let (is, hint) = (detection.title(), match detection.family {
-                Family::Lora => "give it with --lora",
-                _ => "give one with --embedding",
-            });
-            return Err(refused(format!("this is {is}, not a textual inversion; {hint}")));
+            let (is, hint) = (
+                detection.title(),
+                match detection.family {
+                    Family::Lora => "give it with --lora",
+                    _ => "give one with --embedding",
+                },
+            );
+            return Err(refused(format!(
+                "this is {is}, not a textual inversion; {hint}"
+            )));
         }
         Ok(found)
     }
@@ -161,8 +166,14 @@ impl Embedding {
 
     /// What is in A1111's prompts: its name and, for diffusers' files, their token.
     pub fn words(&self) -> Vec<String> {
-        let said = self.token_is_word && !self.renamed;
-        let token = self.token.iter().filter(|_| said);
+        // what stands in angle brackets is no word of anybody's
+        let bracketed =
+            |token: &str| token.len() > 2 && token.starts_with('<') && token.ends_with('>');
+        let said = |token: &String| self.token_is_word || bracketed(token);
+        let token = self
+            .token
+            .iter()
+            .filter(|token| !self.renamed && said(token));
         std::iter::once(&self.name).chain(token).cloned().collect()
     }
 
@@ -261,9 +272,7 @@ fn read(
     let make = |token: Option<&str>, parts: Vec<Vectors>| Embedding {
         path: path.to_owned(),
         name: stem.to_owned(),
-        token: token
-            .filter(|token| !token.is_empty())
-            .map(str::to_owned),
+        token: token.filter(|token| !token.is_empty()).map(str::to_owned),
         token_is_word: true,
         renamed: false,
         bundled: false,
@@ -283,7 +292,10 @@ fn read(
             })
         });
         let parts = parts.collect::<std::result::Result<Vec<_>, String>>()?;
-        if parts.windows(2).any(|two| two.first().map(|a| a.count) != two.last().map(|b| b.count)) {
+        if parts
+            .windows(2)
+            .any(|two| two.first().map(|a| a.count) != two.last().map(|b| b.count))
+        {
             let counts: Vec<String> = parts.iter().map(|part| part.count.to_string()).collect();
             return Err(format!(
                 "it has {} vectors for its text encoders, expected as many for each; save it again",
@@ -295,7 +307,9 @@ fn read(
     let mut params = tensors.names_below("string_to_param.");
     if let Some(name) = params.next() {
         if params.next().is_some() {
-            return Err("it holds several `string_to_param`, expected one; save them apart".to_owned());
+            return Err(
+                "it holds several `string_to_param`, expected one; save them apart".to_owned(),
+            );
         }
         let part = vectors(tensors, name)?;
         let mut texts = tensors.files().map(|file| file.metadata());
@@ -317,31 +331,26 @@ fn read(
         .map(|token| {
             let word = make(Some(token), vec![vectors(tensors, token)?]);
             // a file of many words cannot lend its own name to all of them
-            Ok(if several {
-                word.renamed(token)
-            } else {
-                word
-            })
+            Ok(if several { word.renamed(token) } else { word })
         })
         .collect()
 }
 
 /// Whether all tensors may be words' vectors, named after their tokens.
 fn are_words(tensors: &TensorSet) -> bool {
-    let mut widths = BTreeMap::new();
-    let fits = |name: &str| {
-        let shape = tensors.shape(name).unwrap_or_default();
-        let (count, width) = match *shape {
-            [width] => (1, width),
-            [count, width] => (count, width),
-            _ => return false,
-        };
-        let named_so = name.ends_with(".weight") || name.ends_with(".bias");
-        *widths.entry(width).or_insert(0usize) += 1;
-        !named_so && count <= MOST_VECTORS.saturating_add(2) && width >= 8
+    let width = |name: &str| match *tensors.shape(name).unwrap_or_default() {
+        [width] => Some(width),
+        [count, width] if count <= MOST_VECTORS.saturating_add(2) => Some(width),
+        _ => None,
     };
-    let fit = tensors.names().map(fits).fold(true, |all, fits| all && fits);
-    fit && widths.len() == 1 && tensors.len() <= MOST_WORDS
+    let Some(first) = tensors.names().next().and_then(width) else {
+        return false;
+    };
+    let fits = |name: &str| {
+        let named_so = name.ends_with(".weight") || name.ends_with(".bias");
+        !named_so && width(name) == Some(first)
+    };
+    first >= 8 && tensors.len() <= MOST_WORDS && tensors.names().all(fits)
 }
 
 /// A tensor `[width]` or `[vectors, width]`.
@@ -351,7 +360,9 @@ fn vectors(tensors: &TensorSet, name: &str) -> std::result::Result<Vectors, Stri
     } else {
         format!("tensor `{}`", printable(name))
     };
-    let info = tensors.info(name).ok_or_else(|| format!("{shown} is missing"))?;
+    let info = tensors
+        .info(name)
+        .ok_or_else(|| format!("{shown} is missing"))?;
     let (count, width) = match *info.shape.as_slice() {
         [width] => (1, width),
         [count, width] => (count, width),
@@ -369,7 +380,10 @@ fn vectors(tensors: &TensorSet, name: &str) -> std::result::Result<Vectors, Stri
         ));
     }
     if !is_readable(info.dtype) {
-        return Err(format!("{shown} is of the type {}, expected floats", info.dtype));
+        return Err(format!(
+            "{shown} is of the type {}, expected floats",
+            info.dtype
+        ));
     }
     let values = values::all(tensors, name).map_err(|e| e.to_string())?;
     if let Some(i) = values.iter().position(|x| !x.is_finite()) {

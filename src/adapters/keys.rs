@@ -218,8 +218,16 @@ mod tests {
             ("x.hada_w1_a.default", "x", Role::HadaW1A),
             ("x.b1.weight", "x", Role::GloraB1),
             ("x.b_norm", "x", Role::DiffBias),
-            ("d.0.processor.qkv_lora2.up.weight", "d.0.processor.qkv_lora2", Role::Up),
-            ("s.0.processor.qkv_lora.up.weight", "s.0.processor.qkv", Role::Up),
+            (
+                "d.0.processor.qkv_lora2.up.weight",
+                "d.0.processor.qkv_lora2",
+                Role::Up,
+            ),
+            (
+                "s.0.processor.qkv_lora.up.weight",
+                "s.0.processor.qkv",
+                Role::Up,
+            ),
         ] {
             assert_eq!(split(name), Some((module, role)), "{name}");
         }

@@ -150,7 +150,10 @@ impl Names {
         for (i, block) in numbered(modules, "transformer_blocks") {
             let stored = format!("joint_blocks.{i}");
             let last = format!("{block}.norm1_context.linear");
-            if below(modules, &format!("{block}.ff_context")).next().is_none() {
+            if below(modules, &format!("{block}.ff_context"))
+                .next()
+                .is_none()
+            {
                 self.add_swapped(&format!("{stored}.context_block.adaLN_modulation.1"), &last);
             }
             self.add_table(modules, (&block, &stored), mmdit::SAMPLE);
@@ -189,7 +192,11 @@ impl Names {
             self.add_table(modules, (&block, &stored), flux::DOUBLE);
             for (name, fused, out) in [
                 ("lora1", ["to_q", "to_k", "to_v"], "to_out.0"),
-                ("lora2", ["add_q_proj", "add_k_proj", "add_v_proj"], "to_add_out"),
+                (
+                    "lora2",
+                    ["add_q_proj", "add_k_proj", "add_v_proj"],
+                    "to_add_out",
+                ),
             ] {
                 for (part, rows) in fused.iter().zip(0..) {
                     let module = format!("{block}.attn.{part}");
@@ -207,7 +214,11 @@ impl Names {
                 let module = format!("{block}.attn.{part}");
                 self.add(&format!("{stored}.qkv"), &module, third(rows));
             }
-            self.add(&format!("{stored}.proj"), &format!("{block}.proj_out"), None);
+            self.add(
+                &format!("{stored}.proj"),
+                &format!("{block}.proj_out"),
+                None,
+            );
             self.blocks.push((block, Block::Single(i)));
         }
     }

@@ -136,7 +136,9 @@ impl Curve {
             return number(text).map(Self::constant);
         }
         let point = |point: &str| match point.split_once(['@', '~']) {
-            Some((strength, place)) => Some((number(strength)?, number(place).filter(|p| *p >= 0.0)?)),
+            Some((strength, place)) => {
+                Some((number(strength)?, number(place).filter(|p| *p >= 0.0)?))
+            }
             None => Some((number(point)?, 1.0)),
         };
         let points: Option<Vec<_>> = text.split([',', ';']).map(point).collect();
@@ -201,7 +203,8 @@ impl Strength {
     /// Whether a text may be an argument behind an adapter's name.
     pub fn is_argument(text: &str) -> bool {
         let key = text.split_once('=').map(|(key, _)| key);
-        let known = key.is_some_and(|key| KEYS.contains(&key) || REFUSED.iter().any(|r| r.0 == key));
+        let known =
+            key.is_some_and(|key| KEYS.contains(&key) || REFUSED.iter().any(|r| r.0 == key));
         known || text.trim().parse::<f64>().is_ok() || Curve::parse(text).is_some()
     }
 
@@ -273,7 +276,9 @@ impl Arguments {
         let curve = |text: &str| Curve::parse(text).ok_or_else(|| wrong(text));
         let number = |text: &str| {
             let number = text.trim().parse::<f64>().ok();
-            number.filter(|n| n.is_finite() && *n >= 0.0).ok_or_else(|| wrong(text))
+            number
+                .filter(|n| n.is_finite() && *n >= 0.0)
+                .ok_or_else(|| wrong(text))
         };
         match argument.split_once('=') {
             None if BlockWeights::is_preset(argument) || is_list(argument) => {
@@ -328,7 +333,8 @@ impl Arguments {
 /// Whether an argument without a name is a list of block weights, as the extension first had them.
 fn is_list(argument: &str) -> bool {
     let numbers = argument.split(',');
-    argument.matches(',').count() >= 11 && numbers.into_iter().all(|n| n.trim().parse::<f64>().is_ok())
+    argument.matches(',').count() >= 11
+        && numbers.into_iter().all(|n| n.trim().parse::<f64>().is_ok())
 }
 
 #[cfg(test)]
@@ -348,15 +354,38 @@ mod tests {
         assert_eq!(run("0@0,1@1", 5), [0.0, 0.25, 0.5, 0.75, 1.0]);
         assert_eq!(run("1@0.5;0@0", 5), [0.0, 0.5, 1.0, 1.0, 1.0]);
         // beyond 1 places are steps
-        assert_eq!(run("0.75@0,0.5@3,1@6", 9), [
-            0.75, 0.75 - 0.25 / 3.0, 0.75 - 0.5 / 3.0, 0.5, 0.5 + 0.5 / 3.0, 0.5 + 1.0 / 3.0, 1.0, 1.0, 1.0
-        ]);
+        assert_eq!(
+            run("0.75@0,0.5@3,1@6", 9),
+            [
+                0.75,
+                0.75 - 0.25 / 3.0,
+                0.75 - 0.5 / 3.0,
+                0.5,
+                0.5 + 0.5 / 3.0,
+                0.5 + 1.0 / 3.0,
+                1.0,
+                1.0,
+                1.0
+            ]
+        );
         assert_eq!(run("0.5@1,1@2", 4), [0.5, 0.5, 1.0, 1.0]);
-        assert_eq!(run("2@0.3-0.6", 10), [0., 0., 0., 2., 2., 2., 0., 0., 0., 0.]);
+        assert_eq!(
+            run("2@0.3-0.6", 10),
+            [0., 0., 0., 2., 2., 2., 0., 0., 0., 0.]
+        );
         assert_eq!(run("2@0-1", 3), [2.0; 3]);
         assert_eq!(run("-1@2-4", 6), [0.0, 0.0, -1.0, -1.0, 0.0, 0.0]);
         assert_eq!(run("1@0,0@1", 1), [1.0]);
-        for wrong in ["", "x", "1@x", "nan", "1@-1-2", "1@0.7-0.2", "1,2", "inf@0,1@1"] {
+        for wrong in [
+            "",
+            "x",
+            "1@x",
+            "nan",
+            "1@-1-2",
+            "1@0.7-0.2",
+            "1,2",
+            "inf@0,1@1",
+        ] {
             assert_eq!(Curve::parse(wrong), None, "{wrong}");
         }
         for text in ["0.8", "0@0,1@0.5", "0.8@0.2-0.7", "-1@2-4"] {

@@ -10,7 +10,7 @@ use crate::checkpoint::{ReadOptions, printable, sha256_file};
 use crate::error::{Error, Result};
 use crate::library::{Entry, Model};
 use crate::pipeline::{Engine, Request};
-use crate::text::{begins_with_name, first_name, named_embeddings};
+use crate::text::{Syntax, begins_with_name, first_name, named_embeddings};
 
 /// How many digits of a hash A1111 gives.
 const DIGITS: usize = 12;
@@ -28,7 +28,11 @@ impl Learned {
     ///
     /// # Errors
     /// When one that was asked for is not found or is none.
-    pub(super) fn find(args: &GenerateArgs, request: &Request, adapters: &Adapters) -> Result<Self> {
+    pub(super) fn find(
+        args: &GenerateArgs,
+        request: &Request,
+        adapters: &Adapters,
+    ) -> Result<Self> {
         let options = ReadOptions {
             no_mmap: args.no_mmap,
             ..ReadOptions::default()
@@ -84,11 +88,17 @@ impl Learned {
     ) -> Result<()> {
         let negative = request.negative_prompt.as_deref().unwrap_or_default();
         let texts = [request.prompt.as_str(), negative];
-        let library = library(&args.library)?;
+        let library = match library(&args.library) {
+            Ok(library) => library,
+            // folders that are not there do not matter where nothing is to be looked up
+            Err(_) if texts.iter().all(|text| named_embeddings(text).is_empty()) => return Ok(()),
+            Err(error) => return Err(error),
+        };
         let entries = library.embeddings();
         let mut wanted: Vec<(Entry, Option<String>)> = Vec::new();
         for rest in texts.into_iter().flat_map(named_embeddings) {
-            let known = |e: &Arc<Embedding>| e.spellings().iter().any(|s| begins_with_name(rest, s));
+            let known =
+                |e: &Arc<Embedding>| e.spellings().iter().any(|s| begins_with_name(rest, s));
             if self.list.iter().any(known) {
                 continue;
             }
@@ -101,7 +111,12 @@ impl Learned {
             if name.is_empty() {
                 continue;
             }
-            let entry = library.find_embedding(name)?;
+            let entry = match library.find_embedding(name) {
+                Ok(entry) => entry,
+                // there it may be a text like any other
+                Err(_) if request.prompt_syntax == Syntax::Plain => continue,
+                Err(error) => return Err(error),
+            };
             if !wanted.iter().any(|(other, _)| other.path == entry.path) {
                 wanted.push((entry, Some(name.to_owned())));
             }
@@ -123,7 +138,12 @@ impl Learned {
     }
 
     /// A file of the folders; one that cannot be used is passed over unless it was asked for.
-    fn add_entry(&mut self, entry: &Entry, spelling: Option<&str>, options: &ReadOptions) -> Result<()> {
+    fn add_entry(
+        &mut self,
+        entry: &Entry,
+        spelling: Option<&str>,
+        options: &ReadOptions,
+    ) -> Result<()> {
         let found = match (Embedding::open(&entry.path, options), spelling) {
             (Ok(found), _) => found,
             (Err(error), Some(_)) => return Err(error),
@@ -133,7 +153,11 @@ impl Learned {
             }
         };
         for mut embedding in found {
-            if self.list.iter().any(|other| other.name() == embedding.name()) {
+            if self
+                .list
+                .iter()
+                .any(|other| other.name() == embedding.name())
+            {
                 continue;
             }
             embedding.also_called(&entry.name);
@@ -171,7 +195,10 @@ impl Learned {
     /// # Errors
     /// As [`Engine::with_embeddings`].
     pub(super) fn teach_refiner(&self, engine: Engine) -> Result<Engine> {
-        let fits = self.list.iter().filter(|e| engine.check_embedding(e).is_ok());
+        let fits = self
+            .list
+            .iter()
+            .filter(|e| engine.check_embedding(e).is_ok());
         let fits: Vec<_> = fits.cloned().collect();
         engine.with_embeddings(&fits)
     }
@@ -208,7 +235,10 @@ impl Learned {
         let unsaid = unsaid.find(|e| !used.names.iter().any(|name| name == e.name()))?;
         let mut words = unsaid.words();
         words.dedup();
-        let words: Vec<String> = words.iter().map(|w| format!("`{}`", printable(w))).collect();
+        let words: Vec<String> = words
+            .iter()
+            .map(|w| format!("`{}`", printable(w)))
+            .collect();
         Some(format!(
             "{}: no prompt names this embedding, so it changes nothing; it is called {}",
             unsaid.path().display(),

@@ -317,7 +317,9 @@ impl Report {
         text.push_str(&line("is", &self.title));
         text.push_str(&match &self.refusal {
             _ if self.adapter.is_some() => line("usable", "yes, with `sd-rs generate --lora`"),
-            _ if self.embedding.is_some() => line("usable", "yes, with `sd-rs generate --embedding`"),
+            _ if self.embedding.is_some() => {
+                line("usable", "yes, with `sd-rs generate --embedding`")
+            }
             Some(why) => line("usable", &format!("no: {why}")),
             None => line("usable", "yes, with `sd-rs generate --model`"),
         });

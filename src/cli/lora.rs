@@ -105,8 +105,14 @@ pub(super) fn bake(args: &ConvertArgs) -> Result<Baked> {
     adapters.set_dora_norm(args.dora_norm);
     adapters.set_strict(args.lora_options.strict);
     let mut list = Vec::new();
-    for ((typed, strength), flag) in flags(&args.lora, &args.lora_options)?.into_iter().zip(&args.lora) {
-        let constants = strength.text.as_constant().zip(strength.denoiser.as_constant());
+    for ((typed, strength), flag) in flags(&args.lora, &args.lora_options)?
+        .into_iter()
+        .zip(&args.lora)
+    {
+        let constants = strength
+            .text
+            .as_constant()
+            .zip(strength.denoiser.as_constant());
         let Some((text, denoiser)) = constants.filter(|_| strength.steps.is_none()) else {
             return Err(Error::Usage(format!(
                 "--lora {flag}: a weight that changes over the steps cannot be baked in; give a number such as 0.8"
@@ -179,7 +185,10 @@ fn flags(list: &[String], options: &LoraArgs) -> Result<Vec<(PathBuf, Strength)>
             list.len()
         )));
     }
-    let mut flags = list.iter().map(|flag| split(flag)).collect::<Result<Vec<_>>>()?;
+    let mut flags = list
+        .iter()
+        .map(|flag| split(flag))
+        .collect::<Result<Vec<_>>>()?;
     for ((_, strength), blocks) in flags.iter_mut().zip(blocks) {
         strength.blocks = Some(BlockWeights::parse(blocks)?);
     }

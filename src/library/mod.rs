@@ -168,11 +168,20 @@ impl Library {
         }
     }
 
-    /// The textual inversions in the folders for them.
+    /// The textual inversions in the folders for them. Only these are looked into: it is done for every prompt.
     pub fn embeddings(&self) -> Vec<Entry> {
-        let mut entries = self.entries();
-        entries.retain(|entry| entry.kind == Kind::Embedding);
-        entries
+        let places = self.places.iter().filter_map(|place| match place.kind {
+            None => Some(place.path.join("embeddings")),
+            Some(Kind::Embedding) => Some(place.path.clone()),
+            Some(_) => None,
+        });
+        let places: Vec<Place> = places
+            .map(|path| Place {
+                path,
+                kind: Some(Kind::Embedding),
+            })
+            .collect();
+        scan::scan(&places)
     }
 
     /// The textual inversion of that name in the folders for them: a file's stem or name, with or without the folders above it.

@@ -71,7 +71,10 @@ impl Engine {
                 length: crate::text::Tower::positions(tower),
             };
             let negative = request.negative_prompt.as_deref().unwrap_or_default();
-            for (text, role) in [(request.prompt.as_str(), Role::Prompt), (negative, Role::Negative)] {
+            for (text, role) in [
+                (request.prompt.as_str(), Role::Prompt),
+                (negative, Role::Negative),
+            ] {
                 found.extend(chunking.words(tokenizer, text, role)?);
             }
         }

@@ -101,7 +101,12 @@ impl Chunking {
     /// The numbers of the learned words in a text.
     ///
     /// Errors: as [`Self::tokenize`].
-    pub fn words(self, tokenizer: &ClipTokenizer, text: &str, role: Role) -> Result<BTreeSet<usize>> {
+    pub fn words(
+        self,
+        tokenizer: &ClipTokenizer,
+        text: &str,
+        role: Role,
+    ) -> Result<BTreeSet<usize>> {
         let mut found = BTreeSet::new();
         for piece in parse(text, self.syntax, role)? {
             if let Piece::Text { text, .. } = piece {

@@ -52,7 +52,9 @@ fn read(tag: &str, arguments: &str) -> Result<LoraTag> {
     let mut arguments = arguments.split(':').map(str::to_owned);
     let name = arguments.next().unwrap_or_default();
     // sd-webui-lora-block-weight writes names in quotes
-    let bare = name.strip_prefix('"').and_then(|name| name.strip_suffix('"'));
+    let bare = name
+        .strip_prefix('"')
+        .and_then(|name| name.strip_suffix('"'));
     let name = bare.unwrap_or(&name);
     if name.is_empty() {
         return Err(Error::Usage(format!(
@@ -90,7 +92,11 @@ mod tests {
             ("<lora:\"x y\":1:lbw=MIDD>", "", "x y 1 lbw=MIDD"),
             ("<lora:sub/x y.v1:0>", "", "sub/x y.v1 0"),
         ] {
-            assert_eq!(tags(prompt), (text.to_owned(), vec![tag.to_owned()]), "{prompt}");
+            assert_eq!(
+                tags(prompt),
+                (text.to_owned(), vec![tag.to_owned()]),
+                "{prompt}"
+            );
         }
         assert_eq!(tags("é <lora:a:1><lora:a:2> (b:1.2)").1.len(), 2);
         assert_eq!(

@@ -82,9 +82,11 @@ fn tokenizer_for(checkpoint: &Checkpoint, tower: &TextTower) -> Result<ClipToken
     };
     tokenizer.check_vocab(tower.component.config.vocabulary)?;
     // single files stand for models whose folders have the 2 of old transformers
-    let end = checkpoint
-        .config(tower.role.component)
-        .map(|config| config.get("eos_token_id").and_then(serde_json::Value::as_u64));
+    let end = checkpoint.config(tower.role.component).map(|config| {
+        config
+            .get("eos_token_id")
+            .and_then(serde_json::Value::as_u64)
+    });
     Ok(tokenizer.with_end_at_largest(end.is_none_or(|end| end == Some(2))))
 }
 

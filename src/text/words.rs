@@ -82,16 +82,21 @@ impl Words {
             let numbered = |token: &String| -> Vec<(String, Target)> {
                 let token = token.to_lowercase();
                 let single = ids.clone().enumerate().skip(1);
-                let single = single
-                    .map(|(k, id)| (format!("{token}_{k}"), target(Some(id..id.saturating_add(1)))));
+                let single = single.map(|(k, id)| {
+                    (
+                        format!("{token}_{k}"),
+                        target(Some(id..id.saturating_add(1))),
+                    )
+                });
                 let whole = (token.clone(), target(Some(ids.clone())));
                 single.chain([whole]).collect()
             };
             for token in word.tokens.iter().filter(|token| !token.is_empty()) {
-                all.tokens.extend(numbered(token).into_iter().map(|(token, target)| {
-                    let ids = target.ids.map(|ids| ids.start..ids.start.saturating_add(1));
-                    (token, Target { ids, ..target })
-                }));
+                all.tokens
+                    .extend(numbered(token).into_iter().map(|(token, target)| {
+                        let ids = target.ids.map(|ids| ids.start..ids.start.saturating_add(1));
+                        (token, Target { ids, ..target })
+                    }));
                 if *token == token.to_lowercase() {
                     all.exact.push((token.clone(), target(Some(ids.clone()))));
                 }
@@ -107,7 +112,12 @@ impl Words {
                 }
             }
         }
-        let all_literals = [&mut all.spelled, &mut all.bracketed, &mut all.tokens, &mut all.exact];
+        let all_literals = [
+            &mut all.spelled,
+            &mut all.bracketed,
+            &mut all.tokens,
+            &mut all.exact,
+        ];
         for literals in all_literals {
             literals.retain(|(literal, _)| !literal.is_empty());
             // of two with one name the first counts
@@ -177,9 +187,11 @@ impl Words {
         while let Some(rest) = text.get(at..).filter(|rest| !rest.is_empty()) {
             let literal = || {
                 let mut found = literals.iter();
-                let found = found.find_map(|(token, target)| Some((target, prefix_length(rest, token)?)))?;
+                let found = found
+                    .find_map(|(token, target)| Some((target, prefix_length(rest, token)?)))?;
                 let mut exact = exact.iter();
-                let exact = exact.find(|(token, _)| rest.starts_with(token) && token.len() >= found.1);
+                let exact =
+                    exact.find(|(token, _)| rest.starts_with(token) && token.len() >= found.1);
                 Some(exact.map_or(found, |(token, target)| (target, token.len())))
             };
             let Some((target, length)) = self.named(text, at).or_else(literal) else {
@@ -187,7 +199,10 @@ impl Words {
                 continue;
             };
             if begin < at {
-                segments.push((begin, Segment::Text(text.get(begin..at).unwrap_or_default())));
+                segments.push((
+                    begin,
+                    Segment::Text(text.get(begin..at).unwrap_or_default()),
+                ));
             }
             segments.push((at, Segment::Word(target)));
             at += length;
@@ -214,7 +229,10 @@ impl Words {
         while let Some((first, others)) = rest.split_first() {
             let mut found = self.sequences.iter().filter_map(|(sequence, target)| {
                 let there = rest.get(..sequence.len())?;
-                let same = there.iter().map(|token| token.id).eq(sequence.iter().copied());
+                let same = there
+                    .iter()
+                    .map(|token| token.id)
+                    .eq(sequence.iter().copied());
                 same.then_some((sequence.len(), target))
             });
             match found.next() {
@@ -323,7 +341,9 @@ mod tests {
         let mut out = Vec::new();
         for unit in words.units(&clip, text, syntax).unwrap() {
             match unit {
-                Unit::Word(ids, ..) => out.push(format!("{}-{}", ids.start - 50000, ids.end - 50000)),
+                Unit::Word(ids, ..) => {
+                    out.push(format!("{}-{}", ids.start - 50000, ids.end - 50000))
+                }
                 Unit::Token(_) if out.last().is_some_and(|last| last == "·") => {}
                 Unit::Token(_) => out.push("·".to_owned()),
             }
@@ -369,6 +389,8 @@ mod tests {
         let named = named_embeddings("(embedding:a.b:1.2) embedding:c.");
         let names: Vec<&str> = named.iter().map(|rest| first_name(rest)).collect();
         assert_eq!(names, ["a.b", "c"]);
-        assert!(begins_with_name("Bad Ink, x", "bad ink") && !begins_with_name("bad inks", "bad ink"));
+        assert!(
+            begins_with_name("Bad Ink, x", "bad ink") && !begins_with_name("bad inks", "bad ink")
+        );
     }
 }

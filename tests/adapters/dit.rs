@@ -1,10 +1,10 @@
 //! LoRAs of Stable Diffusion 3 and FLUX under kohya's, PEFT's and XLabs' names, T5's among them: merged weights against diffusers and PEFT.
 
+use safetensors::Dtype;
 use sd_rs::adapters::Owner;
 use sd_rs::checkpoint::{Checkpoint, detect};
 use sd_rs::pipeline::bind_adapters;
 use sd_rs::spec::ModelSpec;
-use safetensors::Dtype;
 use serde_json::Value;
 
 use super::{adapters, folder, read, write};
@@ -41,7 +41,10 @@ fn every_trainers_names_are_understood() {
         write(case, &dir.path("lora.safetensors"));
         let checkpoint = Checkpoint::open(dir.path("model")).unwrap();
         let spec = ModelSpec::read(&checkpoint, &detect(&checkpoint)).unwrap();
-        let worn = adapters(&dir.path("lora.safetensors"), case["strength"].as_f64().unwrap());
+        let worn = adapters(
+            &dir.path("lora.safetensors"),
+            case["strength"].as_f64().unwrap(),
+        );
         let bound = bind_adapters(&spec, &worn).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!(bound.warnings(), &[] as &[String], "{name}");
         let owner = match component {
@@ -60,7 +63,11 @@ fn every_trainers_names_are_understood() {
             let got = sums(&got, base.shape[0]);
             assert_eq!(got.len(), want.len());
             let norm: f64 = want.iter().map(|x| f64::from(*x).powi(2)).sum();
-            let off: f64 = got.iter().zip(want).map(|(g, w)| (g - f64::from(*w)).powi(2)).sum();
+            let off: f64 = got
+                .iter()
+                .zip(want)
+                .map(|(g, w)| (g - f64::from(*w)).powi(2))
+                .sum();
             let off = (off / norm).sqrt();
             assert!(off < SUMS, "{name}: {weight} is {off:.1e} off");
         }

@@ -10,7 +10,9 @@ use sd_rs::pipeline::Engine;
 use sd_rs::spec::Others;
 use serde_json::Value;
 
-use super::{adapters, case, engine, folder, latents, latents_of, read, tensors, write, write_tensors};
+use super::{
+    adapters, case, engine, folder, latents, latents_of, read, tensors, write, write_tensors,
+};
 use crate::models::{RUN, close, flat, list, text};
 use crate::support::Dir;
 use crate::support::weights::{Case, FolderForm, Stored, encode};
@@ -21,7 +23,11 @@ fn place() -> (Dir, Case) {
     model.write_folder(&dir.path("model"), &FolderForm::default());
     let path = dir.path("model/scheduler/scheduler_config.json");
     let config = std::fs::read_to_string(&path).unwrap();
-    std::fs::write(&path, config.replace("PNDMScheduler", "EulerDiscreteScheduler")).unwrap();
+    std::fs::write(
+        &path,
+        config.replace("PNDMScheduler", "EulerDiscreteScheduler"),
+    )
+    .unwrap();
     write(&case("peft-sd1"), &dir.path("lora.safetensors"));
     (dir, model)
 }
@@ -58,8 +64,14 @@ fn what_is_taken_off_leaves_no_bit() {
     let (dir, model) = place();
     let engine = with(&dir, Strength::constant(1.0, 1.0));
     let worn = flat(&latents(&engine, &model, None));
-    let plain = flat(&latents(&super::engine(&dir.path("model"), &Adapters::default()), &model, None));
-    engine.networks().set_strength(0, Strength::constant(0.0, 0.0));
+    let plain = flat(&latents(
+        &super::engine(&dir.path("model"), &Adapters::default()),
+        &model,
+        None,
+    ));
+    engine
+        .networks()
+        .set_strength(0, Strength::constant(0.0, 0.0));
     assert_eq!(flat(&latents(&engine, &model, None)), plain);
     engine.networks().set_strength(0, Strength::default());
     assert_eq!(flat(&latents(&engine, &model, None)), worn);
@@ -83,18 +95,36 @@ fn strictness_makes_an_error_of_what_has_no_place() {
     let mut adapters = adapters(&path, 1.0);
     let engine = super::engine(&dir.path("model"), &adapters);
     let fits: Vec<_> = engine.networks().adapters().fits().collect();
-    assert_eq!((fits[0].modules, fits[0].used, fits[0].tensors), (129, 128, 128));
+    assert_eq!(
+        (fits[0].modules, fits[0].used, fits[0].tensors),
+        (129, 128, 128)
+    );
     assert_eq!(fits[0].unmatched, ["unet.nowhere"]);
     adapters.set_strict(true);
     let checkpoint = Checkpoint::open(dir.path("model")).unwrap();
-    let refused = Engine::load_adapted(&checkpoint, Others::default(), &adapters, &Device::Cpu, DType::F32);
+    let refused = Engine::load_adapted(
+        &checkpoint,
+        Others::default(),
+        &adapters,
+        &Device::Cpu,
+        DType::F32,
+    );
     let error = refused.err().unwrap().to_string();
-    assert!(error.contains("unet.nowhere") && error.contains("--strict"), "{error}");
+    assert!(
+        error.contains("unet.nowhere") && error.contains("--strict"),
+        "{error}"
+    );
     // as typed
     let flag = path.to_str().unwrap().to_owned();
-    let args = ["generate", "-m", "model", "-p", "x", "--steps", "1", "-W", "64", "-H", "64", "--lora", &flag, "-o", "p.png"];
+    let args = [
+        "generate", "-m", "model", "-p", "x", "--steps", "1", "-W", "64", "-H", "64", "--lora",
+        &flag, "-o", "p.png",
+    ];
     dir.ok(&args);
-    let strict: Vec<&str> = args.into_iter().chain(["--strict", "--overwrite"]).collect();
+    let strict: Vec<&str> = args
+        .into_iter()
+        .chain(["--strict", "--overwrite"])
+        .collect();
     assert!(dir.fails(&strict, 1).contains("--strict"));
 }
 
@@ -114,7 +144,10 @@ fn a_lora_brings_embeddings_along() {
     let adapter = Adapter::open(&path, &ReadOptions::default()).unwrap();
     assert!(adapter.has_embeddings() && adapter.about().strange.is_empty());
     let found = Embedding::bundled(&path, &ReadOptions::default()).unwrap();
-    assert_eq!((found.len(), found[0].name(), found[0].count()), (1, "odd word", 2));
+    assert_eq!(
+        (found.len(), found[0].name(), found[0].count()),
+        (1, "odd word", 2)
+    );
     assert_eq!(*found[0].parts()[0].values, numbers);
     // the same as a file of its own
     let own = Stored {
@@ -123,14 +156,39 @@ fn a_lora_brings_embeddings_along() {
     };
     write_tensors(&[own], &Value::Null, &dir.path("odd word.safetensors"));
     let run = |args: &[&str]| {
-        let mut all = vec!["generate", "-m", "model", "-p", "an odd word", "--steps", "1", "-W", "64", "-H", "64", "-s", "1"];
-        all.extend(["-o", "p.png", "--overwrite", "--save-latents", "l.safetensors"]);
+        let mut all = vec![
+            "generate",
+            "-m",
+            "model",
+            "-p",
+            "an odd word",
+            "--steps",
+            "1",
+            "-W",
+            "64",
+            "-H",
+            "64",
+            "-s",
+            "1",
+        ];
+        all.extend([
+            "-o",
+            "p.png",
+            "--overwrite",
+            "--save-latents",
+            "l.safetensors",
+        ]);
         all.extend(args);
         dir.ok(&all);
         std::fs::read(dir.path("l.safetensors")).unwrap()
     };
     let bundled = run(&["--lora", "both.safetensors"]);
-    let apart = run(&["--lora", "lora.safetensors", "--embedding", "odd word.safetensors"]);
+    let apart = run(&[
+        "--lora",
+        "lora.safetensors",
+        "--embedding",
+        "odd word.safetensors",
+    ]);
     assert_eq!(bundled, apart);
     assert_ne!(bundled, run(&["--lora", "lora.safetensors"]));
 }

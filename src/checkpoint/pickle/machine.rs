@@ -285,6 +285,15 @@ impl Machine {
             }
             b'Q' => {
                 let id = self.pop()?;
+                // old files say which module a class is of, and bring its source along
+                if let Some([Value::Text(word), class @ Value::Global(_), ..]) =
+                    self.heap.items_of(&id)
+                    && **word == *"module"
+                {
+                    let class = class.clone();
+                    self.push(class)?;
+                    return Ok(true);
+                }
                 let storage = self.storage(&id)?;
                 let width = storage.dtype.map_or(1, |dtype| dtype.bitsize() as u64 / 8);
                 self.widths.insert(Rc::clone(&storage.key), width);

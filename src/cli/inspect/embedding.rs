@@ -29,7 +29,10 @@ struct WordReport {
 
 impl EmbeddingReport {
     /// The report on a checkpoint that looks like a textual inversion: none for others; an error says why it cannot be used.
-    pub(super) fn of(checkpoint: &Checkpoint, detection: &Detection) -> Result<Option<Self>, String> {
+    pub(super) fn of(
+        checkpoint: &Checkpoint,
+        detection: &Detection,
+    ) -> Result<Option<Self>, String> {
         if detection.family != Family::Embedding {
             return Ok(None);
         }
@@ -61,7 +64,11 @@ impl EmbeddingReport {
                 _ => String::new(),
             };
             let widths: Vec<String> = word.widths.iter().map(usize::to_string).collect();
-            let vectors = if word.vectors == 1 { "vector" } else { "vectors" };
+            let vectors = if word.vectors == 1 {
+                "vector"
+            } else {
+                "vectors"
+            };
             let about = format!(
                 "`{}`{token}: {} {vectors}, {} wide",
                 word.name,
