@@ -2,8 +2,10 @@
 //! refused in a sentence. The cases are described in `fixtures/adapters/README.md`.
 
 mod command;
+mod dit;
 mod forms;
 mod hostile;
+mod strengths;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -42,7 +44,11 @@ pub(crate) fn case(name: &str) -> Value {
 }
 
 fn expected() -> HashMap<String, Values> {
-    let bytes = std::fs::read(folder().join("expected.safetensors")).unwrap();
+    read("expected.safetensors")
+}
+
+fn read(file: &str) -> HashMap<String, Values> {
+    let bytes = std::fs::read(folder().join(file)).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let read = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
         let numbers = view.data().as_chunks().0.iter();
@@ -111,6 +117,15 @@ fn engine(model: &Path, adapters: &Adapters) -> Engine {
 
 /// The last latents of the fixtures' run.
 fn latents(engine: &Engine, model: &Case, sampler: Option<&str>) -> candle_core::Tensor {
+    latents_of(engine, model, sampler, None)
+}
+
+fn latents_of(
+    engine: &Engine,
+    model: &Case,
+    sampler: Option<&str>,
+    steps: Option<usize>,
+) -> candle_core::Tensor {
     let record = record();
     let size = |name: &str| model.record["runs"][0][name].as_u64().map(|n| n as usize);
     let request = Request {
@@ -119,7 +134,7 @@ fn latents(engine: &Engine, model: &Case, sampler: Option<&str>) -> candle_core:
         prompt_syntax: Syntax::Plain,
         width: size("width"),
         height: size("height"),
-        steps: record["steps"].as_u64().map(|n| n as usize),
+        steps: steps.or(record["steps"].as_u64().map(|n| n as usize)),
         cfg_scale: record["cfg_scale"].as_f64(),
         seed: record["seed"].as_u64(),
         sampler: sampler.map(str::to_owned),

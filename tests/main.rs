@@ -23,6 +23,8 @@ mod convert;
 mod dit;
 /// Runs that begin at a picture, against diffusers.
 mod from_picture;
+/// Textual inversions against diffusers and transformers.
+mod embeddings;
 /// The Hub's client and the models folder, against a Hub on this machine that behaves and misbehaves.
 mod hub;
 /// Networks and whole runs against diffusers and transformers, from every form of file.

@@ -154,6 +154,17 @@ impl Weights {
         }
     }
 
+    /// Where the weights come from.
+    pub fn source(&self) -> &Arc<dyn Source> {
+        &self.source
+    }
+
+    /// Weights of another source, held in the same way; nothing of it was asked for yet.
+    #[must_use]
+    pub fn over(&self, source: Arc<dyn Source>) -> Self {
+        Self::new(source, self.dtype, &self.device)
+    }
+
     /// The weights below `name`.
     #[must_use]
     pub fn at(&self, name: impl fmt::Display) -> Self {
@@ -222,8 +233,13 @@ impl Weights {
 
     /// Lets go of every tensor that is kept; the next use reads it again.
     pub fn release(&self) {
+        self.release_if(&|_| true);
+    }
+
+    /// The same for tensors of these names.
+    pub fn release_if(&self, fits: &dyn Fn(&str) -> bool) {
         let ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
-        for param in &ledger.asked {
+        for param in ledger.asked.iter().filter(|param| fits(param.name())) {
             *param.0.value.lock().unwrap_or_else(PoisonError::into_inner) = None;
         }
     }

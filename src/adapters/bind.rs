@@ -1,18 +1,18 @@
 //! Adapters meet a model: each module of a file finds the weights that it changes, shapes are compared, and what fits nothing is told.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::about::made_for;
-use super::bound::{Bound, Patch, is_per_input, whole};
+use super::bound::{Bound, Fit, Patch, Worn, is_per_input, whole};
 use super::delta::DoraNorm;
 use super::file::{Adapter, Module};
 use super::form::Extent;
-use super::keys::{Owner, flat, owners};
+use super::keys::{Owner, TEXT_2, TEXT_3, flat, owners};
 use super::names::{Names, Target};
+use super::strength::{Curve, Strength};
 use crate::checkpoint::printable;
 use crate::error::{Error, Result};
-use crate::weights::layout::Rows;
 
 /// How many adapters there may be at once.
 pub const MOST: usize = 64;
@@ -23,8 +23,7 @@ const MOST_STRENGTH: f64 = 100.0;
 #[derive(Debug, Clone)]
 struct Wanted {
     adapter: Arc<Adapter>,
-    text: f32,
-    denoiser: f32,
+    strength: Strength,
 }
 
 /// The adapters that a model wears, in the order in which they are put on.
@@ -32,6 +31,7 @@ struct Wanted {
 pub struct Adapters {
     list: Vec<Wanted>,
     norm: DoraNorm,
+    strict: bool,
 }
 
 /// A network that adapters may change: its tensors by canonical names, with their shapes.
@@ -49,33 +49,41 @@ impl Adapters {
     /// # Errors
     /// [`Error::Usage`] when there are more than [`MOST`], or a strength is beyond 100 of either sign.
     pub fn add(&mut self, adapter: &Arc<Adapter>, text: f64, denoiser: f64) -> Result<()> {
+        self.wear(adapter, Strength::constant(text, denoiser))
+    }
+
+    /// The same with strengths that may change, and may be different from block to block.
+    ///
+    /// # Errors
+    /// As [`Adapters::add`].
+    pub fn wear(&mut self, adapter: &Arc<Adapter>, strength: Strength) -> Result<()> {
+        let check = |curve: &Curve| {
+            let most = curve.largest();
+            if most <= MOST_STRENGTH {
+                return Ok(());
+            }
+            Err(Error::Usage(format!(
+                "the LoRA {} has a weight of {curve}, expected -{MOST_STRENGTH} to {MOST_STRENGTH}; 1 is as it was trained",
+                adapter.path().display()
+            )))
+        };
+        let both = |strength: &Strength| check(&strength.text).and(check(&strength.denoiser));
         let real = |path: &std::path::Path| std::fs::canonicalize(path).ok();
         let path = real(adapter.path());
-        let mut list = self.list.iter_mut();
-        let same = list.find(|other| {
+        let same = self.list.iter_mut().find(|other| {
             other.adapter.path() == adapter.path()
                 || (path.is_some() && real(other.adapter.path()) == path)
         });
-        let sum = match &same {
-            Some(other) => (
-                f64::from(other.text) + text,
-                f64::from(other.denoiser) + denoiser,
-            ),
-            None => (text, denoiser),
-        };
-        for strength in [sum.0, sum.1] {
-            if !(-MOST_STRENGTH..=MOST_STRENGTH).contains(&strength) {
-                return Err(Error::Usage(format!(
-                    "the LoRA {} has a weight of {strength}, expected -{MOST_STRENGTH} to {MOST_STRENGTH}; 1 is as it was trained",
-                    adapter.path().display()
-                )));
-            }
-        }
-        let (text, denoiser) = (sum.0 as f32, sum.1 as f32);
-        if let Some(other) = same {
-            (other.text, other.denoiser) = (text, denoiser);
+        let same = same.and_then(|other| Some((other.strength.as_constant()?, other)));
+        if let (Some(((text, denoiser), other)), Some((more_text, more_denoiser))) =
+            (same, strength.as_constant())
+        {
+            let sum = Strength::constant(text + more_text, denoiser + more_denoiser);
+            both(&sum)?;
+            other.strength = sum;
             return Ok(());
         }
+        both(&strength)?;
         if self.list.len() >= MOST {
             return Err(Error::Usage(format!(
                 "there are more than {MOST} LoRAs; merge some of them"
@@ -83,10 +91,19 @@ impl Adapters {
         }
         self.list.push(Wanted {
             adapter: Arc::clone(adapter),
-            text,
-            denoiser,
+            strength,
         });
         Ok(())
+    }
+
+    /// The adapters, in the order in which they are put on.
+    pub fn iter(&self) -> impl Iterator<Item = &Adapter> {
+        self.list.iter().map(|wanted| wanted.adapter.as_ref())
+    }
+
+    /// Whether anything in an adapter that has no place in the model is an error.
+    pub fn set_strict(&mut self, strict: bool) {
+        self.strict = strict;
     }
 
     /// Which lengths DoRA divides by.
@@ -113,13 +130,22 @@ impl Adapters {
             let mut match_ = Match {
                 known: &known,
                 wanted,
+                place: bound.worn.len(),
                 title,
                 patches: Vec::new(),
                 modules: 0,
                 unmatched: Vec::new(),
             };
             match_.run()?;
-            bound.warnings.extend(match_.warning());
+            if let Some(warning) = match_.warning() {
+                if self.strict {
+                    return Err(match_.refuse_strictly());
+                }
+                bound.warnings.push(warning);
+            }
+            bound
+                .worn
+                .push(Worn::new(match_.fit(), wanted.strength.clone()));
             for (owner, name, patch) in match_.patches {
                 let network = bound.patches.entry(owner).or_default();
                 network.entry(name).or_default().push(patch);
@@ -143,12 +169,18 @@ impl<'a> Known<'a> {
             network,
         }
     }
+
+    fn is_t5(&self) -> bool {
+        self.network.tensors.contains_key("shared.weight")
+    }
 }
 
 /// One adapter while its modules look for their weights.
 struct Match<'a> {
     known: &'a [Known<'a>],
     wanted: &'a Wanted,
+    /// Its place among all that are worn.
+    place: usize,
     title: &'a str,
     patches: Vec<(Owner, String, Patch)>,
     /// Modules that were found.
@@ -204,6 +236,12 @@ impl Match<'_> {
     fn places(&self, flat: &str) -> Vec<(Owner, Vec<Target>)> {
         let mut places = Vec::new();
         for (owner, rest) in owners(flat) {
+            let there = |owner| self.known.iter().any(|known| known.network.owner == owner);
+            // T5 is FLUX's second text tower, and some call it the third all the same
+            let owner = match owner {
+                Some(TEXT_3) if !there(TEXT_3) => Some(TEXT_2),
+                owner => owner,
+            };
             let known = self
                 .known
                 .iter()
@@ -227,26 +265,25 @@ impl Match<'_> {
         owner: Owner,
         target: &Target,
     ) -> std::result::Result<Vec<(Owner, String, Patch)>, String> {
+        let known = self.known.iter().find(|k| k.network.owner == owner);
         let shape = |end: &str| {
             let name = format!("{}.{end}", target.module);
-            let known = self.known.iter().find(|k| k.network.owner == owner)?;
-            let shape = known.network.tensors.get(&name)?.clone();
+            let shape = known?.network.tensors.get(&name)?.clone();
             Some((name, shape))
         };
         let patch = |bias| Patch {
             adapter: Arc::clone(&self.wanted.adapter),
             module: index,
-            strength: match owner {
-                Owner::Denoiser => self.wanted.denoiser,
-                Owner::Text(_) => self.wanted.text,
-            },
+            worn: self.place,
+            factor: self.factor(owner, known, &target.module),
             rows: target.rows,
+            swapped: target.swapped,
             bias,
         };
         let mut patches = Vec::new();
         if module.form.is_some() {
             let (name, shape) = shape("weight").ok_or("has no weight in the model")?;
-            check(module, &shape, target.rows)?;
+            check(module, &shape, target)?;
             patches.push((owner, name, patch(false)));
         }
         if let Some((bias, _)) = &module.bias {
@@ -262,6 +299,17 @@ impl Match<'_> {
             patches.push((owner, name, patch(true)));
         }
         Ok(patches)
+    }
+
+    /// The weight of the block that a module lies in.
+    fn factor(&self, owner: Owner, known: Option<&Known<'_>>, module: &str) -> f32 {
+        let Some(blocks) = &self.wanted.strength.blocks else {
+            return 1.0;
+        };
+        match owner {
+            Owner::Denoiser => blocks.of(known.and_then(|known| known.names.block(module))),
+            Owner::Text(_) => blocks.of_text(known.is_some_and(Known::is_t5)),
+        }
     }
 
     /// What the adapter and the model are, and why the one does not go with the other.
@@ -282,28 +330,71 @@ impl Match<'_> {
         )
     }
 
-    /// One sentence about what was not used.
-    fn warning(&self) -> Option<String> {
-        let adapter = &self.wanted.adapter;
-        let strange = adapter.strange.iter();
-        let all: Vec<&String> = self.unmatched.iter().chain(strange).collect();
-        let first = all.first()?;
-        let more = match all.len() - 1 {
+    /// The names in the file that have no place in the model, fit to be printed.
+    fn left(&self) -> Vec<String> {
+        let strange = self.wanted.adapter.strange.iter();
+        let all = self.unmatched.iter().chain(strange);
+        all.map(|name| printable(name)).collect()
+    }
+
+    fn fit(&self) -> Fit {
+        let tensors: BTreeSet<_> = self
+            .patches
+            .iter()
+            .map(|(owner, name, _)| (owner, name))
+            .collect();
+        Fit {
+            file: printable(&self.wanted.adapter.path().display().to_string()),
+            modules: self.wanted.adapter.modules.len(),
+            used: self.modules,
+            tensors: tensors.len(),
+            unmatched: self.left(),
+        }
+    }
+
+    /// What was not used: how many names, and the first of them.
+    fn left_in_words(&self) -> Option<String> {
+        /// Names that one sentence holds.
+        const NAMED: usize = 3;
+        let left = self.left();
+        let named: Vec<String> = left
+            .iter()
+            .take(NAMED)
+            .map(|name| format!("`{name}`"))
+            .collect();
+        let more = match left.len().saturating_sub(NAMED) {
             0 => String::new(),
             n => format!(" and {n} more"),
         };
-        Some(format!(
-            "{}: {} of its {} modules are used; there is no place in the model for `{}`{more}",
-            adapter.path().display(),
-            self.modules,
-            adapter.modules.len(),
-            printable(first)
-        ))
+        (!left.is_empty()).then(|| {
+            format!(
+                "{} of its {} modules are used; there is no place in the model for {}{more}",
+                self.modules,
+                self.wanted.adapter.modules.len(),
+                named.join(", ")
+            )
+        })
+    }
+
+    /// One sentence about what was not used.
+    fn warning(&self) -> Option<String> {
+        let path = self.wanted.adapter.path().display();
+        Some(format!("{path}: {}", self.left_in_words()?))
+    }
+
+    /// The same as an error.
+    fn refuse_strictly(&self) -> Error {
+        let left = self.left_in_words().unwrap_or_default();
+        Error::bad_model(
+            self.wanted.adapter.path(),
+            format!("{left}; leave out --strict to use it all the same"),
+        )
     }
 }
 
 /// Whether a module's change is one of a weight of this shape, which is these rows of what it was made for; an error says why not.
-fn check(module: &Module, shape: &[usize], rows: Option<Rows>) -> std::result::Result<(), String> {
+fn check(module: &Module, shape: &[usize], target: &Target) -> std::result::Result<(), String> {
+    let rows = target.rows;
     let Some(form) = &module.form else {
         return Ok(());
     };
@@ -315,9 +406,10 @@ fn check(module: &Module, shape: &[usize], rows: Option<Rows>) -> std::result::R
             form.shapes()
         ));
     }
-    if rows.is_some() && (form.needs_base() || module.magnitude.is_some()) {
+    let is_part = rows.is_some() || target.swapped;
+    if is_part && (form.needs_base() || module.magnitude.is_some()) {
         return Err(format!(
-            "({}) changes queries, keys and values together by what they are, which is not supported",
+            "({}) changes what are several weights here together by what they are, which is not supported",
             form.name()
         ));
     }

@@ -1,14 +1,16 @@
 //! Adapters on a model: what each weight becomes, one module's change after another.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::prelude::*;
 
 use super::delta::{self, DoraNorm};
 use super::file::Adapter;
-use super::form::{Extent, Stored};
+use super::form::{Extent, Form, Stored};
 use super::keys::Owner;
+use super::strength::Strength;
 use crate::error::Result;
 use crate::weights::layout::Rows;
 use crate::weights::values;
@@ -16,12 +18,69 @@ use crate::weights::values;
 /// How many numbers a thread changes at a time.
 const PIECE: usize = 1 << 16;
 
-/// Adapters on a model: what each of its weights becomes.
+/// Adapters on a model: what each of its weights becomes. Strengths may change while it is worn; whoever holds weights made before is told which.
 #[derive(Debug, Default)]
 pub struct Bound {
     pub(super) patches: BTreeMap<Owner, BTreeMap<String, Vec<Patch>>>,
     pub(super) warnings: Vec<String>,
     pub(super) norm: DoraNorm,
+    pub(super) worn: Vec<Worn>,
+}
+
+/// An adapter that is worn.
+#[derive(Debug)]
+pub(super) struct Worn {
+    pub(super) fit: Fit,
+    pub(super) strength: Mutex<Strength>,
+    /// The strengths of now, in the text towers and in the denoising network: bits of f32.
+    pub(super) now: [AtomicU32; 2],
+}
+
+/// What of an adapter is used in a model.
+#[derive(Debug, Clone, Default, serde::Serialize)]
+pub struct Fit {
+    /// Its file.
+    pub file: String,
+    /// Modules that it changes.
+    pub modules: usize,
+    /// Those among them that the model has.
+    pub used: usize,
+    /// Tensors of the model that are changed.
+    pub tensors: usize,
+    /// Names in the file that have no place in the model, fit to be printed.
+    pub unmatched: Vec<String>,
+}
+
+impl Worn {
+    pub(super) fn new(fit: Fit, strength: Strength) -> Self {
+        let (text, denoiser) = strength.at(0, 1);
+        Self {
+            fit,
+            now: [text, denoiser].map(|s| AtomicU32::new((s as f32).to_bits())),
+            strength: Mutex::new(strength),
+        }
+    }
+
+    fn now(&self, owner: Owner) -> f32 {
+        let [text, denoiser] = &self.now;
+        let bits = match owner {
+            Owner::Denoiser => denoiser,
+            Owner::Text(_) => text,
+        };
+        f32::from_bits(bits.load(Ordering::Relaxed))
+    }
+
+    /// Takes the strengths of a step; which of them are others now.
+    fn step(&self, step: usize, steps: usize) -> [bool; 2] {
+        let strength = self.strength.lock().unwrap_or_else(PoisonError::into_inner);
+        let (text, denoiser) = strength.at(step, steps);
+        let set = |at: &AtomicU32, to: f64| {
+            let to = (to as f32).to_bits();
+            at.swap(to, Ordering::Relaxed) != to
+        };
+        let [old_text, old_denoiser] = &self.now;
+        [set(old_text, text), set(old_denoiser, denoiser)]
+    }
 }
 
 /// One module's change of one tensor.
@@ -29,15 +88,23 @@ pub struct Bound {
 pub(super) struct Patch {
     pub(super) adapter: Arc<Adapter>,
     pub(super) module: usize,
-    pub(super) strength: f32,
+    /// Whose: a place in [`Bound::worn`].
+    pub(super) worn: usize,
+    /// The block's weight.
+    pub(super) factor: f32,
     pub(super) rows: Option<Rows>,
+    /// The adapter has the second half of its rows first.
+    pub(super) swapped: bool,
     pub(super) bias: bool,
 }
 
 /// The weight that an adapter was made for, of which the model's is a part.
 pub(super) fn whole(part: Extent, rows: Option<Rows>) -> Extent {
     Extent {
-        rows: part.rows.saturating_mul(rows.map_or(1, |rows| rows.count)),
+        rows: match rows {
+            Some(rows) => part.rows / rows.span.max(1) * rows.count,
+            None => part.rows,
+        },
         ..part
     }
 }
@@ -53,7 +120,54 @@ impl Bound {
     /// Whether a tensor is changed.
     pub fn changes(&self, owner: Owner, name: &str) -> bool {
         self.patches_of(owner, name)
-            .is_some_and(|patches| patches.iter().any(|patch| patch.strength != 0.0))
+            .is_some_and(|patches| patches.iter().any(|p| self.strength(owner, p) != 0.0))
+    }
+
+    /// How much of a patch there is now.
+    fn strength(&self, owner: Owner, patch: &Patch) -> f32 {
+        let now = self
+            .worn
+            .get(patch.worn)
+            .map_or(0.0, |worn| worn.now(owner));
+        now * patch.factor
+    }
+
+    /// Takes the strengths that hold at step `step` of `steps`, the first being 0: the tensors of the denoising network that are others now.
+    pub fn at_step(&self, step: usize, steps: usize) -> BTreeSet<String> {
+        let changed = self.worn.iter().map(|worn| worn.step(step, steps)[1]);
+        self.tensors_of(Owner::Denoiser, &changed.collect::<Vec<_>>())
+    }
+
+    /// Gives the adapter at `place`, in the order in which they were put on, other strengths: the tensors of the denoising network that are others
+    /// now. Strengths of 0 take it off.
+    pub fn set_strength(&self, place: usize, strength: Strength) -> BTreeSet<String> {
+        let mut changed = vec![false; self.worn.len()];
+        if let (Some(worn), Some(changed)) = (self.worn.get(place), changed.get_mut(place)) {
+            *worn.strength.lock().unwrap_or_else(PoisonError::into_inner) = strength;
+            *changed = worn.step(0, 1)[1];
+        }
+        self.tensors_of(Owner::Denoiser, &changed)
+    }
+
+    /// The tensors of a network that the adapters at the places marked change.
+    fn tensors_of(&self, owner: Owner, marked: &[bool]) -> BTreeSet<String> {
+        if !marked.contains(&true) {
+            return BTreeSet::new();
+        }
+        let theirs = |patches: &[Patch]| {
+            let mut patches = patches.iter();
+            patches.any(|p| p.factor != 0.0 && marked.get(p.worn) == Some(&true))
+        };
+        let tensors = self.patches.get(&owner).into_iter().flatten();
+        tensors
+            .filter(|(_, patches)| theirs(patches))
+            .map(|(name, _)| name.clone())
+            .collect()
+    }
+
+    /// What of each adapter is used, in the order in which they were put on.
+    pub fn fits(&self) -> impl Iterator<Item = &Fit> {
+        self.worn.iter().map(|worn| &worn.fit)
     }
 
     /// Whether anything of a network is changed.
@@ -93,8 +207,9 @@ impl Bound {
         values: &mut [f32],
     ) -> Result<()> {
         for patch in self.patches_of(owner, name).unwrap_or_default() {
-            if patch.strength != 0.0 {
-                patch.apply(Extent::of(shape), values, self.norm)?;
+            let strength = self.strength(owner, patch);
+            if strength != 0.0 {
+                patch.apply((Extent::of(shape), values), strength, self.norm)?;
             }
         }
         Ok(())
@@ -102,7 +217,12 @@ impl Bound {
 }
 
 impl Patch {
-    fn apply(&self, extent: Extent, weight: &mut [f32], norm: DoraNorm) -> Result<()> {
+    fn apply(
+        &self,
+        (extent, weight): (Extent, &mut [f32]),
+        strength: f32,
+        norm: DoraNorm,
+    ) -> Result<()> {
         let Some(module) = self.adapter.modules.get(self.module) else {
             return Ok(());
         };
@@ -110,40 +230,69 @@ impl Patch {
         if self.bias {
             if let Some((bias, scaled)) = &module.bias {
                 let scale = if *scaled { module.scale } else { 1.0 };
-                self.add(weight, &read(bias)?, self.strength * scale);
+                let own = self.own(read(bias)?, weight.len());
+                add(weight, &own, strength * scale);
             }
             return Ok(());
         }
         let Some(form) = &module.form else {
             return Ok(());
         };
+        if let (
+            Some(rows),
+            Form::LowRank {
+                up,
+                down,
+                mid: None,
+            },
+        ) = (self.rows, form)
+        {
+            // only the rows that are meant
+            let count = extent.rows;
+            let first = count / rows.span.max(1) * rows.index;
+            let change = delta::low_rank(&read, (up, down), (first, count))?;
+            add(weight, &change, strength * module.scale);
+            return Ok(());
+        }
         let of = whole(extent, self.rows);
         let change = delta::change(form, &read, weight, of, module.alpha)?;
         let Some(magnitude) = &module.magnitude else {
-            self.add(weight, &change, self.strength * module.scale);
+            let change = self.own(change, weight.len());
+            add(weight, &change, strength * module.scale);
             return Ok(());
         };
         // the whole change, of which the strength is a part: as ComfyUI and A1111 do
         let mut merged = weight.to_vec();
-        self.add(&mut merged, &change, module.scale);
+        add(&mut merged, &change, module.scale);
         let lengths = read(magnitude)?;
         let lengths = (lengths.as_slice(), is_per_input(magnitude, of));
         delta::decompose(&mut merged, weight, of, lengths, norm);
         for (w, merged) in weight.iter_mut().zip(&merged) {
-            *w += self.strength * (merged - *w);
+            *w += strength * (merged - *w);
         }
         Ok(())
     }
 
-    /// Adds the rows that are meant.
-    fn add(&self, weight: &mut [f32], change: &[f32], scale: f32) {
-        let first = self.rows.map_or(0, |rows| weight.len() * rows.index);
-        let change = change.get(first..).unwrap_or_default();
-        let weight = weight.par_chunks_mut(PIECE).zip(change.par_chunks(PIECE));
-        weight.for_each(|(weight, change)| {
-            for (w, change) in weight.iter_mut().zip(change) {
-                *w += scale * change;
-            }
-        });
+    /// The part of a whole change that is meant, in the order of the model.
+    fn own(&self, mut change: Vec<f32>, length: usize) -> Vec<f32> {
+        if let Some(rows) = self.rows {
+            let first = length / rows.span.max(1) * rows.index;
+            change.drain(..first.min(change.len()));
+        }
+        if self.swapped {
+            let half = change.len() / 2;
+            change.rotate_left(half);
+        }
+        change
     }
+}
+
+/// `weight` + `scale` · `change`, as far as the one goes.
+fn add(weight: &mut [f32], change: &[f32], scale: f32) {
+    let weight = weight.par_chunks_mut(PIECE).zip(change.par_chunks(PIECE));
+    weight.for_each(|(weight, change)| {
+        for (w, change) in weight.iter_mut().zip(change) {
+            *w += scale * change;
+        }
+    });
 }

@@ -26,6 +26,19 @@ fn matrix(read: &Read<'_>, stored: &Stored) -> Result<Tensor> {
     Ok(Tensor::from_vec(read(stored)?, shape, &Device::Cpu)?)
 }
 
+/// The rows `first .. first + count` of up · down, not scaled.
+///
+/// # Errors
+/// When a tensor cannot be read.
+pub(super) fn low_rank(
+    read: &Read<'_>,
+    (up, down): (&Stored, &Stored),
+    (first, count): (usize, usize),
+) -> Result<Vec<f32>> {
+    let up = matrix(read, up)?.narrow(0, first, count)?;
+    Ok(up.matmul(&matrix(read, down)?)?.flatten_all()?.to_vec1()?)
+}
+
 /// The change of a weight `[rows, inputs · taps]` by `form`, not scaled; `base` is the weight, and `limit` the bound that a rotation's alpha is,
 /// for each row.
 ///

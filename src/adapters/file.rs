@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::embedding::BUNDLE;
 use super::form::{Form, Parts, Stored};
 use super::keys::{Role, split};
 use super::settings::Settings;
-use crate::checkpoint::{Checkpoint, ReadOptions, TensorSet, printable};
+use crate::checkpoint::{Checkpoint, Family, ReadOptions, TensorSet, printable};
 use crate::error::{Error, Result};
 use crate::weights::{is_readable, values};
 
@@ -69,8 +70,15 @@ impl Adapter {
         let (groups, strange) = group(&tensors);
         if groups.is_empty() {
             let is = crate::checkpoint::detect(&checkpoint).title();
+            let what = match crate::checkpoint::detect(&checkpoint).family {
+                Family::Embedding => "; give it with --embedding",
+                Family::Hypernetwork => {
+                    ", and hypernetworks are not supported; give a LoRA with --lora"
+                }
+                _ => "; give one with --lora",
+            };
             return Err(refused(format!(
-                "this is {is}, not a LoRA or another adapter; give one with --lora"
+                "this is {is}, not a LoRA or another adapter{what}"
             )));
         }
         let mut modules = Vec::with_capacity(groups.len());
@@ -103,6 +111,11 @@ impl Adapter {
         &self.file
     }
 
+    /// Whether the file brings textual inversions along.
+    pub fn has_embeddings(&self) -> bool {
+        self.tensors.names_below(BUNDLE).next().is_some()
+    }
+
     /// What the file's header says.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
@@ -120,7 +133,7 @@ fn inside(path: &Path) -> PathBuf {
 fn group(tensors: &TensorSet) -> (BTreeMap<String, Parts>, Vec<String>) {
     let mut groups: BTreeMap<String, Parts> = BTreeMap::new();
     let mut strange = Vec::new();
-    for name in tensors.names() {
+    for name in tensors.names().filter(|name| !name.starts_with(BUNDLE)) {
         let shape = tensors.shape(name).unwrap_or_default().to_vec();
         let found = split(name).filter(|(module, role)| {
             *role != Role::Ia3Weight || tensors.info(&format!("{module}.on_input")).is_some()

@@ -90,6 +90,9 @@ const MARKS: [(&str, Role); 3] = [
     (".lora_magnitude_vector", Role::Magnitude),
 ];
 
+/// The ends of names of XLabs' processors for FLUX, behind `_lora1` for the picture and `_lora2` for the text.
+const XLABS: [(&str, Role); 2] = [(".down.weight", Role::Down), (".up.weight", Role::Up)];
+
 /// The module that a tensor is of, and its role there.
 pub(super) fn split(name: &str) -> Option<(&str, Role)> {
     for (mark, role) in MARKS {
@@ -101,6 +104,13 @@ pub(super) fn split(name: &str) -> Option<(&str, Role)> {
             ["", "bias"] | ["", _, "bias"] if role == Role::Up => Some((module, Role::UpBias)),
             _ => None,
         };
+    }
+    for (end, role) in XLABS {
+        if let Some(module) = name.strip_suffix(end)
+            && (module.ends_with("_lora1") || module.ends_with("_lora2"))
+        {
+            return Some((module, role));
+        }
     }
     // PEFT writes its adapter's name behind LyCORIS' marks as well
     let name = name.strip_suffix(".default").unwrap_or(name);
@@ -128,8 +138,9 @@ impl Owner {
 }
 
 const TEXT: Owner = Owner::Text("text_encoder");
-const TEXT_2: Owner = Owner::Text("text_encoder_2");
-const TEXT_3: Owner = Owner::Text("text_encoder_3");
+pub(super) const TEXT_2: Owner = Owner::Text("text_encoder_2");
+/// T5, which FLUX has as its second.
+pub(super) const TEXT_3: Owner = Owner::Text("text_encoder_3");
 
 /// Beginnings that say nothing of the network.
 const WRAPPERS: [&str; 2] = ["base_model_model_", "lycoris_"];
@@ -207,6 +218,16 @@ mod tests {
             ("x.hada_w1_a.default", "x", Role::HadaW1A),
             ("x.b1.weight", "x", Role::GloraB1),
             ("x.b_norm", "x", Role::DiffBias),
+            (
+                "d.0.processor.qkv_lora2.up.weight",
+                "d.0.processor.qkv_lora2",
+                Role::Up,
+            ),
+            (
+                "s.0.processor.qkv_lora.up.weight",
+                "s.0.processor.qkv",
+                Role::Up,
+            ),
         ] {
             assert_eq!(split(name), Some((module, role)), "{name}");
         }

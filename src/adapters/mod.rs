@@ -6,23 +6,34 @@
 //! ```
 //!
 //! Facts from the sources of kohya's sd-scripts, LyCORIS, PEFT, diffusers, ComfyUI and A1111. What changes a weight is computed when that weight is
-//! opened, whole and in f32, whatever the model's file keeps it as; a strength of 0 changes no bit.
+//! opened, whole and in f32, whatever the model's file keeps it as; a strength of 0 changes no bit. Strengths may change from step to step; then
+//! the weights that are others are made anew, and no others.
+//!
+//! Textual inversions are adapters of a text tower's table of tokens: [`Embedding`] reads them, [`enlarge`] puts them behind the table's rows.
 
 mod about;
 mod bind;
+mod blocks;
 mod bound;
 mod delta;
+mod embedding;
 mod file;
 mod form;
 mod keys;
 mod names;
+mod rows;
 mod settings;
 mod source;
+mod strength;
 mod turn;
 
 pub use about::About;
 pub use bind::{Adapters, MOST, Network};
-pub use bound::Bound;
+pub use blocks::BlockWeights;
+pub use bound::{Bound, Fit};
 pub use delta::DoraNorm;
+pub use embedding::{Embedding, MOST_VECTORS, Vectors};
 pub use file::Adapter;
 pub use keys::Owner;
+pub use rows::enlarge;
+pub use strength::{Curve, Strength};

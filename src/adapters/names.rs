@@ -2,14 +2,17 @@
 //! so that a table is made and looked up.
 //!
 //! A UNet's modules are known by diffusers' names (Stable Diffusion 1 and 2) and by CompVis' (XL), which are walked here from the blocks
-//! that there are; text towers by transformers' and by OpenCLIP's, where one tensor holds three projections.
+//! that there are; text towers by transformers' and by OpenCLIP's, where one tensor holds three projections. Transformers have Stability's and
+//! Black Forest Labs' names beside diffusers', of which the tables of `weights/` say what is fused, and FLUX those of XLabs' processors.
 
 use std::collections::{BTreeSet, HashMap};
 
+use super::blocks::Block;
 use super::keys::Owner;
 use crate::weights::layout::{Inner, Rows};
 use crate::weights::ldm_unet::{DOWNSAMPLE, RESNET, TIME};
 use crate::weights::text_tower::BLOCK;
+use crate::weights::{flux, mmdit};
 
 /// A module of the model that an adapter's name means.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,10 +21,16 @@ pub(super) struct Target {
     pub(super) module: String,
     /// It is these rows of what the adapter was made for.
     pub(super) rows: Option<Rows>,
+    /// The adapter has the second half of its rows first.
+    pub(super) swapped: bool,
 }
 
 /// The modules of one network by flat names.
-pub(super) struct Names(HashMap<String, Vec<Target>>);
+pub(super) struct Names {
+    targets: HashMap<String, Vec<Target>>,
+    /// Blocks by what the names of their modules begin with.
+    blocks: Vec<(String, Block)>,
+}
 
 /// What may stand before the name of a text tower's module, in the order of trying.
 const TEXT_LEADS: [&str; 5] = [
@@ -41,15 +50,35 @@ impl Names {
                     .or_else(|| name.strip_suffix(".bias"))
             })
             .collect();
-        let mut names = Self(HashMap::new());
+        let mut names = Self {
+            targets: HashMap::new(),
+            blocks: Vec::new(),
+        };
         for module in &modules {
             names.add(module, module, None);
         }
+        let has = |prefix: &str| below(&modules, prefix).next().is_some();
         match owner {
-            Owner::Denoiser => names.add_compvis(&modules),
             Owner::Text(_) => names.add_open_clip(&modules),
+            Owner::Denoiser if has("transformer_blocks") && has("pos_embed") => {
+                names.add_stability(&modules);
+            }
+            Owner::Denoiser if has("transformer_blocks") || has("single_transformer_blocks") => {
+                names.add_black_forest(&modules);
+            }
+            Owner::Denoiser => names.add_compvis(&modules),
         }
         names
+    }
+
+    /// The block that a module lies in.
+    pub(super) fn block(&self, module: &str) -> Option<Block> {
+        let inside = |prefix: &str| {
+            let rest = module.strip_prefix(prefix);
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+        };
+        let found = self.blocks.iter().find(|(prefix, _)| inside(prefix));
+        found.map(|(_, block)| *block)
     }
 
     /// What a flat name means here.
@@ -59,7 +88,7 @@ impl Names {
             Owner::Text(_) => &TEXT_LEADS,
         };
         let mut stripped = leads.iter().filter_map(|lead| flat.strip_prefix(lead));
-        stripped.find_map(|name| self.0.get(name).map(Vec::as_slice))
+        stripped.find_map(|name| self.targets.get(name).map(Vec::as_slice))
     }
 
     /// `name` means `module`; a name that already means another keeps that meaning.
@@ -69,13 +98,128 @@ impl Names {
         let bare = flat.strip_suffix("_to_out_0");
         let bare = bare.map(|start| format!("{start}_to_out"));
         for flat in bare.into_iter().chain([flat]) {
-            let targets = self.0.entry(flat).or_default();
+            let targets = self.targets.entry(flat).or_default();
             if targets.is_empty() || rows.is_some() {
                 targets.push(Target {
                     module: module.to_owned(),
                     rows,
+                    swapped: false,
                 });
             }
+        }
+    }
+
+    /// The same for a module of which the adapter has the second half first.
+    fn add_swapped(&mut self, name: &str, module: &str) {
+        let target = Target {
+            module: module.to_owned(),
+            rows: None,
+            swapped: true,
+        };
+        self.targets
+            .entry(name.replace('.', "_"))
+            .or_insert_with(|| vec![target]);
+    }
+
+    /// The modules below `canonical` under the names that a table gives them below `stored`.
+    fn add_table(
+        &mut self,
+        modules: &BTreeSet<&str>,
+        (canonical, stored): (&str, &str),
+        table: &[Inner],
+    ) {
+        for module in below(modules, canonical) {
+            let rest = module.get(canonical.len()..).unwrap_or_default();
+            let rest = rest.trim_start_matches('.');
+            // the tables rename tensors where they are fused
+            let tensor = format!("{rest}.weight");
+            let found = renamed(&tensor, table).or_else(|| renamed(rest, table));
+            let Some((name, rows)) = found else { continue };
+            let name = name.strip_suffix(".weight").unwrap_or(&name);
+            let name = format!("{stored}.{name}");
+            self.add(name.trim_start_matches('.'), module, rows);
+        }
+    }
+
+    /// Stability's names of Stable Diffusion 3.
+    fn add_stability(&mut self, modules: &BTreeSet<&str>) {
+        self.add_table(modules, ("pos_embed", ""), mmdit::PLACES);
+        self.add_table(modules, ("time_text_embed", ""), mmdit::TIME_TEXT);
+        self.add("final_layer.linear", "proj_out", None);
+        self.add_swapped("final_layer.adaLN_modulation.1", "norm_out.linear");
+        for (i, block) in numbered(modules, "transformer_blocks") {
+            let stored = format!("joint_blocks.{i}");
+            let last = format!("{block}.norm1_context.linear");
+            if below(modules, &format!("{block}.ff_context"))
+                .next()
+                .is_none()
+            {
+                self.add_swapped(&format!("{stored}.context_block.adaLN_modulation.1"), &last);
+            }
+            self.add_table(modules, (&block, &stored), mmdit::SAMPLE);
+        }
+    }
+
+    /// Black Forest Labs' names of FLUX, and those of XLabs' processors.
+    fn add_black_forest(&mut self, modules: &BTreeSet<&str>) {
+        self.add_table(modules, ("time_text_embed", ""), flux::TIME_TEXT);
+        for (name, module) in [
+            ("img_in", "x_embedder"),
+            ("txt_in", "context_embedder"),
+            ("final_layer.linear", "proj_out"),
+        ] {
+            self.add(name, module, None);
+        }
+        self.add_swapped("final_layer.adaLN_modulation.1", "norm_out.linear");
+        for (name, block) in [
+            ("x_embedder", Block::First),
+            ("context_embedder", Block::First),
+            ("time_text_embed", Block::First),
+            ("norm_out", Block::Last),
+            ("proj_out", Block::Last),
+        ] {
+            self.blocks.push((name.to_owned(), block));
+        }
+        let third = |index| {
+            Some(Rows {
+                index,
+                span: 1,
+                count: 3,
+            })
+        };
+        for (i, block) in numbered(modules, "transformer_blocks") {
+            let stored = format!("double_blocks.{i}");
+            self.add_table(modules, (&block, &stored), flux::DOUBLE);
+            for (name, fused, out) in [
+                ("lora1", ["to_q", "to_k", "to_v"], "to_out.0"),
+                (
+                    "lora2",
+                    ["add_q_proj", "add_k_proj", "add_v_proj"],
+                    "to_add_out",
+                ),
+            ] {
+                for (part, rows) in fused.iter().zip(0..) {
+                    let module = format!("{block}.attn.{part}");
+                    self.add(&format!("{stored}.qkv_{name}"), &module, third(rows));
+                }
+                let module = format!("{block}.attn.{out}");
+                self.add(&format!("{stored}.proj_{name}"), &module, None);
+            }
+            self.blocks.push((block, Block::Double(i)));
+        }
+        for (i, block) in numbered(modules, "single_transformer_blocks") {
+            let stored = format!("single_blocks.{i}");
+            self.add_table(modules, (&block, &stored), flux::SINGLE);
+            for (part, rows) in ["to_q", "to_k", "to_v"].iter().zip(0..) {
+                let module = format!("{block}.attn.{part}");
+                self.add(&format!("{stored}.qkv"), &module, third(rows));
+            }
+            self.add(
+                &format!("{stored}.proj"),
+                &format!("{block}.proj_out"),
+                None,
+            );
+            self.blocks.push((block, Block::Single(i)));
         }
     }
 
@@ -90,6 +234,9 @@ impl Names {
         walk.middle();
         walk.up();
         for (canonical, stored, inner) in walk.pairs {
+            if let Some(block) = compvis_block(&stored) {
+                self.blocks.push((canonical.clone(), block));
+            }
             for module in below(modules, &canonical) {
                 let rest = module.get(canonical.len()..).unwrap_or_default();
                 let rest = rest.trim_start_matches('.');
@@ -141,6 +288,27 @@ fn renamed(rest: &str, inner: &[Inner]) -> Option<(String, Option<Rows>)> {
         let whole = tail.is_empty() || tail.starts_with('.');
         whole.then(|| (format!("{}{tail}", rule.stored), rule.rows))
     })
+}
+
+/// The block that CompVis' names say.
+fn compvis_block(stored: &str) -> Option<Block> {
+    let mut parts = stored.split('.');
+    let kind = parts.next()?;
+    let number = parts.next().and_then(|number| number.parse().ok());
+    match kind {
+        "input_blocks" => number.map(Block::In),
+        "middle_block" => Some(Block::Middle),
+        "output_blocks" => number.map(Block::Out),
+        _ => None,
+    }
+}
+
+/// The numbered blocks `kind.0`, `kind.1` … that there are.
+fn numbered(modules: &BTreeSet<&str>, kind: &str) -> Vec<(usize, String)> {
+    let blocks = (0..).map(|i| (i, format!("{kind}.{i}")));
+    blocks
+        .take_while(|(_, block)| below(modules, block).next().is_some())
+        .collect()
 }
 
 /// The modules that are `prefix` or lie below it.
@@ -305,7 +473,8 @@ mod tests {
                 found,
                 [Target {
                     module: module.to_owned(),
-                    rows: None
+                    rows: None,
+                    swapped: false,
                 }],
                 "{name}"
             );

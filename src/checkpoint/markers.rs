@@ -73,6 +73,8 @@ const WHOLE: &[Marker] = &[
     row(Family::Lora, &[Holds(".lora_up.weight")]),
     row(Family::Lora, &[Holds(".lora_A.")]),
     row(Family::Lora, &[Holds("_lora.down.weight")]),
+    row(Family::Lora, &[Holds("_lora1.down.weight")]),
+    row(Family::Lora, &[Holds("_lora2.down.weight")]),
     row(Family::Lora, &[Holds(".lora.down.weight")]),
     row(Family::Lora, &[Holds(".lora_linear_layer.")]),
     kind(Family::Lora, "LoHa", &[Holds(".hada_w1_a")]),
@@ -204,6 +206,7 @@ const PARTS: &[Marker] = &[
     row(Family::Embedding, &[Starts("string_to_param")]),
     row(Family::Embedding, &[Is("clip_l")]),
     row(Family::Embedding, &[Is("clip_g")]),
+    row(Family::Embedding, &[Is("clip_h")]),
 ];
 
 /// The adapter or whole model that `tensors` are, if names alone show it.
@@ -264,17 +267,24 @@ fn find_hypernetwork(tensors: &TensorSet) -> Option<Found> {
     })
 }
 
-/// A textual inversion as diffusers saves it: one tensor, a vector or a few, named after its token.
+/// Textual inversions as diffusers saves them: tensors of a vector or a few, of one width, named after their tokens.
 fn find_lone_embedding(tensors: &TensorSet) -> Option<Found> {
-    /// More vectors than a prompt has room for.
+    /// More vectors than a prompt has room for, more words than a file has, and the least width of a text tower.
     const MOST: usize = 77;
-    let name = tensors.names().next().filter(|_| tensors.len() == 1)?;
-    let fits = match *tensors.shape(name)? {
-        [width] => width >= 64,
-        [vectors, width] => vectors <= MOST && width >= 64,
-        _ => false,
+    const MOST_WORDS: usize = 256;
+    const LEAST: usize = 8;
+    let name = tensors.names().next()?;
+    let width = *tensors.shape(name)?.last()?;
+    let is_word = |name: &str| {
+        let vectors = match tensors.shape(name) {
+            Some(&[own]) if own == width => 1,
+            Some(&[vectors, own]) if own == width => vectors,
+            _ => return false,
+        };
+        vectors <= MOST && !name.ends_with(".weight") && !name.ends_with(".bias")
     };
-    (fits && !name.ends_with(".weight")).then(|| Found {
+    let fits = width >= LEAST && tensors.len() <= MOST_WORDS && tensors.names().all(is_word);
+    fits.then(|| Found {
         family: Family::Embedding,
         kind: None,
         key: name.to_owned(),

@@ -129,7 +129,7 @@ fn advice(family: Family) -> &'static str {
             "not a base model; give a base model with --model, and this with --controlnet (not built yet)"
         }
         Family::Embedding => {
-            "not a base model; give a base model with --model, and this with --embedding (not built yet)"
+            "not a base model; give a base model with --model, and this with --embedding"
         }
         Family::Upscaler => {
             "not a base model; it makes finished pictures larger: `sd-rs upscale IMAGE --model` takes it"
@@ -137,7 +137,10 @@ fn advice(family: Family) -> &'static str {
         Family::Taesd => {
             "not a base model; give a base model with --model, and this in its VAE's place with --vae"
         }
-        Family::IpAdapter | Family::Hypernetwork | Family::MotionModule => {
+        Family::Hypernetwork => {
+            "not a base model, and hypernetworks are not supported; give a base model with --model, and a LoRA that was trained for the same with --lora"
+        }
+        Family::IpAdapter | Family::MotionModule => {
             "not a base model, and not supported yet; give a base model with --model"
         }
         Family::TextEncoder | Family::T5 => {

@@ -4,12 +4,15 @@ mod image;
 
 pub use image::ImageArgs;
 mod upscale;
+mod adapters;
 
 use std::path::PathBuf;
 
 pub use upscale::UpscaleArgs;
 
 use clap::{Args, Parser, Subcommand};
+
+pub use adapters::{EmbeddingArgs, LoraArgs};
 
 use crate::adapters::DoraNorm;
 use crate::convert::Dtype;
@@ -90,6 +93,9 @@ pub struct ConvertArgs {
     /// Which lengths DoRA divides by: those of the changed weight (PEFT, LyCORIS, A1111) or of the weight before (ComfyUI)
     #[arg(long, value_name = "WHICH", value_enum, default_value_t)]
     pub dora_norm: DoraNorm,
+    /// How LoRAs are taken
+    #[command(flatten)]
+    pub lora_options: LoraArgs,
     /// B: merge it in as a weighted sum, A·(1−alpha) + B·alpha
     #[arg(
         long,
@@ -186,12 +192,19 @@ pub struct GenerateArgs {
     /// Tokens of T5 that a text is filled up to, and cut at [default: the model family's own]
     #[arg(long, value_name = "N")]
     pub t5_length: Option<usize>,
-    /// A LoRA or LyCORIS, a file or a name in the models folders, and its weight; may be repeated. `NAME:TEXT:UNET` weighs it apart
+    /// A LoRA or LyCORIS, a file or a name in the models folders, and its weight; may be repeated. `NAME:TEXT:UNET` weighs it apart,
+    /// `NAME:0.8@0.2-0.7` is a part of the run, `NAME:0@0,1@0.5` changes over it, `NAME:1:lbw=OUTALL` weighs blocks
     #[arg(long, value_name = "FILE_OR_NAME[:WEIGHT]")]
     pub lora: Vec<String>,
     /// Which lengths DoRA divides by: those of the changed weight (PEFT, LyCORIS, A1111) or of the weight before (ComfyUI)
     #[arg(long, value_name = "WHICH", value_enum, default_value_t)]
     pub dora_norm: DoraNorm,
+    /// How LoRAs are taken
+    #[command(flatten)]
+    pub lora_options: LoraArgs,
+    /// Textual inversions
+    #[command(flatten)]
+    pub embedding: EmbeddingArgs,
     /// Where names are looked up
     #[command(flatten)]
     pub library: LibraryArgs,

@@ -86,12 +86,13 @@ impl Baked {
         for warning in bound.warnings() {
             tracing::warn!("{warning}");
         }
+        bound.fits().for_each(lora::tell);
         Ok(Self(bound))
     }
 
     fn owner(weight: &WeightName) -> Option<Owner> {
         match weight.component {
-            "unet" => Some(Owner::Denoiser),
+            "unet" | "transformer" => Some(Owner::Denoiser),
             component if component.starts_with("text_encoder") => Some(Owner::Text(component)),
             _ => None,
         }

@@ -9,6 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::args::GenerateArgs;
+use super::embedding::{Learned, Used};
 use super::fetch::{open_model, open_part};
 use super::lora::{self, Worn};
 use super::picture;
@@ -41,6 +42,7 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     let device = device::open(args.device)?;
     let dtype = device::dtype(args.dtype, &device)?;
     output::check_target(&args.output, args.save_latents.as_deref(), args.overwrite)?;
+    let mut learned = Learned::find(args, &request, &worn.adapters)?;
     let model = open_model(args.model.as_deref(), &args.library, args.no_mmap)?;
     let vae = match &args.vae {
         Some(path) => Some(open_part(path, "vae", &args.library, args.no_mmap)?),
@@ -60,11 +62,20 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     };
     let mut engine =
         Engine::load_adapted(&model.checkpoint, others, &worn.adapters, &device, dtype)?;
+    engine = learned.teach(engine)?;
+    let embeddings = learned.used(&engine, &request)?;
+    if let Some(warning) = learned.unsaid(args, &embeddings) {
+        tracing::warn!("{warning}");
+    }
+    for fit in engine.networks().adapters().fits() {
+        lora::tell(fit);
+    }
     let mut refiner_name = None;
     if let Some(refiner) = &args.refiner {
         let refiner = open_model(Some(refiner), &args.library, args.no_mmap)?;
         refiner_name = Some(refiner.name);
         let refiner = Engine::load(&refiner.checkpoint, &device, dtype)?;
+        let refiner = learned.teach_refiner(refiner)?;
         engine = engine.with_refiner(refiner, args.refiner_switch)?;
     }
     let mut session = Session {
@@ -75,6 +86,7 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
         refiner: refiner_name.as_deref(),
         engine: &engine,
         worn: &worn,
+        embeddings: &embeddings,
         threads,
         start,
         made: 0,
@@ -100,6 +112,7 @@ struct Session<'a> {
     refiner: Option<&'a str>,
     engine: &'a Engine,
     worn: &'a Worn,
+    embeddings: &'a Used,
     threads: usize,
     start: Instant,
     /// Pictures made so far.
@@ -359,6 +372,15 @@ impl Job<'_> {
     }
 
     fn common_json(&self, seed: u64) -> Value {
+        let mut object = self.own_json(seed);
+        let loras: Vec<_> = self.engine.networks().adapters().fits().collect();
+        if let Some(fields) = object.as_object_mut().filter(|_| !loras.is_empty()) {
+            fields.insert("loras".to_owned(), json!(loras));
+        }
+        object
+    }
+
+    fn own_json(&self, seed: u64) -> Value {
         json!({
             "path": Value::Null,
             "seed": seed,
@@ -378,7 +400,7 @@ impl Job<'_> {
 
     /// Our exact request, for the picture's second text chunk.
     fn request_json(&self, seed: u64) -> Value {
-        let mut object = self.common_json(seed);
+        let mut object = self.own_json(seed);
         if let Some(fields) = object.as_object_mut() {
             for key in ["path", "threads", "device"] {
                 fields.shift_remove(key);
@@ -411,6 +433,9 @@ impl Job<'_> {
             if let Some(source) = &self.request.source {
                 let from = picture::request_json(&self.session.args.image, source, self.plan);
                 fields.insert("from_picture".to_owned(), from);
+            }
+            if !self.session.embeddings.names.is_empty() {
+                fields.insert("embeddings".to_owned(), json!(self.session.embeddings.names));
             }
             if self.session.args.dora_norm != DoraNorm::default() {
                 fields.insert("dora_norm".to_owned(), json!("original"));
@@ -470,6 +495,9 @@ impl Job<'_> {
         pairs.extend(picture::pairs(self.request, self.plan));
         if let Some(hashes) = &self.session.worn.hashes {
             pairs.push(("Lora hashes".to_owned(), hashes.clone()));
+        }
+        if let Some(hashes) = &self.session.embeddings.hashes {
+            pairs.push(("TI hashes".to_owned(), hashes.clone()));
         }
         pairs
     }

@@ -1,6 +1,7 @@
 //! `sd-rs inspect`: what a file is and why, in a screenful or as one JSON object. Reads headers and configs; weights only to hash them.
 
 mod adapter;
+mod embedding;
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -8,6 +9,7 @@ use std::io::Write;
 use serde::Serialize;
 
 use self::adapter::AdapterReport;
+use self::embedding::EmbeddingReport;
 use super::args::InspectArgs;
 use super::fetch::open_model;
 use crate::checkpoint::{
@@ -51,6 +53,8 @@ pub(super) struct Report {
     pub components: BTreeMap<String, Component>,
     /// What a LoRA is; null for all else.
     pub adapter: Option<AdapterReport>,
+    /// What a textual inversion is; null for all else.
+    pub embedding: Option<EmbeddingReport>,
     /// The sizes of the networks.
     pub structure: serde_json::Value,
     /// The header's texts, control characters escaped.
@@ -132,6 +136,7 @@ impl Report {
             evidence: detection.evidence.clone(),
             components: BTreeMap::new(),
             adapter: None,
+            embedding: None,
             structure: structure_json(&detection.structure),
             metadata: BTreeMap::new(),
             sha256: None,
@@ -163,6 +168,10 @@ impl Report {
         }
         match AdapterReport::of(checkpoint, detection) {
             Ok(adapter) => report.adapter = adapter,
+            Err(reason) => report.problems.push(reason),
+        }
+        match EmbeddingReport::of(checkpoint, detection) {
+            Ok(embedding) => report.embedding = embedding,
             Err(reason) => report.problems.push(reason),
         }
         if report.refusal.is_none() {
@@ -308,6 +317,9 @@ impl Report {
         text.push_str(&line("is", &self.title));
         text.push_str(&match &self.refusal {
             _ if self.adapter.is_some() => line("usable", "yes, with `sd-rs generate --lora`"),
+            _ if self.embedding.is_some() => {
+                line("usable", "yes, with `sd-rs generate --embedding`")
+            }
             Some(why) => line("usable", &format!("no: {why}")),
             None => line("usable", "yes, with `sd-rs generate --model`"),
         });
@@ -317,6 +329,9 @@ impl Report {
         list(&mut text, "because", &self.evidence, usize::MAX);
         if let Some(adapter) = &self.adapter {
             text.push_str(&adapter.text());
+        }
+        if let Some(embedding) = &self.embedding {
+            text.push_str(&embedding.text());
         }
         let components: Vec<String> = self.components.iter().map(component_line).collect();
         list(&mut text, "components", &components, usize::MAX);

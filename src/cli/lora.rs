@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::args::{ConvertArgs, GenerateArgs, LibraryArgs};
+use super::args::{ConvertArgs, GenerateArgs, LibraryArgs, LoraArgs};
 use super::fetch::{library, resolve};
 use serde_json::json;
 
-use crate::adapters::{Adapter, Adapters};
+use crate::adapters::{Adapter, Adapters, BlockWeights, Fit, Strength};
 use crate::checkpoint::{ReadOptions, sha256_tensors};
 use crate::error::{Error, Result};
 use crate::library::Model;
@@ -43,17 +43,13 @@ pub(super) fn wear(args: &GenerateArgs) -> Result<Worn> {
         hashes: None,
     };
     worn.adapters.set_dora_norm(args.dora_norm);
+    worn.adapters.set_strict(args.lora_options.strict);
     let mut hashes = Vec::new();
-    for flag in &args.lora {
-        let (typed, text, denoiser) = split(flag)?;
+    for (typed, strength) in flags(&args.lora, &args.lora_options)? {
         let model = find(&args.library, &typed)?;
         let name = tag_name(&model.name);
-        worn.add(args, &model, (text, denoiser), (&name, &mut hashes))?;
-        let tag = if text == denoiser {
-            format!("<lora:{name}:{text}>")
-        } else {
-            format!("<lora:{name}:{text}:{denoiser}>")
-        };
+        let tag = format!("<lora:{name}:{}>", strength.arguments());
+        worn.add(args, &model, strength, (&name, &mut hashes))?;
         let space = if worn.shown_prompt.is_empty() {
             ""
         } else {
@@ -64,13 +60,30 @@ pub(super) fn wear(args: &GenerateArgs) -> Result<Worn> {
     if !tags.is_empty() {
         let library = library(&args.library)?;
         for tag in &tags {
+            let arguments: Vec<&str> = tag.arguments.iter().map(String::as_str).collect();
+            let strength = Strength::from_arguments(&arguments, &tag.tag)?;
             let model = library.find_lora(&tag.name)?;
             let name = tag_name(&tag.name);
-            worn.add(args, &model, (tag.text, tag.denoiser), (&name, &mut hashes))?;
+            worn.add(args, &model, strength, (&name, &mut hashes))?;
         }
     }
     worn.hashes = (!hashes.is_empty()).then(|| hashes.join(", "));
     Ok(worn)
+}
+
+/// With `-v` and `-vv`, what of an adapter is used.
+pub(super) fn tell(fit: &Fit) {
+    tracing::info!(
+        "{}: {} of {} modules are used and change {} tensors; {} names have no place in the model",
+        fit.file,
+        fit.used,
+        fit.modules,
+        fit.tensors,
+        fit.unmatched.len()
+    );
+    for name in &fit.unmatched {
+        tracing::debug!("{}: no place for `{name}`", fit.file);
+    }
 }
 
 /// Adapters to be baked in, and a note of each for the output's metadata.
@@ -90,15 +103,31 @@ pub(super) fn bake(args: &ConvertArgs) -> Result<Baked> {
     };
     let mut adapters = Adapters::default();
     adapters.set_dora_norm(args.dora_norm);
+    adapters.set_strict(args.lora_options.strict);
     let mut list = Vec::new();
-    for flag in &args.lora {
-        let (typed, text, denoiser) = split(flag)?;
+    for ((typed, strength), flag) in flags(&args.lora, &args.lora_options)?
+        .into_iter()
+        .zip(&args.lora)
+    {
+        let constants = strength
+            .text
+            .as_constant()
+            .zip(strength.denoiser.as_constant());
+        let Some((text, denoiser)) = constants.filter(|_| strength.steps.is_none()) else {
+            return Err(Error::Usage(format!(
+                "--lora {flag}: a weight that changes over the steps cannot be baked in; give a number such as 0.8"
+            )));
+        };
         let model = find(&args.library, &typed)?;
         let adapter = Arc::new(Adapter::open(&model.path, &options)?);
-        adapters.add(&adapter, text, denoiser)?;
-        list.push(json!({
+        let mut note = json!({
             "name": model.name, "hash": short_hash(&adapter)?, "text_weight": text, "unet_weight": denoiser,
-        }));
+        });
+        if let (Some(blocks), Some(note)) = (&strength.blocks, note.as_object_mut()) {
+            note.insert("block_weights".to_owned(), json!(blocks.to_string()));
+        }
+        adapters.wear(&adapter, strength)?;
+        list.push(note);
     }
     let notes = match list.as_slice() {
         [] => Vec::new(),
@@ -112,7 +141,7 @@ impl Worn {
         &mut self,
         args: &GenerateArgs,
         model: &Model,
-        (text, denoiser): (f64, f64),
+        strength: Strength,
         (name, hashes): (&str, &mut Vec<String>),
     ) -> Result<()> {
         let options = ReadOptions {
@@ -120,7 +149,7 @@ impl Worn {
             ..ReadOptions::default()
         };
         let adapter = Arc::new(Adapter::open(&model.path, &options)?);
-        self.adapters.add(&adapter, text, denoiser)?;
+        self.adapters.wear(&adapter, strength)?;
         let hash = format!("{name}: {}", short_hash(&adapter)?);
         if !hashes.contains(&hash) {
             hashes.push(hash);
@@ -146,30 +175,45 @@ fn tag_name(name: &str) -> String {
     name.replace([':', ',', '<', '>'], "")
 }
 
-/// `FILE_OR_NAME`, `…:WEIGHT` or `…:TEXT:UNET`. What exists under its whole name has no weight in it.
-fn split(flag: &str) -> Result<(PathBuf, f64, f64)> {
-    let number = |text: &str| text.trim().parse::<f64>().ok();
-    let whole = (PathBuf::from(flag), 1.0, 1.0);
-    if Path::new(flag).exists() {
-        return Ok(whole);
+/// What each `--lora` means, with its `--lora-block-weights`.
+fn flags(list: &[String], options: &LoraArgs) -> Result<Vec<(PathBuf, Strength)>> {
+    let blocks = &options.lora_block_weights;
+    if blocks.len() > list.len() {
+        return Err(Error::Usage(format!(
+            "there are {} --lora-block-weights and {} --lora; give each --lora one at most, or write lbw= behind its name",
+            blocks.len(),
+            list.len()
+        )));
     }
-    let Some((rest, last)) = flag.rsplit_once(':') else {
-        return Ok(whole);
-    };
-    let Some(denoiser) = number(last) else {
-        return Ok(whole);
-    };
-    let before = rest.rsplit_once(':');
-    let (name, text) = match before.and_then(|(name, text)| Some((name, number(text)?))) {
-        Some((name, text)) if !Path::new(rest).exists() => (name, text),
-        _ => (rest, denoiser),
-    };
-    if name.is_empty() || !text.is_finite() || !denoiser.is_finite() {
+    let mut flags = list
+        .iter()
+        .map(|flag| split(flag))
+        .collect::<Result<Vec<_>>>()?;
+    for ((_, strength), blocks) in flags.iter_mut().zip(blocks) {
+        strength.blocks = Some(BlockWeights::parse(blocks)?);
+    }
+    Ok(flags)
+}
+
+/// `FILE_OR_NAME`, and behind it what may stand behind a name in a tag: `…:WEIGHT`, `…:TEXT:UNET`, `…:lbw=OUTALL`. What exists under its whole name
+/// has no weight in it.
+fn split(flag: &str) -> Result<(PathBuf, Strength)> {
+    let mut name = flag;
+    let mut arguments = Vec::new();
+    while !Path::new(name).exists()
+        && let Some((rest, last)) = name.rsplit_once(':')
+        && Strength::is_argument(last)
+    {
+        arguments.insert(0, last);
+        name = rest;
+    }
+    if name.is_empty() {
         return Err(Error::Usage(format!(
             "--lora {flag}: expected FILE_OR_NAME[:WEIGHT], where the weight is a number such as 0.8"
         )));
     }
-    Ok((PathBuf::from(name), text, denoiser))
+    let strength = Strength::from_arguments(&arguments, &format!("--lora {flag}"))?;
+    Ok((PathBuf::from(name), strength))
 }
 
 /// The file that a flag means: a path, a LoRA's name in the folders, or what any model's name may be.
@@ -206,12 +250,12 @@ mod tests {
             ("C:\\x\\a.safetensors:.5", "C:\\x\\a.safetensors", 0.5, 0.5),
             ("o/r:f.safetensors", "o/r:f.safetensors", 1.0, 1.0),
         ] {
-            assert_eq!(
-                split(flag).unwrap(),
-                (PathBuf::from(name), text, denoiser),
-                "{flag}"
-            );
+            let expected = (PathBuf::from(name), Strength::constant(text, denoiser));
+            assert_eq!(split(flag).unwrap(), expected, "{flag}");
         }
+        let (name, strength) = split("C:\\a:0.5@0.2-0.7:lbw=MIDD").unwrap();
+        assert_eq!(name, PathBuf::from("C:\\a"));
+        assert_eq!(strength.arguments(), "0.5@0.2-0.7:lbw=MIDD");
         for wrong in ["a:nan", ":1", "a:inf"] {
             assert!(split(wrong).is_err(), "{wrong}");
         }

@@ -4,6 +4,7 @@ pub mod args;
 mod bench;
 mod convert;
 mod doctor;
+mod embedding;
 mod fetch;
 mod full_size;
 mod generate;

@@ -163,20 +163,62 @@ impl Library {
                 path: entry.path.clone(),
                 name: entry.name.clone(),
             }),
-            [] => Err(self.no_lora(name, &loras)),
+            [] => Err(self.absent((Kind::Lora, "lora"), name, &loras)),
             several => Err(ambiguous(name, several)),
         }
     }
 
-    fn no_lora(&self, name: &str, loras: &[Entry]) -> Error {
+    /// The textual inversions in the folders for them. Only these are looked into: it is done for every prompt.
+    pub fn embeddings(&self) -> Vec<Entry> {
+        let places = self.places.iter().filter_map(|place| match place.kind {
+            None => Some(place.path.join("embeddings")),
+            Some(Kind::Embedding) => Some(place.path.clone()),
+            Some(_) => None,
+        });
+        let places: Vec<Place> = places
+            .map(|path| Place {
+                path,
+                kind: Some(Kind::Embedding),
+            })
+            .collect();
+        scan::scan(&places)
+    }
+
+    /// The textual inversion of that name in the folders for them: a file's stem or name, with or without the folders above it.
+    ///
+    /// # Errors
+    /// As [`Library::find_lora`].
+    pub fn find_embedding(&self, name: &str) -> Result<Entry> {
+        let all = self.embeddings();
+        let called = |exact| {
+            let found = all.iter().filter(|entry| entry.is_called(name, exact));
+            found.cloned().collect::<Vec<_>>()
+        };
+        let mut found = called(true);
+        if found.is_empty() {
+            found = called(false);
+        }
+        match found.as_slice() {
+            [entry] => Ok(entry.clone()),
+            [] => Err(self.absent((Kind::Embedding, "embedding"), name, &all)),
+            several => Err(ambiguous(name, several)),
+        }
+    }
+
+    /// Nothing of a kind has that name among `all`, the files of that kind.
+    fn absent(&self, (kind, flag): (Kind, &str), name: &str, all: &[Entry]) -> Error {
+        let word = match kind {
+            Kind::Lora => "LoRA",
+            other => other.name(),
+        };
         let folders = self.places.iter().filter_map(|place| match place.kind {
-            None => Some(place.path.join("loras")),
-            Some(Kind::Lora) => Some(place.path.clone()),
+            None => Some(place.path.join(format!("{flag}s"))),
+            Some(known) if known == kind => Some(place.path.clone()),
             Some(_) => None,
         });
         let folders: Vec<String> = folders.map(|path| path.display().to_string()).collect();
         let wanted = name.to_lowercase();
-        let near = loras.iter().map(|entry| entry.name.as_str());
+        let near = all.iter().map(|entry| entry.name.as_str());
         let near: Vec<&str> = near
             .filter(|other| other.to_lowercase().contains(&wanted))
             .take(3)
@@ -186,9 +228,9 @@ impl Library {
             some => format!(" (near it: {})", some.join(", ")),
         };
         Error::NotFound {
-            what: format!("the LoRA `{}`", printable(name)),
+            what: format!("the {word} `{}`", printable(name)),
             hint: format!(
-                "no file of that name lies in {}{near}; put it there, or give its path with --lora",
+                "no file of that name lies in {}{near}; put it there, or give its path with --{flag}",
                 folders.join(" or in ")
             ),
         }

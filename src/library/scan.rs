@@ -35,7 +35,7 @@ impl Entry {
         let relative = self.path.strip_prefix(&self.place).unwrap_or(&self.path);
         let relative = relative.to_string_lossy().replace('\\', "/");
         let file = relative.rsplit('/').next().unwrap_or(&relative);
-        let bare = match extension_of_model(&self.path).filter(|_| self.format != "diffusers") {
+        let bare = match Some(&self.format).filter(|format| *format != "diffusers") {
             Some(ending) => relative
                 .get(..relative.len() - ending.len() - 1)
                 .unwrap_or(&relative),
@@ -60,6 +60,12 @@ pub(super) fn extension_of_model(path: &Path) -> Option<&'static str> {
     ENDINGS
         .into_iter()
         .find(|ending| ending.eq_ignore_ascii_case(extension))
+}
+
+/// diffusers' embeddings may be called `learned_embeds.bin`; elsewhere the ending says nothing.
+fn bin(path: &Path, kind: Option<Kind>) -> Option<&'static str> {
+    let is_bin = path.extension()?.eq_ignore_ascii_case("bin");
+    (is_bin && kind == Some(Kind::Embedding)).then_some("bin")
 }
 
 /// The models of these folders, by kind and name.
@@ -118,7 +124,7 @@ impl Walk {
             }
             if about.is_dir() {
                 self.folder(place, &path, kind.or(Kind::of_folder(&name)), depth + 1);
-            } else if let Some(ending) = extension_of_model(&path)
+            } else if let Some(ending) = extension_of_model(&path).or_else(|| bin(&path, kind))
                 && fs::canonicalize(&path).is_ok_and(|real| self.seen.insert(real))
             {
                 let stem = path

@@ -7,6 +7,7 @@ use candle_core::{DType, Device};
 use sd_kernels::{Source, Weights};
 use sd_models::clip::TextEncoder;
 use sd_models::denoiser::Denoiser;
+use sd_models::t5::T5Encoder;
 
 use super::coverage::source;
 use crate::adapters::{Adapters, Bound, Network, Owner};
@@ -32,8 +33,14 @@ fn networks(spec: &ModelSpec) -> Vec<Network> {
         let load = |w: &Weights| drop(TextEncoder::load(w, &component.config));
         network(Owner::Text(tower.role.component), component, &load)
     });
+    let t5 = spec.t5.iter().map(|t5| {
+        let component = &t5.component;
+        let load = |w: &Weights| drop(T5Encoder::load(w, &component.config));
+        network(Owner::Text(t5.role.component), component, &load)
+    });
     let load = |w: &Weights| drop(Denoiser::load(w, &spec.unet.config));
     towers
+        .chain(t5)
         .chain([network(Owner::Denoiser, &spec.unet, &load)])
         .collect()
 }

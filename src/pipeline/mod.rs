@@ -10,6 +10,7 @@ mod event;
 mod extend;
 mod guidance;
 mod known;
+mod learned;
 mod memory;
 mod networks;
 mod plan;
@@ -300,7 +301,8 @@ impl Engine {
             .denoiser(size, &conditions, &timesteps, skipped)
     }
 
-    fn readers(&self) -> Readers<'_> {
+    /// Everybody who reads this model's texts.
+    pub fn readers(&self) -> Readers<'_> {
         let towers = self.networks.towers().iter();
         let towers = towers.zip(&self.tokenizers.clip).zip(&self.spec.text).map(
             |((tower, tokenizer), spec)| Speaker {

@@ -1,5 +1,6 @@
 //! The networks of a model, loaded and ready.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
@@ -15,7 +16,7 @@ use super::adapted::bind_adapters;
 use super::conditions::{ADDED, CONTEXT, Conditions, EXTRA, GUIDANCE, LABEL, REFERENCE};
 use super::coverage::{Coverage, ENCODER, T5, TEXT, UNET, VAE, named, source};
 use super::tower::{LoadedT5, LoadedTower, Runner};
-use crate::adapters::{Adapters, Bound, Owner};
+use crate::adapters::{Adapters, Bound, Owner, Strength};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::memory::Memory;
@@ -29,6 +30,8 @@ pub struct Networks {
     tokens: usize,
     unet: Network,
     config: denoiser::Config,
+    /// Where the denoising network's weights come from; the eager executor holds them.
+    unet_weights: Weights,
     vae: AnyDecoder,
     vae_source: Arc<dyn Source>,
     encoder: EncoderParts,
@@ -177,7 +180,10 @@ impl Networks {
                     adapters.wrap(owner, source(&tower.component))
                 })
                 .collect(),
-            t5: spec.t5.as_ref().map(|t5| source(&t5.component) as _),
+            t5: spec.t5.as_ref().map(|t5| {
+                let owner = Owner::Text(t5.role.component);
+                adapters.wrap(owner, source(&t5.component))
+            }),
             unet: adapters.wrap(Owner::Denoiser, source(&spec.unet)),
             vae: match &spec.tiny {
                 Some(tiny) => source(tiny),
@@ -270,6 +276,7 @@ impl Networks {
             t5,
             tokens: configs.tokens,
             unet,
+            unet_weights,
             config: configs.unet.clone(),
             vae,
             vae_source: sources.vae,
@@ -290,9 +297,36 @@ impl Networks {
         &self.adapters
     }
 
+    /// Takes the strengths of adapters that hold at step `step` of `steps`; whether the denoising network is another one now. Then those of its
+    /// weights that have changed are read anew when it is made ready.
+    pub fn at_step(&self, step: usize, steps: usize) -> bool {
+        self.forget(&self.adapters.at_step(step, steps))
+    }
+
+    /// Gives the adapter at `place` other strengths: 0 takes it off, and the weights are then the model's own to the bit. What was made ready before
+    /// keeps the old ones.
+    pub fn set_strength(&self, place: usize, strength: Strength) {
+        self.forget(&self.adapters.set_strength(place, strength));
+    }
+
+    fn forget(&self, changed: &BTreeSet<String>) -> bool {
+        let is_changed = |name: &str| changed.contains(name);
+        match &self.planned {
+            _ if changed.is_empty() => {}
+            Some(planned) => planned.unet.forget(&is_changed),
+            None => self.unet_weights.release_if(&is_changed),
+        }
+        !changed.is_empty()
+    }
+
     /// The text encoders.
     pub fn towers(&self) -> &[LoadedTower] {
         &self.towers
+    }
+
+    /// The same, to be changed.
+    pub(super) fn towers_mut(&mut self) -> &mut [LoadedTower] {
+        &mut self.towers
     }
 
     /// T5.

@@ -48,6 +48,7 @@ impl<'a> Relay<'a> {
             first_load: Duration::ZERO,
             later_load: Duration::ZERO,
         };
+        relay.take_strengths(0);
         let first = plan.trajectory.calls.first().map(|call| call.timestep);
         relay.switched = first.is_some_and(|timestep| relay.is_refiners(timestep));
         relay.first_load = relay.make_ready()?;
@@ -73,12 +74,24 @@ impl<'a> Relay<'a> {
             let took = self.make_ready()?;
             self.later_load += took;
         }
+        if self.take_strengths(call.step) {
+            // their buffers and old weights make room
+            (self.denoiser, self.lacking) = (None, None);
+            let took = self.make_ready()?;
+            self.later_load += took;
+        }
         let Some(denoiser) = &mut self.denoiser else {
             return Err(Error::Numeric("no network is ready".to_owned()));
         };
         let predictions = denoiser.predict(sample, timestep)?;
         let skipped = self.predict_lacking(sample, call)?;
         guide(self.plan, &predictions, skipped)
+    }
+
+    /// Gives adapters the strengths that they have at a step; whether the network at work is another one now.
+    fn take_strengths(&self, step: usize) -> bool {
+        let steps = self.plan.trajectory.steps;
+        self.engine.networks.at_step(step, steps) && !self.switched
     }
 
     /// The prediction of the network without some layers, at the steps where it has a say.

@@ -1,14 +1,21 @@
 //! A text tower, loaded: token ids to states, and to a whole text's vector.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 use sd_kernels::cpu::Level;
 use sd_kernels::plan::{Feed, Options, Plan, Precision, Store};
 use sd_kernels::{Graph, Weights};
-use sd_models::clip::TextEncoder;
+use sd_models::clip::{self, TextEncoder};
 use sd_models::t5::T5Encoder;
 
+use super::coverage::{TEXT, named};
+use crate::adapters::enlarge;
 use crate::error::{Error, Result};
 use crate::text::{Encoded, LongTower, Reading, Tower};
+
+/// The table of tokens in a CLIP tower.
+const TOKENS: &str = "embeddings.token_embedding.weight";
 
 /// How a tower's parts are run.
 pub(super) struct Runner {
@@ -83,6 +90,37 @@ impl Runner {
 impl LoadedTower {
     pub(super) fn new(encoder: TextEncoder, runner: Runner) -> Self {
         Self { encoder, runner }
+    }
+
+    /// Rows of its table of tokens.
+    pub fn vocabulary(&self) -> usize {
+        self.encoder.config().vocabulary
+    }
+
+    /// Puts vectors, whole rows one behind the other, at the end of the tower's table of tokens.
+    ///
+    /// # Errors
+    /// When the table cannot be read.
+    pub(super) fn learn(&mut self, vectors: Vec<f32>) -> Result<()> {
+        let config = self.encoder.config();
+        let (width, rows) = (config.width, vectors.len() / config.width.max(1));
+        let config = clip::Config {
+            vocabulary: config.vocabulary.saturating_add(rows),
+            ..config.clone()
+        };
+        let inner = Arc::clone(self.runner.weights.source());
+        let weights = self
+            .runner
+            .weights
+            .over(enlarge(inner, TOKENS, (Arc::new(vectors), width)));
+        self.encoder = TextEncoder::load(&weights, &config);
+        let found = match self.runner.eager {
+            Some(_) => weights.finish(),
+            None => weights.check(),
+        };
+        named(TEXT, found)?;
+        self.runner.weights = weights;
+        Ok(())
     }
 }
 

@@ -8,8 +8,12 @@
 //! The weights multiply the text model's hidden states token by token. A1111's emphasis "Original" then scales the chunk as a
 //! whole by [`emphasis_scale`], so that its mean is what it was (`modules/sd_emphasis.py`).
 
+use std::collections::BTreeSet;
+use std::ops::Range;
+
 use super::prompt::{Piece, Role, Syntax, check_length, parse};
 use super::tokenizer::ClipTokenizer;
+use super::words::Unit;
 use crate::error::{Error, Result};
 
 /// The context of every CLIP text model: 75 tokens between BOS and EOS.
@@ -40,6 +44,13 @@ impl Chunk {
     pub fn end(&self, eos: u32) -> usize {
         let end = self.ids.iter().position(|&id| id == eos);
         end.unwrap_or(self.ids.len().saturating_sub(1))
+    }
+
+    /// Where the largest id stands, the first of several.
+    pub fn largest(&self) -> usize {
+        let ids = self.ids.iter().enumerate();
+        let largest = ids.max_by_key(|(place, id)| (**id, std::cmp::Reverse(*place)));
+        largest.map_or(0, |(place, _)| place)
     }
 }
 
@@ -87,6 +98,28 @@ impl Chunking {
         }
     }
 
+    /// The numbers of the learned words in a text.
+    ///
+    /// Errors: as [`Self::tokenize`].
+    pub fn words(
+        self,
+        tokenizer: &ClipTokenizer,
+        text: &str,
+        role: Role,
+    ) -> Result<BTreeSet<usize>> {
+        let mut found = BTreeSet::new();
+        for piece in parse(text, self.syntax, role)? {
+            if let Piece::Text { text, .. } = piece {
+                for unit in tokenizer.units(&text, self.syntax)? {
+                    if let Unit::Word(_, index, _) = unit {
+                        found.insert(index);
+                    }
+                }
+            }
+        }
+        Ok(found)
+    }
+
     /// A prompt and its negative prompt, filled up to the same number of chunks with empty chunks.
     pub fn tokenize_pair(
         self,
@@ -111,8 +144,11 @@ impl Chunking {
             match piece {
                 Piece::Break => builder.end_chunk(),
                 Piece::Text { text, weight } => {
-                    for id in tokenizer.encode(text)? {
-                        builder.push(id, *weight as f32);
+                    for unit in tokenizer.units(text, self.syntax)? {
+                        match unit {
+                            Unit::Token(token) => builder.push(token.id, *weight as f32),
+                            Unit::Word(ids, ..) => builder.push_word(ids, *weight as f32)?,
+                        }
                     }
                 }
             }
@@ -126,14 +162,19 @@ impl Chunking {
     /// diffusers' way: one chunk; what does not fit is cut off and quoted in a warning.
     fn cut(self, tokenizer: &ClipTokenizer, text: &str, role: Role) -> Result<Tokenized> {
         check_length(text, role)?;
-        let tokens = tokenizer.encode_located(text)?;
+        let units = tokenizer.units(text, self.syntax)?;
+        let tokens = units.into_iter().flat_map(|unit| match unit {
+            Unit::Token(token) => vec![(token.id, token.start)],
+            Unit::Word(ids, _, start) => ids.map(|id| (id, start)).collect(),
+        });
+        let tokens: Vec<(u32, usize)> = tokens.collect();
         let room = self.length.saturating_sub(2);
         let mut ids = vec![tokenizer.bos()];
-        ids.extend(tokens.iter().take(room).map(|token| token.id));
+        ids.extend(tokens.iter().take(room).map(|(id, _)| id));
         ids.push(tokenizer.eos());
         ids.resize(self.length, tokenizer.pad());
-        let warning = tokens.get(room).map(|first| {
-            let (name, count, lost) = (role.name(), tokens.len(), from_byte(text, first.start));
+        let warning = tokens.get(room).map(|(_, start)| {
+            let (name, count, lost) = (role.name(), tokens.len(), from_byte(text, *start));
             format!("the {name} has {count} tokens and the text model reads {room}; this part was cut off: {lost:?}")
         });
         let weights = vec![1.0; ids.len()];
@@ -191,25 +232,48 @@ impl<'a> Builder<'a> {
 
     /// Adds a token, to a new chunk where this one is full.
     fn push(&mut self, id: u32, weight: f32) {
-        let full = self.ids.len() == self.room;
         if self.tokenizer.comma() == Some(id) {
             // A comma that no longer fits is forgotten with the chunk, as A1111 does.
             self.last_comma = Some(self.ids.len());
-        } else if full
-            && let Some(comma) = self
-                .last_comma
-                .filter(|comma| self.room - comma <= COMMA_BACKTRACK)
+        } else {
+            self.step_back();
+        }
+        self.add(id..id.saturating_add(1), weight);
+    }
+
+    /// Adds the vectors of a learned word, to a new chunk where there is no room for all of them.
+    fn push_word(&mut self, ids: Range<u32>, weight: f32) -> Result<()> {
+        if ids.len() > self.room {
+            return Err(Error::Usage(format!(
+                "an embedding in the prompt has {} vectors, and the text model reads {} tokens at once",
+                ids.len(),
+                self.room
+            )));
+        }
+        self.step_back();
+        self.add(ids, weight);
+        Ok(())
+    }
+
+    /// Where the chunk is full, gives the tokens behind its last comma to the next one if they are few.
+    fn step_back(&mut self) {
+        let near = |comma: &usize| self.room - comma <= COMMA_BACKTRACK;
+        if self.ids.len() == self.room
+            && let Some(comma) = self.last_comma.filter(near)
         {
             let ids = self.ids.split_off(comma + 1);
             let weights = self.weights.split_off(comma + 1);
             self.end_chunk();
             (self.ids, self.weights) = (ids, weights);
         }
-        if self.ids.len() == self.room {
+    }
+
+    fn add(&mut self, ids: Range<u32>, weight: f32) {
+        if self.ids.len() + ids.len() > self.room {
             self.end_chunk();
         }
-        self.ids.push(id);
-        self.weights.push(weight);
+        self.ids.extend(ids);
+        self.weights.resize(self.ids.len(), weight);
     }
 
     /// Puts the chunk with the finished ones, however full it is.

@@ -174,7 +174,7 @@ pub fn encode(readers: &Readers<'_>, texts: Texts<'_>) -> Result<Conditioning> {
             }
         }
     }
-    let behind = long(readers.behind, texts)?;
+    let behind = long(readers, texts)?;
     for warning in behind.warnings {
         // both towers cut the same text: T5, which holds more of it, tells what is lost to all
         warnings.clear();
@@ -194,8 +194,8 @@ struct Long {
     warnings: Vec<String>,
 }
 
-fn long(behind: Behind<'_>, texts: Texts<'_>) -> Result<Long> {
-    let speaker = match behind {
+fn long(readers: &Readers<'_>, texts: Texts<'_>) -> Result<Long> {
+    let speaker = match readers.behind {
         Behind::Nothing => {
             return Ok(Long {
                 states: None,
@@ -218,6 +218,11 @@ fn long(behind: Behind<'_>, texts: Texts<'_>) -> Result<Long> {
     } = speaker;
     let mut warnings = Vec::new();
     let mut of = |text: &str, role: Role| -> Result<Tensor> {
+        // learned words are CLIP's
+        let text = match readers.towers.first() {
+            Some(clip) => &clip.tokenizer.without_named(text),
+            None => text,
+        };
         let tokens = tokenizer.tokenize(text, (texts.syntax, role), length)?;
         warnings.extend(tokens.warning);
         emphasise(&tower.states(&tokens.chunk.ids)?, &tokens.chunk)
@@ -303,7 +308,15 @@ fn encode_by(speaker: &Speaker<'_>, texts: Texts<'_>) -> Result<([Encoded; 2], V
         .collect();
     let ends: Vec<(usize, usize)> = firsts
         .iter()
-        .map(|&first| (first, chunks[first].end(tokenizer.eos())))
+        .map(|&first| {
+            let chunk = chunks[first];
+            // transformers' reading of such a config: the largest id, which with learned words is not the end
+            let end = match texts.syntax {
+                Syntax::Plain if tokenizer.ends_at_largest() => chunk.largest(),
+                _ => chunk.end(tokenizer.eos()),
+            };
+            (first, end)
+        })
         .collect();
     let reading = Reading {
         skip: texts.clip_skip.saturating_sub(1).max(role.skip),

@@ -9,6 +9,7 @@ mod refusals;
 pub mod t5;
 pub mod tokenizer;
 mod vocabulary;
+mod words;
 
 pub use encode::{
     Behind, Conditioning, Encoded, LongSpeaker, LongTower, Readers, Reading, Speaker, Text, Texts,
@@ -19,6 +20,7 @@ pub use files::tokenizer_files;
 pub use prompt::Syntax;
 pub use t5::T5Tokenizer;
 pub use tokenizer::ClipTokenizer;
+pub use words::{Word, begins_with_name, first_name, named_embeddings};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
@@ -79,7 +81,13 @@ fn tokenizer_for(checkpoint: &Checkpoint, tower: &TextTower) -> Result<ClipToken
         }
     };
     tokenizer.check_vocab(tower.component.config.vocabulary)?;
-    Ok(tokenizer)
+    // single files stand for models whose folders have the 2 of old transformers
+    let end = checkpoint.config(tower.role.component).map(|config| {
+        config
+            .get("eos_token_id")
+            .and_then(serde_json::Value::as_u64)
+    });
+    Ok(tokenizer.with_end_at_largest(end.is_none_or(|end| end == Some(2))))
 }
 
 /// Whether a folder's tokenizer config, which may be there without a vocabulary, pads with `!`, token 0.

@@ -23,6 +23,12 @@ pub(super) fn check(text: &str, role: Role) -> Result<()> {
     // A1111 looks for extra networks and AND in the prompt alone.
     if role == Role::Prompt {
         if let Some(tag) = find_network(text) {
+            if tag.starts_with("<hypernet:") {
+                let found = quote(tag);
+                return Err(Error::Unsupported(format!(
+                    "{found} in the prompt names a hypernetwork, and hypernetworks are not supported; remove it, or use a LoRA that was trained for the same"
+                )));
+            }
             return Err(refusal("the extra network", tag, role));
         }
         if whole_words(text, "AND").next().is_some() {

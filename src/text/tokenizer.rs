@@ -13,7 +13,9 @@ use tokenizers::pre_tokenizers::sequence::Sequence as Splits;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, SplitDelimiterBehavior, Tokenizer};
 
+use super::prompt::Syntax;
 use super::vocabulary::{BOS, EOS, Vocabulary};
+use super::words::{Unit, Word, Words};
 use crate::error::{Error, Result};
 
 /// The suffix of the last token of a word.
@@ -37,6 +39,9 @@ pub struct ClipTokenizer {
     max_id: u32,
     /// The folder it was read from; none for the embedded one.
     folder: Option<PathBuf>,
+    /// What it has learned beside its vocabulary.
+    words: Words,
+    ends_at_largest: bool,
 }
 
 /// A token and the bytes of the text it came from.
@@ -100,7 +105,18 @@ impl ClipTokenizer {
                 .fold(largest, u32::max),
             inner,
             folder: None,
+            words: Words::default(),
+            ends_at_largest: false,
         })
+    }
+
+    /// The same tokenizer with learned words, whose ids the tower knows.
+    ///
+    /// # Errors
+    /// When a name cannot be tokenized.
+    pub fn with_words(mut self, words: &[Word]) -> Result<Self> {
+        self.words = Words::new(&self, words)?;
+        Ok(self)
     }
 
     /// The same tokenizer padding with `id`: 0 for the OpenCLIP towers of Stable Diffusion 2 and XL, where the checkpoint's own
@@ -109,6 +125,19 @@ impl ClipTokenizer {
     pub fn with_pad(mut self, id: u32) -> Self {
         self.pad = id;
         self
+    }
+
+    /// The same tokenizer for a tower whose config says that texts end with token 2, as those of Stable Diffusion XL do: transformers then
+    /// takes a text's vector at the largest id, which with learned words is one of theirs (`CLIPTextTransformer.forward`).
+    #[must_use]
+    pub fn with_end_at_largest(mut self, largest: bool) -> Self {
+        self.ends_at_largest = largest;
+        self
+    }
+
+    /// Whether transformers takes a text's vector at its largest id.
+    pub(super) fn ends_at_largest(&self) -> bool {
+        self.ends_at_largest
     }
 
     /// The id that begins every sequence.
@@ -157,6 +186,16 @@ impl ClipTokenizer {
     /// as `<|endoftext|>`, become their ids, as in transformers.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         Ok(self.encode_located(text)?.iter().map(|t| t.id).collect())
+    }
+
+    /// Tokens and learned words of a text.
+    pub(super) fn units(&self, text: &str, syntax: Syntax) -> Result<Vec<Unit>> {
+        self.words.units(self, text, syntax)
+    }
+
+    /// A text without its `embedding:…`, for a tower that knows no learned words.
+    pub(super) fn without_named(&self, text: &str) -> String {
+        self.words.without_named(text)
     }
 
     /// [`Self::encode`], with the place of every token.

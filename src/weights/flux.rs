@@ -8,7 +8,7 @@ use super::ldm_unet::Shapes;
 use super::mmdit::SWAPPED;
 use super::text_tower::at;
 
-const DOUBLE: &[Inner] = &[
+pub(crate) const DOUBLE: &[Inner] = &[
     inner("norm1.linear", "img_mod.lin"),
     inner("norm1_context.linear", "txt_mod.lin"),
     part_of("attn.to_q.weight", "img_attn.qkv.weight", (0, 1, 3)),
@@ -35,7 +35,7 @@ const DOUBLE: &[Inner] = &[
     inner("ff_context.net.2", "txt_mlp.2"),
 ];
 /// `linear1` makes queries, keys and values, a width each, and four widths of the feed-forward.
-const SINGLE: &[Inner] = &[
+pub(crate) const SINGLE: &[Inner] = &[
     inner("norm.linear", "modulation.lin"),
     part_of("attn.to_q.weight", "linear1.weight", (0, 1, 7)),
     part_of("attn.to_k.weight", "linear1.weight", (1, 1, 7)),
@@ -49,7 +49,7 @@ const SINGLE: &[Inner] = &[
     inner("attn.norm_k.weight", "norm.key_norm.scale"),
     inner("proj_out", "linear2"),
 ];
-const TIME_TEXT: &[Inner] = &[
+pub(crate) const TIME_TEXT: &[Inner] = &[
     inner("timestep_embedder.linear_1", "time_in.in_layer"),
     inner("timestep_embedder.linear_2", "time_in.out_layer"),
     inner("text_embedder.linear_1", "vector_in.in_layer"),

@@ -7,7 +7,7 @@ use super::layout::{Inner, Layout, inner, part_of};
 use super::ldm_unet::Shapes;
 use super::text_tower::at;
 
-const SAMPLE: &[Inner] = &[
+pub(crate) const SAMPLE: &[Inner] = &[
     inner("norm1.linear", "x_block.adaLN_modulation.1"),
     inner("norm1_context.linear", "context_block.adaLN_modulation.1"),
     part_of("attn.to_q.weight", "x_block.attn.qkv.weight", (0, 1, 3)),
@@ -77,13 +77,13 @@ pub(super) const SWAPPED: &[Inner] = &[
         ..inner("bias", "bias")
     },
 ];
-const TIME_TEXT: &[Inner] = &[
+pub(crate) const TIME_TEXT: &[Inner] = &[
     inner("timestep_embedder.linear_1", "t_embedder.mlp.0"),
     inner("timestep_embedder.linear_2", "t_embedder.mlp.2"),
     inner("text_embedder.linear_1", "y_embedder.mlp.0"),
     inner("text_embedder.linear_2", "y_embedder.mlp.2"),
 ];
-const PLACES: &[Inner] = &[
+pub(crate) const PLACES: &[Inner] = &[
     inner("proj", "x_embedder.proj"),
     inner("pos_embed", "pos_embed"),
 ];

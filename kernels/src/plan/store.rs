@@ -152,6 +152,18 @@ impl Store {
             .clear();
     }
 
+    /// Lets go of the weights of these names, which have changed; plans made from it keep what they use.
+    pub fn forget(&self, fits: &dyn Fn(&str) -> bool) {
+        self.packed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|key, _| !key.names.iter().any(|name| fits(name)));
+        self.vectors
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|name, _| !fits(name));
+    }
+
     /// A small weight in f32: biases, norms.
     pub(super) fn vector(&self, param: &Param) -> Result<Arc<Vec<f32>>> {
         if let Some(found) = self

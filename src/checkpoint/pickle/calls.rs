@@ -43,8 +43,31 @@ impl Machine {
                 let pairs = pairs.collect();
                 self.heap.new_dict(pairs)
             }
+            Global::Holder => {
+                let holder = self.heap.new_dict(Vec::new());
+                if let Value::Dict(place) = holder {
+                    self.holders.insert(place);
+                }
+                holder
+            }
             Global::Storage(_) | Global::Type(_) | Global::Opaque => Value::Opaque,
         })
+    }
+
+    /// Gives an object its state: only those that hold tensors there take any.
+    pub(super) fn build(&mut self, object: &Value, state: &Value) -> Outcome<()> {
+        if let (Value::Dict(place), Value::Dict(state)) = (object, state)
+            && self.holders.contains(place)
+        {
+            let pairs = self.heap.pairs(*state).to_vec();
+            self.copied = self.copied.saturating_add(pairs.len());
+            if self.copied > MAX_STEPS {
+                return Err(too_long());
+            }
+            let flat = pairs.into_iter().flat_map(|(key, value)| [key, value]);
+            self.heap.extend_dict(object, flat.collect());
+        }
+        Ok(())
     }
 
     /// `('storage', type, key, device, count[, (key, first, count)])`, by `torch.serialization`.

@@ -15,6 +15,8 @@ pub(super) enum Global {
     FromType,
     /// A mapping, perhaps of given pairs.
     Dict,
+    /// An object that is a mapping, whose state holds its tensors: `torch.nn.ParameterDict`.
+    Holder,
     /// A storage of this type; of bytes if none.
     Storage(Option<Dtype>),
     /// A type of elements.
@@ -79,6 +81,7 @@ pub(super) fn resolve(module: &str, name: &str) -> Option<Global> {
         | ("torch", "Size") => Some(Global::First),
         ("torch._tensor", "_rebuild_from_type_v2") => Some(Global::FromType),
         ("collections", "OrderedDict" | "defaultdict") => Some(Global::Dict),
+        ("torch.nn.modules.container", "ParameterDict") => Some(Global::Holder),
         ("torch.storage", "UntypedStorage" | "_UntypedStorage") | ("torch", "UntypedStorage") => {
             Some(Global::Storage(None))
         }

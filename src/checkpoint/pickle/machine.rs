@@ -4,11 +4,11 @@
 //! Opcodes as in CPython 3.14's `Lib/pickletools.py`. Steps and texts are limited; no value is copied but by reference, so that a short
 //! program cannot make much (no "billion laughs"), and nothing recurses.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
 use super::globals;
-use super::value::{Heap, Value};
+use super::value::{Heap, Place, Value};
 use crate::checkpoint::input::{Fault, Input, Outcome};
 use crate::checkpoint::printable::printable;
 
@@ -30,6 +30,8 @@ pub(super) struct Machine {
     memo: HashMap<u32, Value>,
     /// Values that were copied out of lists, by calls.
     pub(super) copied: usize,
+    /// Dicts that take what objects' states hold.
+    pub(super) holders: HashSet<Place>,
 }
 
 impl Machine {
@@ -273,13 +275,25 @@ impl Machine {
                 self.pop_many(3)?;
                 Value::Opaque
             }
-            // the state of an object, whose class would take it: only its tensors matter here, and they are in dicts
+            // the state of an object, whose class would take it: only its tensors matter here, and all but a few keep them in dicts
             b'b' => {
-                self.pop()?;
+                let state = self.pop()?;
+                if let Some(object) = self.stack.last().cloned() {
+                    self.build(&object, &state)?;
+                }
                 return Ok(true);
             }
             b'Q' => {
                 let id = self.pop()?;
+                // old files say which module a class is of, and bring its source along
+                if let Some([Value::Text(word), class @ Value::Global(_), ..]) =
+                    self.heap.items_of(&id)
+                    && **word == *"module"
+                {
+                    let class = class.clone();
+                    self.push(class)?;
+                    return Ok(true);
+                }
                 let storage = self.storage(&id)?;
                 let width = storage.dtype.map_or(1, |dtype| dtype.bitsize() as u64 / 8);
                 self.widths.insert(Rc::clone(&storage.key), width);
