@@ -373,7 +373,7 @@ impl Job<'_> {
 
     fn common_json(&self, seed: u64) -> Value {
         let mut object = self.own_json(seed);
-        let loras: Vec<_> = self.engine.networks().adapters().fits().collect();
+        let loras: Vec<_> = self.session.engine.networks().adapters().fits().collect();
         if let Some(fields) = object.as_object_mut().filter(|_| !loras.is_empty()) {
             fields.insert("loras".to_owned(), json!(loras));
         }
