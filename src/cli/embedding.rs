@@ -268,8 +268,8 @@ fn split(flag: &str) -> (PathBuf, Option<&str>) {
         return whole;
     }
     match flag.rsplit_once(':') {
-        // a drive's letter, or a file in a repository
-        Some((file, name)) if !name.is_empty() && !name.contains(['/', '\\']) && file.len() > 1 => {
+        // else a drive's letter, or a file in a repository
+        Some((file, name)) if !name.is_empty() && !name.contains(['/', '\\']) => {
             match Path::new(name).extension() {
                 Some(_) if !Path::new(file).exists() => whole,
                 _ => (PathBuf::from(file), Some(name)),
