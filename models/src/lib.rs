@@ -16,5 +16,6 @@ pub mod mmdit;
 pub mod t5;
 pub mod unet;
 pub mod vae;
+pub mod variant;
 
 pub use sd_kernels::{Error, Result};

@@ -1,5 +1,7 @@
 //! What can be typed. Nothing is resolved here; see `docs` of each command for what it does.
 
+pub(super) mod guidance;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -10,6 +12,7 @@ use crate::device::{DeviceChoice, DtypeChoice};
 use crate::output::save::DEFAULT_NAME;
 use crate::pipeline::Rng;
 use crate::text::Syntax;
+use guidance::{GuidanceArgs, RegionArgs, ShortcutArgs};
 
 /// Stable Diffusion in one binary.
 #[derive(Debug, Parser)]
@@ -274,6 +277,15 @@ pub struct GenerateArgs {
     /// The same with the negative prompt [default: 2.5]
     #[arg(long, value_name = "SCORE", value_parser = score, help_heading = "SDXL")]
     pub negative_aesthetic_score: Option<f64>,
+    /// Guidance beyond one scale
+    #[command(flatten)]
+    pub guidance: GuidanceArgs,
+    /// Prompts for parts of the picture
+    #[command(flatten)]
+    pub regions: RegionArgs,
+    /// Less work for nearly the same picture
+    #[command(flatten)]
+    pub shortcuts: ShortcutArgs,
     /// The prompts' language
     #[arg(long, value_enum, default_value_t)]
     pub prompt_syntax: Syntax,

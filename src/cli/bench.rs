@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use sd_kernels::cpu::Level;
 use sd_kernels::op::LayerClass;
 use sd_kernels::profile;
+use sd_models::variant::Variant;
 use serde_json::{Value, json};
 
 use super::args::BenchArgs;
@@ -119,7 +120,7 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
     let sample = Tensor::randn(0f32, 1.0, (1, channels, latent, latent), &device)?;
     let begin = Instant::now();
     let mut denoiser =
-        networks.denoiser([1, channels, latent, latent], &conditions, &[500.0], &[])?;
+        networks.denoiser([1, channels, latent, latent], &conditions, &[500.0], &Variant::default())?;
     let load = load + begin.elapsed();
     let mut steps = Vec::new();
     let mut times = BTreeMap::new();

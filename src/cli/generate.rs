@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::args::GenerateArgs;
+use super::args::guidance::{infotext, record};
 use super::fetch::{open_model, open_part};
 use super::lora::{self, Worn};
 use super::{interrupt, print_line, set_threads};
@@ -162,6 +163,9 @@ fn request(args: &GenerateArgs) -> Result<Request> {
                 layers: args.skip_layers.clone(),
                 span: (args.skip_layer_start, args.skip_layer_end),
             }),
+        guidance: args.guidance.guidance()?,
+        shortcuts: args.shortcuts.shortcuts(),
+        regions: args.regions.regions(&read_mask)?,
         sizes: SizeConditioning {
             original: args.original_size,
             crop: args.crop,
@@ -177,6 +181,14 @@ fn request(args: &GenerateArgs) -> Result<Request> {
         dtype: args.dtype,
         force: args.force || args.dry_run,
     })
+}
+
+/// Width, height and values of a mask.
+fn read_mask(path: &PathBuf) -> Result<(usize, usize, Vec<f32>)> {
+    Err(Error::Unsupported(format!(
+        "--region-mask {}: reading pictures is not built yet; give the region a box",
+        path.display()
+    )))
 }
 
 /// A bar on a terminal, nothing elsewhere.
@@ -327,6 +339,8 @@ impl Job<'_> {
                     json!({ "scale": slg.scale, "layers": slg.layers, "start": slg.span.0, "end": slg.span.1 }),
                 );
             }
+            let (guidance, shortcuts) = (&self.plan.guidance, &self.plan.shortcuts);
+            fields.extend(record(guidance, shortcuts, &self.request.regions));
             if self.args.dora_norm != DoraNorm::default() {
                 fields.insert("dora_norm".to_owned(), json!("original"));
             }
@@ -361,7 +375,7 @@ impl Job<'_> {
                 Rng::Nv => NoiseSource::Nv,
             },
             version: Some(Parameters::our_version()),
-            extras: self.other_models(),
+            extras: [self.other_models(), infotext(&self.plan.guidance, &self.plan.shortcuts)].concat(),
             ..Parameters::default()
         }
     }

@@ -4,12 +4,14 @@ use candle_core::{DType, Tensor};
 use sd_models::denoiser;
 
 use crate::error::Result;
-use crate::text::Conditioning;
+use crate::text::{Conditioning, Encoded};
 
 /// Names of the inputs of a recorded UNet that stay the same during a run.
 pub(super) const CONTEXT: &str = "context";
 pub(super) const ADDED: &str = "added";
 pub(super) const GUIDANCE: &str = "guidance";
+/// And of one that changes: what a shallow UNet takes from an earlier call.
+pub(super) const DEEP: &str = "deep";
 
 /// What the UNet is told beside latents and time; a batch has the unconditional rows first if there are any.
 #[derive(Debug, Clone)]
@@ -34,29 +36,46 @@ impl Conditions {
         (n, guided): (usize, bool),
         (numbers, cfg_scale): (&[Vec<f64>; 2], f64),
     ) -> Result<Self> {
-        let context = conditioning.for_batch(n, guided)?;
+        let [negative, positive] = numbers;
+        let mut texts: Vec<(&Encoded, &[f64])> = vec![(conditioning.prompt(), positive)];
+        if guided {
+            texts.insert(0, (conditioning.negative(), negative));
+        }
+        Self::of_texts(config, &texts, n, cfg_scale)
+    }
+
+    /// Those of `n` pictures for each of some texts, which come with what SDXL is told beside them.
+    ///
+    /// # Errors
+    /// When the device has no memory.
+    pub fn of_texts(
+        config: &denoiser::Config,
+        texts: &[(&Encoded, &[f64])],
+        n: usize,
+        cfg_scale: f64,
+    ) -> Result<Self> {
+        let states: Vec<&Tensor> = texts.iter().map(|(text, _)| &text.states).collect();
+        let states = of_one_length(&states)?;
+        let context = repeated(&states.iter().collect::<Vec<_>>(), n)?;
         let (batch, device) = (context.dim(0)?, context.device());
-        let pooled = conditioning.pooled_for_batch(n, guided)?;
+        let pooled = texts.iter().map(|(text, _)| text.pooled.as_ref());
+        let pooled = match pooled.collect::<Option<Vec<&Tensor>>>() {
+            Some(pooled) => Some(repeated(&pooled, n)?),
+            None => None,
+        };
         let unet = config.unet().filter(|unet| unet.added.is_some());
         let added = match (unet, pooled) {
             (None, pooled) => pooled.filter(|_| config.added_width().is_some()),
             (Some(config), Some(pooled)) => {
-                let embed = |numbers: &Vec<f64>| -> Result<Tensor> {
+                let embed = |numbers: &[f64]| -> Result<Tensor> {
                     let numbers: Vec<f32> = numbers.iter().map(|&x| x as f32).collect();
                     let numbers = Tensor::new(numbers, device)?;
                     let embedded = config.embed_numbers(&numbers.into())?.into_data()?;
                     Ok(embedded.flatten_all()?.unsqueeze(0)?)
                 };
-                let [negative, positive] = numbers;
-                let (negative, positive) = (embed(negative)?, embed(positive)?);
-                let rows = (0..batch).map(|i| {
-                    if guided && i < n {
-                        &negative
-                    } else {
-                        &positive
-                    }
-                });
-                let numbers = Tensor::cat(&rows.collect::<Vec<_>>(), 0)?;
+                let numbers = texts.iter().map(|(_, numbers)| embed(numbers));
+                let numbers = numbers.collect::<Result<Vec<Tensor>>>()?;
+                let numbers = repeated(&numbers.iter().collect::<Vec<_>>(), n)?;
                 Some(Tensor::cat(&[&pooled, &numbers], 1)?)
             }
             (Some(_), None) => None,
@@ -96,4 +115,29 @@ impl Conditions {
             .map(|(name, tensor)| Ok((name, tensor.flatten_all()?.to_vec1()?)))
             .collect()
     }
+}
+
+/// Each row of each tensor `n` times.
+fn repeated(rows: &[&Tensor], n: usize) -> Result<Tensor> {
+    let all: Vec<&Tensor> = rows.iter().flat_map(|&row| vec![row; n]).collect();
+    Ok(Tensor::cat(&all, 0)?)
+}
+
+/// States `[1, t, width]` of one length: attention to a text behind itself is attention to it.
+fn of_one_length(states: &[&Tensor]) -> Result<Vec<Tensor>> {
+    let lengths = states.iter().map(|x| x.dim(1));
+    let lengths = lengths.collect::<std::result::Result<Vec<usize>, _>>()?;
+    let common = lengths.iter().copied().fold(1, least_common_multiple);
+    let states = states.iter().zip(lengths);
+    states
+        .map(|(x, length)| Ok(Tensor::cat(&vec![*x; common / length.max(1)], 1)?))
+        .collect()
+}
+
+fn least_common_multiple(a: usize, b: usize) -> usize {
+    let (mut x, mut y) = (a, b);
+    while y > 0 {
+        (x, y) = (y, x % y);
+    }
+    a / x.max(1) * b
 }

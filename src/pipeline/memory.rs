@@ -7,7 +7,7 @@ use crate::memory::{Memory, resident};
 /// What is there beside weights and the values between layers: code, vocabulary, what a picture becomes on its way to the file.
 const REST: u64 = 250 << 20;
 
-/// Bytes resident at the peak of a run for latents of `size` (width, height).
+/// Bytes resident at the peak of a run for latents of `size` (width, height) under `texts` texts each.
 ///
 /// # Errors
 /// When the networks cannot take the size.
@@ -15,13 +15,13 @@ pub(super) fn estimate(
     networks: &[&Networks],
     size: (usize, usize),
     batch: usize,
-    guided: bool,
+    texts: usize,
 ) -> Result<u64> {
     // models of a relay keep their weights, and use their buffers in turn
     let mut weights = 0;
     let mut buffers = 0;
     for networks in networks {
-        let need = networks.memory(size, batch, guided)?;
+        let need = networks.memory(size, batch, texts)?;
         weights += need.weights;
         buffers = buffers.max(need.buffers);
     }

@@ -10,9 +10,10 @@ use sd_models::clip::{self, TextEncoder};
 use sd_models::denoiser::{self, Denoiser as Network, Inputs};
 use sd_models::t5::{self, T5Encoder};
 use sd_models::vae::{self, AnyDecoder, TinyConfig};
+use sd_models::variant::{Outputs, Variant};
 
 use super::adapted::bind_adapters;
-use super::conditions::{ADDED, CONTEXT, Conditions, GUIDANCE};
+use super::conditions::{ADDED, CONTEXT, Conditions, DEEP, GUIDANCE};
 use super::coverage::{Coverage, T5, TEXT, UNET, VAE, named, source};
 use super::tower::{LoadedT5, LoadedTower, Runner};
 use crate::adapters::{Adapters, Bound, Owner};
@@ -265,8 +266,13 @@ impl Networks {
         self.weight_bytes
     }
 
-    /// The UNet for latents of one size under conditions of batch n or 2n, of which the first half is the unconditional one if there are two.
-    /// `timesteps` are those that will be asked for, `skipped` the layers that are left out.
+    /// The names of a UNet's self-attentions.
+    pub fn self_attentions(&self) -> Vec<&str> {
+        self.unet.self_attentions()
+    }
+
+    /// The UNet for latents of one size under conditions of batch n or a multiple of it, changed as `variant` says. `timesteps` are those that
+    /// will be asked for.
     ///
     /// # Errors
     /// When a weight cannot be read or memory is short.
@@ -275,19 +281,20 @@ impl Networks {
         [n, _, h, w]: [usize; 4],
         conditions: &Conditions,
         timesteps: &[f64],
-        skipped: &[usize],
+        variant: &Variant,
     ) -> Result<Denoiser<'_>> {
         let (batch, tokens, _) = conditions.context.dims3()?;
         let Some(planned) = &self.planned else {
             return Ok(Denoiser {
                 networks: self,
                 repeat: batch / n.max(1),
-                how: How::Eager(conditions.to_dtype(self.dtype)?, skipped.to_vec()),
+                how: How::Eager(conditions.to_dtype(self.dtype)?, variant.clone()),
             });
         };
-        let (graph, output) = self.record((w, h), (batch, tokens), skipped)?;
-        let options = self.unet_options(batch == 2 * n, (&graph, &output))?;
-        let mut plan = Plan::compile(&graph, &output, &options, &planned.unet)?;
+        let (graph, outputs) = self.record((w, h), (batch, tokens), variant)?;
+        let options = self.unet_options(batch / n.max(1), (&graph, &outputs.prediction))?;
+        let outputs = (&outputs.prediction, outputs.taps.as_slice());
+        let mut plan = Plan::compile_tapped(&graph, outputs, &options, &planned.unet)?;
         let mut distinct: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
         distinct.sort_by(f32::total_cmp);
         distinct.dedup();
@@ -349,15 +356,16 @@ impl Networks {
         (w, h): (usize, usize),
         (batch, tokens): (usize, usize),
     ) -> Result<(Graph, sd_kernels::Tensor)> {
-        self.record((w, h), (batch, tokens), &[])
+        let (graph, outputs) = self.record((w, h), (batch, tokens), &Variant::default())?;
+        Ok((graph, outputs.prediction))
     }
 
     fn record(
         &self,
         (w, h): (usize, usize),
         (batch, tokens): (usize, usize),
-        skipped: &[usize],
-    ) -> Result<(Graph, sd_kernels::Tensor)> {
+        variant: &Variant,
+    ) -> Result<(Graph, Outputs)> {
         let graph = Graph::new();
         let config = &self.config;
         let sample = graph.input("sample", &[batch, config.in_channels(), h, w]);
@@ -373,8 +381,14 @@ impl Networks {
             added: added.as_ref(),
             guidance: guidance.as_ref(),
         };
-        let output = self.unet.forward_without(&inputs, skipped)?;
-        Ok((graph, output))
+        let deep = match config.unet().and_then(|unet| unet.levels.first()) {
+            Some(first) if variant.shallow => {
+                Some(graph.input(DEEP, &[batch, first.channels, h, w]))
+            }
+            _ => None,
+        };
+        let outputs = self.unet.forward_as(&inputs, variant, deep.as_ref())?;
+        Ok((graph, outputs))
     }
 
     /// Decoding `batch` pictures, recorded, for latents of `w × h`.
@@ -394,12 +408,12 @@ impl Networks {
         Ok((graph, output))
     }
 
-    /// What a run for `batch` latents of `size` (width, height) holds at its peak.
+    /// What a run for `batch` latents of `size` (width, height) under `texts` texts each holds at its peak.
     ///
     /// # Errors
     /// When the networks cannot take the size.
-    pub fn memory(&self, size: (usize, usize), batch: usize, guided: bool) -> Result<Need> {
-        let batch = if guided { 2 * batch } else { batch };
+    pub fn memory(&self, size: (usize, usize), batch: usize, texts: usize) -> Result<Need> {
+        let batch = texts * batch;
         let (unet, noise) = self.record_unet(size, (batch, self.tokens))?;
         let (vae, picture) = self.record_vae(size, 1)?;
         if self.planned.is_none() {
@@ -409,7 +423,7 @@ impl Networks {
                 buffers: elements * self.dtype.size_in_bytes() as u64,
             });
         }
-        let options = self.unet_options(guided, (&unet, &noise))?;
+        let options = self.unet_options(texts, (&unet, &noise))?;
         let unet = Plan::sizes(&unet, &noise, &options)?;
         let vae = Plan::sizes(&vae, &picture, &vae_options(self.dtype))?;
         let decoding = vae.buffers + vae.transient;
@@ -422,7 +436,7 @@ impl Networks {
     /// How plans of the denoising network are made. Where there is no room for all of its packed weights, some are packed at every call.
     fn unet_options(
         &self,
-        guided: bool,
+        texts: usize,
         (graph, output): (&Graph, &sd_kernels::Tensor),
     ) -> Result<Options> {
         /// The part of what is free that weights may take.
@@ -430,7 +444,8 @@ impl Networks {
         let options = Options {
             timestep: Some("timestep"),
             constant: vec![CONTEXT, ADDED, GUIDANCE],
-            halved: if guided { vec!["sample"] } else { Vec::new() },
+            halved: if texts > 1 { vec!["sample"] } else { Vec::new() },
+            copies: texts,
             ..Options::new(Level::current(), precision(self.dtype))
         };
         let Some(free) = Memory::look().available else {
@@ -476,14 +491,14 @@ fn is_planned(device: &Device) -> bool {
 /// The UNet at one size, ready to be called.
 pub struct Denoiser<'a> {
     networks: &'a Networks,
-    /// How often the sample is in a batch: 2 with guidance.
+    /// How often the sample is in a batch: once for each text.
     repeat: usize,
     how: How,
 }
 
 enum How {
-    /// And the layers that are left out.
-    Eager(Conditions, Vec<usize>),
+    /// And how the network is changed.
+    Eager(Conditions, Variant),
     Planned {
         plan: Box<Plan>,
         /// What does not change from call to call; until the first one.
@@ -493,11 +508,24 @@ enum How {
 }
 
 impl Denoiser<'_> {
-    /// The prediction in f32 for `sample [n, c, h, w]` in f32: `[n or 2n, c, h, w]`, as the context has it.
+    /// The prediction in f32 for `sample [n, c, h, w]` in f32: `[texts · n, c, h, w]`, as the context has them.
     ///
     /// # Errors
     /// When the shapes do not fit or the executor fails.
     pub fn predict(&mut self, sample: &Tensor, timestep: f64) -> Result<Tensor> {
+        Ok(self.predict_with(sample, timestep, None)?.0)
+    }
+
+    /// The same with the values that the variant taps; `deep` is what a shallow network takes from an earlier call.
+    ///
+    /// # Errors
+    /// As [`Denoiser::predict`].
+    pub fn predict_with(
+        &mut self,
+        sample: &Tensor,
+        timestep: f64,
+        deep: Option<&Tensor>,
+    ) -> Result<(Tensor, Vec<Tensor>)> {
         let Networks {
             unet,
             device,
@@ -505,7 +533,7 @@ impl Denoiser<'_> {
             ..
         } = self.networks;
         match &mut self.how {
-            How::Eager(conditions, skipped) => {
+            How::Eager(conditions, variant) => {
                 let sample = Tensor::cat(&vec![sample; self.repeat], 0)?.to_dtype(*dtype)?;
                 let timestep = Tensor::full(timestep as f32, sample.dim(0)?, device)?;
                 let node = |x: &Tensor| sd_kernels::Tensor::from(x.clone());
@@ -520,8 +548,14 @@ impl Denoiser<'_> {
                     added: added.as_ref(),
                     guidance: guidance.as_ref(),
                 };
-                let out = unet.forward_without(&inputs, skipped)?;
-                Ok(out.into_data()?.to_dtype(DType::F32)?)
+                let deep = deep.map(|deep| deep.to_dtype(*dtype)).transpose()?;
+                let deep = deep.as_ref().map(node);
+                let out = unet.forward_as(&inputs, variant, deep.as_ref())?;
+                let data = |x: sd_kernels::Tensor| -> Result<Tensor> {
+                    Ok(x.into_data()?.to_dtype(DType::F32)?)
+                };
+                let taps = out.taps.into_iter().map(data).collect::<Result<_>>()?;
+                Ok((data(out.prediction)?, taps))
             }
             How::Planned {
                 plan,
@@ -543,9 +577,20 @@ impl Denoiser<'_> {
                 for (name, values) in constants.iter() {
                     feeds.push(Feed { name, values });
                 }
+                let deep = deep.map(|deep| deep.flatten_all()?.to_vec1::<f32>());
+                let deep = deep.transpose()?;
+                feeds.extend(deep.iter().map(|values| Feed { name: DEEP, values }));
                 plan.run(&feeds, out)?;
                 constants.clear();
-                Ok(Tensor::from_slice(out, plan.output_shape(), device)?)
+                let prediction = Tensor::from_slice(out, plan.output_shape(), device)?;
+                let shapes: Vec<Vec<usize>> = plan.tap_shapes().map(<[_]>::to_vec).collect();
+                let mut taps = Vec::with_capacity(shapes.len());
+                for (i, shape) in shapes.into_iter().enumerate() {
+                    let mut values = Vec::new();
+                    plan.tap(i, &mut values)?;
+                    taps.push(Tensor::from_vec(values, shape, device)?);
+                }
+                Ok((prediction, taps))
             }
         }
     }

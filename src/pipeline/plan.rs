@@ -1,7 +1,11 @@
 //! A request resolved against a model: sizes, seeds, coefficients. Every refusal happens here, before any work.
 
-use super::guidance::SkipLayers;
+use sd_models::unet::Mid;
+
+use super::asks::Asks;
+use super::guidance::{Guidance, Rule, SkipLayers};
 use super::request::{Request, Rng};
+use super::shortcuts::Shortcuts;
 use super::sizes::{self, SizeConditioning};
 use super::{Engine, memory};
 use crate::error::{Error, Result};
@@ -46,6 +50,12 @@ pub struct Plan {
     pub guided: bool,
     /// Guidance away from a network that skips layers.
     pub skip_layers: Option<SkipLayers>,
+    /// Guidance beyond one scale.
+    pub guidance: Guidance,
+    /// Less work for nearly the same picture.
+    pub shortcuts: Shortcuts,
+    /// The weight of each prompt at each latent, that of the whole picture first; empty without regions.
+    pub regions: Vec<Vec<f32>>,
     /// What SDXL is told of sizes, with the negative prompt and with the prompt.
     pub sizes: (SizeConditioning, SizeConditioning),
     /// Bytes at the peak, estimated.
@@ -140,11 +150,18 @@ impl Plan {
         }
         let latent = (width / scale, height / scale);
         let chosen = choose_sampling(engine, request, (steps, latent), &mut warnings)?;
-        let memory = memory::estimate(&engine.all_networks(), latent, batch_size, guided)?;
+        warnings.extend(check_guidance(engine, request, guided)?);
+        let regions = match request.regions.list.is_empty() {
+            true => Vec::new(),
+            false => request.regions.weights(latent, scale)?,
+        };
+        let more = guided && matches!(request.guidance.rule, Rule::Perpendicular { .. });
+        let texts = regions.len().max(1) + usize::from(guided) + usize::from(more);
+        let memory = memory::estimate(&engine.all_networks(), latent, batch_size, texts)?;
         if !request.force {
             memory::check(memory)?;
         }
-        Ok(Self {
+        let plan = Self {
             width,
             height,
             steps,
@@ -159,10 +176,15 @@ impl Plan {
             rng: request.rng,
             guided,
             skip_layers: request.skip_layers.clone(),
+            guidance: request.guidance.clone(),
+            shortcuts: request.shortcuts,
+            regions,
             sizes: (request.negative_sizes, request.sizes),
             memory,
             warnings,
-        })
+        };
+        Asks::of(engine, &plan)?; // refuses layers that are not there
+        Ok(plan)
     }
 
     /// What a model of this structure is told beside the text, with the negative prompt and with the prompt.
@@ -174,6 +196,40 @@ impl Plan {
     pub fn pictures(&self) -> usize {
         self.batch_size * self.count
     }
+}
+
+/// Whether what is asked for is possible with this model; with it comes what has no say.
+fn check_guidance(engine: &Engine, request: &Request, guided: bool) -> Result<Option<String>> {
+    let (guidance, shortcuts) = (&request.guidance, &request.shortcuts);
+    guidance.check()?;
+    shortcuts.check()?;
+    let unet = engine.spec().unet.config.unet();
+    let attends = unet.is_some_and(|unet| matches!(unet.mid, Mid::Attention { depth } if depth > 0));
+    let for_unets = [
+        ("--freeu", guidance.free_u.is_some(), unet.is_some()),
+        ("--deep-cache", shortcuts.deep_cache > 1, unet.is_some()),
+        ("--sag-scale", guidance.self_attention.is_some(), attends),
+    ];
+    if let Some((flag, ..)) = for_unets.iter().find(|(_, asked, can)| *asked && !can) {
+        return Err(Error::Usage(format!(
+            "{flag} is for UNets, such as those of Stable Diffusion 1, 2 and XL, with attention in the middle; leave it out"
+        )));
+    }
+    if shortcuts.deep_cache > 1 && guidance.self_attention.is_some() {
+        return Err(Error::Usage(
+            "--sag-scale reads at every call what --deep-cache leaves out; use one of them"
+                .to_owned(),
+        ));
+    }
+    let silent = guidance.needs_negative();
+    if guided || silent.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(format!(
+        "{} {} no say without --cfg-scale",
+        silent.join(", "),
+        if silent.len() == 1 { "has" } else { "have" }
+    )))
 }
 
 /// Whether there are two predictions to choose between. A scale of 1 takes the prompt's alone, and so does 0, diffusers' word for it; a folder's

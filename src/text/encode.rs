@@ -29,6 +29,16 @@ pub struct Encoded {
 }
 
 impl Conditioning {
+    /// The negative prompt.
+    pub fn negative(&self) -> &Encoded {
+        &self.unconditional
+    }
+
+    /// The prompt.
+    pub fn prompt(&self) -> &Encoded {
+        &self.conditional
+    }
+
     /// The context of a batch: all unconditional states before all conditional ones, or only the latter without guidance.
     ///
     /// # Errors

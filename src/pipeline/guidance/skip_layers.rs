@@ -1,9 +1,6 @@
-//! Predictions put together: away from the negative prompt (Ho & Salimans, arXiv 2207.12598), and away from a network that lacks some of its
-//! layers (Hong et al., "Smoothed Energy Guidance", arXiv 2408.00760; diffusers 0.42.1 `StableDiffusion3Pipeline`).
+//! Away from a network that lacks some of its layers (Hong et al., "Smoothed Energy Guidance", arXiv 2408.00760; diffusers 0.42.1
+//! `StableDiffusion3Pipeline`).
 
-use candle_core::Tensor;
-
-use super::Plan;
 use crate::error::{Error, Result};
 
 /// Guidance away from a network that skips layers, for transformers.
@@ -19,7 +16,7 @@ pub struct SkipLayers {
 
 impl SkipLayers {
     /// Whether step `step` of `steps` lies inside.
-    pub(super) fn acts_at(&self, step: usize, steps: usize) -> bool {
+    pub(in super::super) fn acts_at(&self, step: usize, steps: usize) -> bool {
         let (step, steps) = (step as f64, steps as f64);
         step > steps * self.span.0 && step < steps * self.span.1
     }
@@ -28,7 +25,7 @@ impl SkipLayers {
     ///
     /// # Errors
     /// [`Error::Usage`] that names the one that is not.
-    pub(super) fn check(&self, layers: Option<usize>) -> Result<()> {
+    pub(in super::super) fn check(&self, layers: Option<usize>) -> Result<()> {
         let Some(count) = layers else {
             return Err(Error::Usage(
                 "--slg-scale is for Stable Diffusion 3 and 3.5; leave it out".to_owned(),
@@ -49,20 +46,4 @@ impl SkipLayers {
         }
         Ok(())
     }
-}
-
-/// One prediction of `predictions [n or 2n, c, h, w]`, of which the unconditional ones come first, and of the network without layers `[n, c, h, w]`.
-pub(super) fn guide(plan: &Plan, predictions: &Tensor, skipped: Option<Tensor>) -> Result<Tensor> {
-    if !plan.guided {
-        return Ok(predictions.clone());
-    }
-    let predictions = predictions.chunk(2, 0)?;
-    let [unconditional, conditional] = predictions.as_slice() else {
-        return Err(Error::Numeric("guidance needs two predictions".to_owned()));
-    };
-    let guided = (unconditional + ((conditional - unconditional)? * plan.cfg_scale)?)?;
-    Ok(match (skipped, &plan.skip_layers) {
-        (Some(skipped), Some(slg)) => (guided + ((conditional - skipped)? * slg.scale)?)?,
-        _ => guided,
-    })
 }
