@@ -29,6 +29,8 @@ mod models;
 mod parts;
 /// Noise levels, trajectories and random numbers against diffusers, k-diffusion and torch.
 mod samplers;
+/// Runs that begin at a picture, and inpainting's levels, against diffusers' schedulers and k-diffusion's samplers.
+mod samplers_picture;
 /// The XL family: two towers, sizes, refiner, continuous noise levels.
 mod sdxl;
 /// Temporary folders, running the binary.

@@ -2,13 +2,15 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use sd_rs::error::Error;
-use sd_rs::sampling::{self, Generator, NoiseSchedule, Prediction, SchedulerConfig, Trajectory};
+use sd_rs::sampling::{
+    self, Generator, NoiseSchedule, Prediction, SchedulerConfig, Start, Trajectory,
+};
 use serde_json::{Value, json};
 
 /// The largest relative difference (of norms) that is let pass; the references in f32 and f64 differ by up to 3e-5.
-const TOLERANCE: f64 = 1e-4;
+pub(crate) const TOLERANCE: f64 = 1e-4;
 
-fn cases(name: &str) -> Vec<Value> {
+pub(crate) fn cases(name: &str) -> Vec<Value> {
     let path = format!(
         "{}/tests/fixtures/samplers/{name}.json",
         env!("CARGO_MANIFEST_DIR")
@@ -18,12 +20,12 @@ fn cases(name: &str) -> Vec<Value> {
     cases
 }
 
-fn floats(value: &Value) -> Vec<f64> {
+pub(crate) fn floats(value: &Value) -> Vec<f64> {
     let list = value.as_array().unwrap();
     list.iter().map(|v| v.as_f64().unwrap()).collect()
 }
 
-fn size(value: &Value) -> usize {
+pub(crate) fn size(value: &Value) -> usize {
     usize::try_from(value.as_u64().unwrap()).unwrap()
 }
 
@@ -31,7 +33,7 @@ fn norm(x: impl Iterator<Item = f64>) -> f64 {
     x.map(|v| v * v).sum::<f64>().sqrt()
 }
 
-fn difference(got: &[f64], want: &[f64]) -> f64 {
+pub(crate) fn difference(got: &[f64], want: &[f64]) -> f64 {
     assert_eq!(got.len(), want.len());
     norm(got.iter().zip(want).map(|(a, b)| a - b)) / norm(want.iter().copied()).max(1e-12)
 }
@@ -45,19 +47,20 @@ fn ends(list: &[f64]) -> Vec<f64> {
 }
 
 /// The stand-in for the network of `make.py`.
+pub(crate) fn network(x: &[f32], t: f64) -> Vec<f32> {
+    let t = t as f32;
+    x.iter()
+        .map(|x| 0.6 * (1.3 * x + 0.001 * t).sin() + 0.2 * x)
+        .collect()
+}
+
 fn run(trajectory: &Trajectory) -> Vec<f64> {
     let mut generator = Generator::torch(7);
-    let mut model = |x: &[f32], t: f64| {
-        let t = t as f32;
-        x.iter()
-            .map(|x| 0.6 * (1.3 * x + 0.001 * t).sin() + 0.2 * x)
-            .collect()
-    };
-    let out = trajectory.run(&mut || generator.normal(24), &mut model);
+    let out = trajectory.run(&mut || generator.normal(24), &mut network);
     out.into_iter().map(f64::from).collect()
 }
 
-fn report(failures: &[String], count: usize) {
+pub(crate) fn report(failures: &[String], count: usize) {
     let list = failures.join("\n");
     assert!(
         failures.is_empty(),
@@ -68,12 +71,17 @@ fn report(failures: &[String], count: usize) {
 
 /// What is wrong with the run of one case of `diffusers.json`.
 fn diffusers_fault(case: &Value) -> Option<String> {
+    config_fault(case, &config_of(case), None)
+}
+
+/// A case's config, its betas written out.
+pub(crate) fn config_of(case: &Value) -> Value {
     let mut config = case["config"].clone();
     if config["trained_betas"] == "ramp" {
         let ramp: Vec<f64> = (0..1000).map(|i| 0.0005 + 0.00001 * f64::from(i)).collect();
         config["trained_betas"] = json!(ramp);
     }
-    config_fault(case, &config, None)
+    config
 }
 
 /// What is wrong with diffusers' run of a config.
@@ -81,7 +89,7 @@ fn config_fault(case: &Value, config: &Value, flow: Option<sampling::Flow>) -> O
     let steps = size(&case["steps"]);
     let name = format!("{steps} steps of {} ({flow:?})", case["config"]);
     let config = SchedulerConfig::from_json(config).unwrap();
-    let (trajectory, warning) = match sampling::diffusers(&config, steps, flow) {
+    let (trajectory, warning) = match sampling::diffusers(&config, steps, flow, Start::Noise) {
         Ok(run) => run,
         Err(error) => return Some(format!("{name}: {error}")),
     };
@@ -115,7 +123,7 @@ fn named_fault(case: &Value, levels: &NoiseSchedule, prediction: Prediction) -> 
         prediction,
         xl: false,
     };
-    let trajectory = sampling::by_name(sampler, schedule, steps, &model).unwrap();
+    let trajectory = sampling::by_name(sampler, schedule, steps, &model, Start::Noise).unwrap();
     assert_eq!(trajectory.sigmas.len(), size(&case["levels"]), "{case}");
     let sigmas = difference(&ends(&trajectory.sigmas), &floats(&case["sigmas"]));
     let last = difference(&run(&trajectory), &floats(&case["final"]));
@@ -184,7 +192,7 @@ fn what_means_nothing_for_a_model_is_refused_in_words() {
             xl: false,
         };
         let (sampler, schedule) = sampling::parse(sampler, Some(schedule), false).unwrap();
-        let error = sampling::by_name(sampler, schedule, 8, &model).unwrap_err();
+        let error = sampling::by_name(sampler, schedule, 8, &model, Start::Noise).unwrap_err();
         assert!(matches!(error, Error::Unsupported(_)), "{error}");
         error.to_string()
     };
@@ -205,25 +213,25 @@ fn a_folder_whose_scheduler_is_for_other_models() {
     let read = |config: Value| SchedulerConfig::from_json(&config).unwrap();
     let euler = read(json!({"_class_name": "EulerDiscreteScheduler"}));
     assert!(matches!(
-        sampling::diffusers(&euler, 5, sd3),
+        sampling::diffusers(&euler, 5, sd3, Start::Noise),
         Err(Error::Unsupported(_))
     ));
     let dynamic =
         json!({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": true});
     assert!(matches!(
-        sampling::diffusers(&read(dynamic), 5, None),
+        sampling::diffusers(&read(dynamic), 5, None, Start::Noise),
         Err(Error::Unsupported(_))
     ));
     let karras = json!({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": true, "use_karras_sigmas": true});
     assert!(matches!(
-        sampling::diffusers(&read(karras), 5, sd3),
+        sampling::diffusers(&read(karras), 5, sd3, Start::Noise),
         Err(Error::Unsupported(_))
     ));
     // flow matching's Euler with the shift that the file has takes an unknown one's place
     let novel = json!({"_class_name": "NovelScheduler", "shift": 3.0});
-    let (run, warning) = sampling::diffusers(&read(novel), 5, sd3).unwrap();
+    let (run, warning) = sampling::diffusers(&read(novel), 5, sd3, Start::Noise).unwrap();
     let known = json!({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0});
-    let (known, none) = sampling::diffusers(&read(known), 5, sd3).unwrap();
+    let (known, none) = sampling::diffusers(&read(known), 5, sd3, Start::Noise).unwrap();
     assert!(warning.unwrap().contains("NovelScheduler") && none.is_none());
     assert_eq!(run, known);
 }
@@ -253,7 +261,7 @@ fn torch_cpu_generator() {
 #[test]
 fn an_unknown_class_is_replaced_and_said_so() {
     let config = SchedulerConfig::from_json(&json!({"_class_name": "NovelScheduler"})).unwrap();
-    let (trajectory, warning) = sampling::diffusers(&config, 5, None).unwrap();
+    let (trajectory, warning) = sampling::diffusers(&config, 5, None, Start::Noise).unwrap();
     assert_eq!(trajectory.calls.len(), 6);
     assert!(warning.unwrap().contains("NovelScheduler"));
 }
@@ -262,7 +270,7 @@ fn an_unknown_class_is_replaced_and_said_so() {
 fn what_diffusers_cannot_run_is_refused() {
     let refused = |config: Value, steps| {
         let config = SchedulerConfig::from_json(&config).unwrap();
-        sampling::diffusers(&config, steps, None).unwrap_err()
+        sampling::diffusers(&config, steps, None, Start::Noise).unwrap_err()
     };
     // ᾱ is 0 at the first step: ε says nothing about x₀
     let config = json!({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": true, "timestep_spacing": "trailing"});

@@ -156,10 +156,10 @@ fn step(registers: &mut Registers, call: &Call, noise: &mut BatchNoise) -> Resul
                 noise: fresh,
             } => {
                 let mut value = registers.combine(terms)?;
-                if let Some(coefficient) = fresh {
+                if let Some(draw) = fresh {
                     let drawn = noise.draw()?;
-                    if *coefficient != 0.0 {
-                        value = (value + (drawn * *coefficient)?)?;
+                    if draw.factor != 0.0 {
+                        value = (value + (drawn * draw.factor)?)?;
                     }
                 }
                 registers.set(*to, value);

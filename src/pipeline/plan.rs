@@ -9,7 +9,7 @@ use super::shortcuts::Shortcuts;
 use super::sizes::{self, SizeConditioning};
 use super::{Engine, memory};
 use crate::error::{Error, Result};
-use crate::sampling::{self, Trajectory};
+use crate::sampling::{self, Start, Trajectory};
 use crate::spec::ModelSpec;
 
 /// The widest picture in pixels that is taken on.
@@ -263,7 +263,7 @@ fn choose_sampling(
     let spec = engine.spec();
     let flow = spec.flow(latent);
     if let (None, None, Some(config)) = (&request.sampler, &request.schedule, &spec.scheduler) {
-        let (trajectory, warning) = sampling::diffusers(config, steps, flow)?;
+        let (trajectory, warning) = sampling::diffusers(config, steps, flow, Start::Noise)?;
         warnings.extend(warning);
         return Ok(Chosen {
             sampler: config.names().0.to_owned(),
@@ -289,7 +289,7 @@ fn choose_sampling(
             .unet()
             .is_some_and(|unet| unet.added.is_some()),
     };
-    let trajectory = sampling::by_name(sampler, schedule, steps, &model)?;
+    let trajectory = sampling::by_name(sampler, schedule, steps, &model, Start::Noise)?;
     Ok(Chosen {
         sampler: sampler.name().to_owned(),
         schedule: schedule.name().to_owned(),

@@ -5,6 +5,7 @@ use super::names::Sampler;
 use super::prediction::Prediction;
 use super::solvers::{self, Levels, kdiffusion, rectified};
 use super::spacing::Schedule;
+use super::start::{Span, Start, StepCount, nothing_left};
 use super::trajectory::Trajectory;
 use crate::error::{Error, Result};
 
@@ -22,22 +23,25 @@ pub struct Model<'a> {
 /// Timesteps that consistency models were distilled at.
 const DISTILLED: usize = 50;
 
-/// The run that a sampler's and a schedule's name mean on the noise levels of a model.
+/// The run that a sampler's and a schedule's name mean on the noise levels of a model. One that begins at a picture has the last of the
+/// levels that are made for all steps, and no history.
 ///
 /// # Errors
-/// [`Error::Usage`] for no steps at all, or so many that two levels coincide, [`Error::Unsupported`] for names that mean nothing for this
-/// kind of model.
+/// [`Error::Usage`] for no steps at all, or so many that two levels coincide, and for a strength that leaves none; [`Error::Unsupported`]
+/// for names that mean nothing for this kind of model.
 pub fn by_name(
     sampler: Sampler,
     schedule: Schedule,
     steps: usize,
     model: &Model<'_>,
+    start: Start,
 ) -> Result<Trajectory> {
     if steps == 0 {
         return Err(Error::Usage("--steps is 0, expected at least 1".to_owned()));
     }
-    refuse_meaningless(sampler, schedule, steps, model)?;
     let flow = model.levels.is_flow();
+    let span = start.undistilled().span(steps, flow)?;
+    refuse_meaningless(sampler, schedule, span.steps, model)?;
     let distilled = (sampler.is_distilled() && !flow).then(|| model.levels.distilled(DISTILLED));
     let levels = distilled.as_ref().unwrap_or(model.levels);
     let spread = Model {
@@ -48,9 +52,12 @@ pub fn by_name(
         },
         ..*model
     };
-    let run = levels_of(levels, &spread, (sampler, schedule), steps);
+    let run = levels_of(levels, &spread, (sampler, schedule), span);
+    if let (1, Start::Picture { strength, .. }) = (run.sigmas.len(), start) {
+        return Err(nothing_left(steps, strength));
+    }
     let middle = |sigma| levels.timestep(sigma);
-    let run = match sampler {
+    let mut run = match sampler {
         Sampler::Euler => kdiffusion::euler(&run),
         Sampler::EulerA if flow => rectified::euler_ancestral(&run),
         Sampler::EulerA => kdiffusion::euler_ancestral(&run, false),
@@ -66,6 +73,8 @@ pub fn by_name(
         Sampler::Lcm => solvers::consistency::lcm(&run),
         Sampler::Tcd => solvers::consistency::tcd(&run, model.levels),
     };
+    run.link();
+    begin(&mut run, model, start);
     if !run.is_finite() {
         return Err(Error::Usage(format!(
             "--steps is {steps}, too many for {} with the schedule {}: two of its noise levels coincide",
@@ -81,13 +90,15 @@ fn levels_of(
     levels: &NoiseSchedule,
     spread: &Model<'_>,
     (sampler, schedule): (Sampler, Schedule),
-    steps: usize,
+    span: Span,
 ) -> Levels {
     let skips = sampler.skips_last_but_one();
-    let mut sigmas = schedule.sigmas(spread, steps + usize::from(skips));
+    let mut sigmas = schedule.sigmas(spread, span.steps + usize::from(skips));
     if skips && sigmas.len() > 2 {
         sigmas.remove(sigmas.len() - 2);
     }
+    let skipped = span.skipped(sigmas.len());
+    sigmas.drain(..skipped.min(sigmas.len() - 1));
     let timesteps = sigmas[..sigmas.len() - 1]
         .iter()
         .map(|&s| levels.timestep(s))
@@ -103,6 +114,23 @@ fn levels_of(
         },
         data: levels.data(),
         clip: None,
+        first: 0,
+    }
+}
+
+/// How near ComfyUI takes the first level for the most noise of the model.
+const MOST_NOISE: f64 = 1e-5;
+
+/// What a run that begins at a picture begins with.
+fn begin(run: &mut Trajectory, model: &Model<'_>, start: Start) {
+    if !start.is_picture() {
+        return;
+    }
+    run.begin_at_picture();
+    let comfy = matches!(start, Start::Picture { count: StepCount::ComfyUi, strength } if strength > 0.9999);
+    let sigma = run.sigmas.first().copied().unwrap_or_default();
+    if comfy && !model.levels.is_flow() && sigma >= model.levels.sigma_max() * (1.0 - MOST_NOISE) {
+        run.init_noise_sigma = sigma.hypot(1.0);
     }
 }
 

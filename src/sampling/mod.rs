@@ -9,6 +9,7 @@ mod prediction;
 mod schedule;
 mod solvers;
 mod spacing;
+mod start;
 mod trajectory;
 
 pub use by_name::{Model, by_name};
@@ -20,10 +21,12 @@ pub use noise::Generator;
 pub use prediction::Prediction;
 pub use schedule::NoiseSchedule;
 pub use spacing::Schedule;
-pub use trajectory::{Assign, Call, Combo, Register, Trajectory};
+pub use start::{Start, StepCount};
+pub use trajectory::{Assign, Call, Combo, Draw, Register, Slices, Trajectory};
 
 use crate::error::{Error, Result};
 use solvers::{Levels, kdiffusion};
+use start::Span;
 
 /// What diffusers' pipeline of a flow model tells its scheduler beside the number of steps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,16 +37,54 @@ pub struct Flow {
     pub gives_levels: bool,
 }
 
-/// The run that diffusers 0.42.1 makes of a `scheduler_config.json` for a picture from text, with a notice when its class is not known and
-/// the family's own takes its place: PNDM, or flow matching's Euler for a model of `flow`.
+/// The run that diffusers 0.42.1 makes of a `scheduler_config.json`, with a notice when its class is not known and the family's own takes
+/// its place: PNDM, or flow matching's Euler for a model of `flow`. A run that begins at a picture makes the last of the steps, with the
+/// history and the orders that the class has there.
 ///
 /// # Errors
-/// [`Error::Usage`] for a number of steps that the scheduler cannot take, [`Error::Unsupported`] for options that are not built.
+/// [`Error::Usage`] for a number of steps that the scheduler cannot take and a strength that leaves none, [`Error::Unsupported`] for
+/// options that are not built.
 pub fn diffusers(
     config: &SchedulerConfig,
     steps: usize,
     flow: Option<Flow>,
+    start: Start,
 ) -> Result<(Trajectory, Option<String>)> {
+    let distilled = matches!(config.class(), Class::Lcm | Class::Tcd);
+    let start = if distilled {
+        start
+    } else {
+        start.undistilled()
+    };
+    let span = start.span(steps, flow.is_some())?;
+    let (mut run, warning) = whole_or_part(config, span, flow)?;
+    for call in &mut run.calls {
+        call.step = call.step.saturating_sub(span.first);
+    }
+    run.link();
+    if matches!(config.class(), Class::Kdpm2 | Class::Kdpm2Ancestral) {
+        solvers::dpm2::link_halves(&mut run);
+    }
+    if start.is_picture() {
+        run.begin_at_picture();
+    }
+    run.steps = run.calls.last().map_or(0, |call| call.step + 1);
+    if run.is_finite() {
+        return Ok((run, warning));
+    }
+    Err(Error::Usage(format!(
+        "the folder's {} divides by zero at {steps} steps, as it does in diffusers; use other --steps or name a --sampler",
+        config.class_name
+    )))
+}
+
+/// The calls of [`diffusers`], their steps counted from the first of the whole run.
+fn whole_or_part(
+    config: &SchedulerConfig,
+    span: Span,
+    flow: Option<Flow>,
+) -> Result<(Trajectory, Option<String>)> {
+    let steps = span.steps;
     if steps == 0 || steps > config.num_train_timesteps {
         return Err(Error::Usage(format!(
             "--steps is {steps}, expected 1 to {}, the steps that the model was trained with",
@@ -53,7 +94,7 @@ pub fn diffusers(
     refuse_undefined(config)?;
     let unknown = config.class() == Class::Unknown;
     if let Some(fields) = config.flow.filter(|_| flow.is_some() || !unknown) {
-        return flows(config, fields, steps, flow);
+        return flows(config, fields, span, flow);
     }
     if flow.is_some() {
         return Err(Error::Unsupported(format!(
@@ -66,27 +107,27 @@ pub fn diffusers(
         ..config.clone()
     };
     let schedule = NoiseSchedule::of_betas(config);
-    let levels = || discrete_levels(config, &schedule, steps);
+    let levels = || discrete_levels(config, &schedule, span);
     let middle = |sigma| schedule.timestep(sigma);
     let mut warning = None;
-    let mut run = match config.class() {
-        Class::Pndm => solvers::pndm::pndm(config, &schedule, steps)?,
-        Class::Ddim => solvers::ddim::ddim(config, &schedule, steps),
-        Class::Ddpm => solvers::ddim::ddpm(config, &schedule, steps)?,
+    let run = match config.class() {
+        Class::Pndm => solvers::pndm::pndm(config, &schedule, span)?,
+        Class::Ddim => solvers::ddim::ddim(config, &schedule, span),
+        Class::Ddpm => solvers::ddim::ddpm(config, &schedule, span)?,
         Class::Euler => kdiffusion::euler(&levels()),
         Class::EulerAncestral => kdiffusion::euler_ancestral(&levels(), true),
         Class::Heun => kdiffusion::heun(&levels()),
         Class::Lms => kdiffusion::lms(&levels()),
         Class::Kdpm2 => solvers::dpm2::dpm2(&levels(), false, &middle),
         Class::Kdpm2Ancestral => solvers::dpm2::dpm2(&levels(), true, &middle),
-        Class::DpmMultistep => solvers::dpm::multistep(config, &schedule, steps)?,
-        Class::DpmSinglestep => solvers::dpm::singlestep(config, &schedule, steps)?,
-        Class::UniPc => solvers::unipc::unipc(config, &schedule, steps)?,
-        Class::Deis => solvers::deis::deis(config, &schedule, steps),
-        Class::Lcm => solvers::ddim::lcm(config, &schedule, steps)?,
-        Class::Tcd => solvers::ddim::tcd(config, &schedule, steps)?,
-        Class::EdmEuler => kdiffusion::euler(&solvers::edm::levels(config, steps)),
-        Class::EdmDpmMultistep => solvers::dpm::edm_multistep(config, steps)?,
+        Class::DpmMultistep => solvers::dpm::multistep(config, &schedule, span)?,
+        Class::DpmSinglestep => solvers::dpm::singlestep(config, &schedule, span)?,
+        Class::UniPc => solvers::unipc::unipc(config, &schedule, span)?,
+        Class::Deis => solvers::deis::deis(config, &schedule, span),
+        Class::Lcm => solvers::ddim::lcm(config, &schedule, span)?,
+        Class::Tcd => solvers::ddim::tcd(config, &schedule, span)?,
+        Class::EdmEuler => kdiffusion::euler(&solvers::edm::levels(config, span)),
+        Class::EdmDpmMultistep => solvers::dpm::edm_multistep(config, span)?,
         Class::Unknown | Class::FlowMatchEuler | Class::FlowMatchHeun | Class::FlowMatchLcm => {
             warning = Some(format!(
                 "the folder's scheduler is {}, which is not built; PNDM takes its place (name one with --sampler)",
@@ -96,28 +137,17 @@ pub fn diffusers(
                 skip_prk_steps: true,
                 ..config.clone()
             };
-            solvers::pndm::pndm(&config, &schedule, steps)?
+            solvers::pndm::pndm(&config, &schedule, span)?
         }
     };
-    run.steps = run.calls.last().map_or(0, |call| call.step + 1);
-    checked(run, config, steps).map(|run| (run, warning))
+    Ok((run, warning))
 }
 
-fn checked(run: Trajectory, config: &SchedulerConfig, steps: usize) -> Result<Trajectory> {
-    if run.is_finite() {
-        return Ok(run);
-    }
-    Err(Error::Usage(format!(
-        "the folder's {} divides by zero at {steps} steps, as it does in diffusers; use other --steps or name a --sampler",
-        config.class_name
-    )))
-}
-
-/// [`diffusers`] for flow models.
+/// The same for flow models.
 fn flows(
     config: &SchedulerConfig,
     fields: FlowConfig,
-    steps: usize,
+    span: Span,
     flow: Option<Flow>,
 ) -> Result<(Trajectory, Option<String>)> {
     let fields = fields.resolved(flow.map(|flow| flow.patches))?;
@@ -126,10 +156,10 @@ fn flows(
         ..config.clone()
     };
     let given = flow.is_some_and(|flow| flow.gives_levels);
-    let levels = || solvers::flow::levels(config, &fields, (steps, given));
-    let solver = |run: fn(&SchedulerConfig, &NoiseSchedule, usize) -> Result<Trajectory>| {
+    let levels = || solvers::flow::levels(config, &fields, (span, given));
+    let solver = |run: fn(&SchedulerConfig, &NoiseSchedule, Span) -> Result<Trajectory>| {
         solvers::flow::refuse_remapped(config)?;
-        run(config, &NoiseSchedule::of_betas(config), steps)
+        run(config, &NoiseSchedule::of_betas(config), span)
     };
     let mut warning = None;
     let run = match config.class() {
@@ -149,7 +179,7 @@ fn flows(
             solvers::flow::euler(&levels())
         }
     };
-    checked(run, config, steps).map(|run| (run, warning))
+    Ok((run, warning))
 }
 
 /// Some classes are not defined for every kind of prediction.
@@ -168,7 +198,8 @@ fn refuse_undefined(config: &SchedulerConfig) -> Result<()> {
 }
 
 /// Levels of diffusers' σ-space schedulers.
-fn discrete_levels(config: &SchedulerConfig, schedule: &NoiseSchedule, steps: usize) -> Levels {
+fn discrete_levels(config: &SchedulerConfig, schedule: &NoiseSchedule, span: Span) -> Levels {
+    let steps = span.steps;
     let mut timesteps = spacing::timesteps(config, steps, false);
     let mut sigmas: Vec<f64> = if config.log_linear {
         // this reference interpolates levels one more than there are timesteps
@@ -216,5 +247,6 @@ fn discrete_levels(config: &SchedulerConfig, schedule: &NoiseSchedule, steps: us
             config::Spacing::Linspace | config::Spacing::Trailing => max,
         },
         clip: config.clip_sample.then_some(config.clip_sample_range),
+        first: span.first,
     }
 }

@@ -18,7 +18,11 @@ pub(in super::super) fn lcm(levels: &Levels) -> Trajectory {
         let (mut call, x0) = call(levels, i, (timestep, sigma), &sample());
         let time = timestep * TIME_SCALE;
         let norm = time * time + SIGMA_DATA * SIGMA_DATA;
-        let x = x0 * (time / norm.sqrt()) + sample() * (SIGMA_DATA * SIGMA_DATA / norm);
+        let (bend, keep) = (time / norm.sqrt(), SIGMA_DATA * SIGMA_DATA / norm);
+        let x = x0 * bend + sample() * keep;
+        // A1111 takes the bent one for the estimate
+        let (seen, predicted) = call.denoised;
+        call.denoised = (seen * bend + keep / call.scale, predicted * bend);
         call.then.push(if next > 0.0 {
             x.into_with_noise(Register::Sample, next)
         } else {

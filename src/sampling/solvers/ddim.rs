@@ -6,6 +6,7 @@ use super::super::config::SchedulerConfig;
 use super::super::prediction::estimates;
 use super::super::schedule::NoiseSchedule;
 use super::super::spacing;
+use super::super::start::Span;
 use super::super::trajectory::{Assign, Call, Register, Trajectory, output, sample, saved};
 use super::plain_call;
 use crate::error::{Error, Result};
@@ -48,7 +49,8 @@ fn trajectory(steps: usize) -> Trajectory {
 fn estimate(config: &SchedulerConfig, step: usize, timestep: f64, bar: f64) -> Call {
     let scales = (bar.sqrt(), (1.0 - bar).sqrt());
     let (x0, epsilon) = estimates(config.prediction, scales, &sample(), &output());
-    let mut call = plain_call(step, timestep, scales.1 / scales.0.max(1e-4));
+    let told = (timestep, scales.1 / scales.0.max(1e-4));
+    let mut call = plain_call(step, told, scales, config.prediction);
     call.then.push(x0.into(Register::Saved(0)));
     call.then.push(epsilon.into(Register::Saved(1)));
     if config.clip_sample {
@@ -66,12 +68,12 @@ fn estimate(config: &SchedulerConfig, step: usize, timestep: f64, bar: f64) -> C
 pub(in super::super) fn ddim(
     config: &SchedulerConfig,
     schedule: &NoiseSchedule,
-    steps: usize,
+    span: Span,
 ) -> Trajectory {
-    let stride = (config.num_train_timesteps / steps) as f64;
-    let timesteps = spacing::timesteps(config, steps, true);
+    let stride = (config.num_train_timesteps / span.steps) as f64;
+    let timesteps = spacing::timesteps(config, span.steps, true);
     let mut run = trajectory(timesteps.len());
-    for (i, &t) in timesteps.iter().enumerate() {
+    for (i, &t) in timesteps.iter().enumerate().skip(span.first) {
         let mut call = estimate(config, i, t, alpha_bar_at(schedule, t));
         let next = alpha_bar_to(config, schedule, t - stride);
         let x = saved(0) * next.sqrt() + saved(1) * (1.0 - next).sqrt();
@@ -85,7 +87,7 @@ pub(in super::super) fn ddim(
 pub(in super::super) fn ddpm(
     config: &SchedulerConfig,
     schedule: &NoiseSchedule,
-    steps: usize,
+    span: Span,
 ) -> Result<Trajectory> {
     let large = match config.variance_type.as_str() {
         "fixed_small" | "fixed_small_log" => false,
@@ -96,9 +98,9 @@ pub(in super::super) fn ddpm(
             )));
         }
     };
-    let timesteps = spacing::timesteps(config, steps, true);
+    let timesteps = spacing::timesteps(config, span.steps, true);
     let mut run = trajectory(timesteps.len());
-    for (i, &t) in timesteps.iter().enumerate() {
+    for (i, &t) in timesteps.iter().enumerate().skip(span.first) {
         let now = alpha_bar_at(schedule, t);
         let next = match timesteps.get(i + 1) {
             Some(&next) if next >= 0.0 => alpha_bar_at(schedule, next),
@@ -120,7 +122,8 @@ pub(in super::super) fn ddpm(
 }
 
 /// Timesteps of models distilled to `original_inference_steps`: evenly among those, from the last.
-fn distilled_timesteps(config: &SchedulerConfig, steps: usize) -> Result<Vec<f64>> {
+fn distilled_timesteps(config: &SchedulerConfig, span: Span) -> Result<Vec<f64>> {
+    let steps = span.steps;
     let original = config
         .original_inference_steps
         .min(config.num_train_timesteps);
@@ -130,12 +133,19 @@ fn distilled_timesteps(config: &SchedulerConfig, steps: usize) -> Result<Vec<f64
             config.class_name
         )));
     }
+    let last = (original as f64 * span.share) as usize;
+    if steps > last {
+        return Err(Error::Usage(format!(
+            "--steps is {steps}, expected 1 to {last} at --strength {}; use fewer --steps or more --strength",
+            span.share
+        )));
+    }
     let ratio = config.num_train_timesteps / original;
-    let share = original as f64 / steps as f64;
+    let share = last as f64 / steps as f64;
     Ok((0..steps)
         .map(|i| {
             let skipped = (i as f64 * share).floor() as usize;
-            ((original - skipped) * ratio) as f64 - 1.0
+            ((last - skipped) * ratio) as f64 - 1.0
         })
         .collect())
 }
@@ -144,15 +154,15 @@ fn distilled_timesteps(config: &SchedulerConfig, steps: usize) -> Result<Vec<f64
 pub(in super::super) fn tcd(
     config: &SchedulerConfig,
     schedule: &NoiseSchedule,
-    steps: usize,
+    span: Span,
 ) -> Result<Trajectory> {
-    let timesteps = distilled_timesteps(config, steps)?;
+    let timesteps = distilled_timesteps(config, span)?;
     let config = &SchedulerConfig {
         clip_sample: false,
         ..config.clone()
     };
-    let mut run = trajectory(steps);
-    for (i, &t) in timesteps.iter().enumerate() {
+    let mut run = trajectory(span.steps);
+    for (i, &t) in timesteps.iter().enumerate().skip(span.first) {
         let mut call = estimate(config, i, t, alpha_bar_at(schedule, t));
         let next = alpha_bar_at(schedule, timesteps.get(i + 1).copied().unwrap_or_default());
         let x = saved(0) * next.sqrt() + saved(1) * (1.0 - next).sqrt();
@@ -169,11 +179,11 @@ const SIGMA_DATA: f64 = 0.5;
 pub(in super::super) fn lcm(
     config: &SchedulerConfig,
     schedule: &NoiseSchedule,
-    steps: usize,
+    span: Span,
 ) -> Result<Trajectory> {
-    let timesteps = distilled_timesteps(config, steps)?;
-    let mut run = trajectory(steps);
-    for (i, &t) in timesteps.iter().enumerate() {
+    let timesteps = distilled_timesteps(config, span)?;
+    let mut run = trajectory(span.steps);
+    for (i, &t) in timesteps.iter().enumerate().skip(span.first) {
         let mut call = estimate(config, i, t, alpha_bar_at(schedule, t));
         let time = t * config.timestep_scaling;
         let norm = time * time + SIGMA_DATA * SIGMA_DATA;

@@ -4,9 +4,10 @@
 use super::super::config::{SchedulerConfig, SigmaMap};
 use super::super::prediction::estimates;
 use super::super::schedule::NoiseSchedule;
+use super::super::start::Span;
 use super::super::trajectory::{Linear, Register, Trajectory, output, sample, saved};
+use super::UnitLevels;
 use super::dpm::multistep_order;
-use super::{UnitLevels, plain_call};
 
 /// Estimates of the noise that are kept.
 const HISTORY: usize = 3;
@@ -14,7 +15,7 @@ const HISTORY: usize = 3;
 pub(in super::super) fn deis(
     config: &SchedulerConfig,
     schedule: &NoiseSchedule,
-    steps: usize,
+    span: Span,
 ) -> Trajectory {
     let rounded = config.sigma_map == SigmaMap::Karras;
     // this class always ends at the least noise
@@ -25,26 +26,23 @@ pub(in super::super) fn deis(
     let mut levels = UnitLevels::new(
         config,
         schedule,
-        (steps, config.num_train_timesteps),
+        (span, config.num_train_timesteps),
         rounded,
     );
     levels.end_at_own_last(config);
-    let count = levels.timesteps.len();
     let mut run = Trajectory {
         registers: HISTORY,
         ..levels.trajectory()
     };
-    for i in 0..count {
+    for i in levels.indices() {
         let sigma = levels.sigmas[i];
-        let (_, epsilon) = estimates(
-            config.prediction,
-            levels.space.place(sigma),
-            &sample(),
-            &output(),
-        );
-        let mut call = plain_call(i, levels.timesteps[i], sigma);
+        let (alpha, scale) = levels.space.place(sigma);
+        let (x0, _) = estimates(config.prediction, (alpha, scale), &sample(), &output());
+        // by way of x₀ whatever is predicted, also where α² + σ² is not 1
+        let epsilon = (sample() - x0 * alpha) * (1.0 / scale);
+        let mut call = levels.call(i, config.prediction);
         call.then.push(epsilon.into(Register::Saved(i % HISTORY)));
-        let order = multistep_order(config, i, count, false);
+        let order = multistep_order(config, &levels, i, false);
         call.then
             .push(step(&levels, i, order).into(Register::Sample));
         run.calls.push(call);

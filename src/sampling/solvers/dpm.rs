@@ -4,8 +4,9 @@
 use super::super::config::{BetaSchedule, Class, SchedulerConfig, SigmaMap, Spacing};
 use super::super::prediction::estimates;
 use super::super::schedule::NoiseSchedule;
+use super::super::start::Span;
 use super::super::trajectory::{Assign, Call, Linear, Register, Trajectory, output, sample, saved};
-use super::{Levels, Space, UnitLevels, edm, kdiffusion, lambda, plain_call};
+use super::{Levels, Space, UnitLevels, edm, kdiffusion, lambda};
 use crate::error::{Error, Result};
 
 /// The variants of the algorithm.
@@ -57,7 +58,7 @@ impl<'a> Dpm<'a> {
         Ok(kind)
     }
 
-    fn new(config: &'a SchedulerConfig, schedule: &NoiseSchedule, steps: usize) -> Result<Self> {
+    fn new(config: &'a SchedulerConfig, schedule: &NoiseSchedule, span: Span) -> Result<Self> {
         let kind = Self::kind(config)?;
         let clipped = schedule
             .sigmas
@@ -73,13 +74,13 @@ impl<'a> Dpm<'a> {
             config,
             kind,
             heun: config.solver_type == "heun",
-            levels: UnitLevels::new(config, schedule, (steps, last), rounded),
+            levels: UnitLevels::new(config, schedule, (span, last), rounded),
             edm: None,
         })
     }
 
-    fn of_continuous(config: &'a SchedulerConfig, steps: usize) -> Result<Self> {
-        let levels = edm::levels(config, steps);
+    fn of_continuous(config: &'a SchedulerConfig, span: Span) -> Result<Self> {
+        let levels = edm::levels(config, span);
         Ok(Self {
             config,
             kind: Self::kind(config)?,
@@ -88,6 +89,7 @@ impl<'a> Dpm<'a> {
                 sigmas: levels.sigmas.clone(),
                 timesteps: levels.timesteps.clone(),
                 space: Space::Unit,
+                first: span.first,
             },
             edm: Some(levels),
         })
@@ -108,7 +110,7 @@ impl<'a> Dpm<'a> {
             &output(),
         );
         let data = matches!(self.kind, Kind::Data | Kind::SdeData);
-        let mut call = plain_call(i, timestep, sigma);
+        let mut call = self.levels.call(i, self.config.prediction);
         let integrated = if data { x0 } else { epsilon };
         call.then
             .push(integrated.into(Register::Saved(i % HISTORY)));
@@ -271,49 +273,46 @@ fn assign((x, noise): (Linear, Option<f64>)) -> Assign {
 /// The order of each multistep: as much as the history allows, less in the last two.
 pub(super) fn multistep_order(
     config: &SchedulerConfig,
+    levels: &UnitLevels,
     i: usize,
-    count: usize,
     first_at_end: bool,
 ) -> usize {
+    let count = levels.timesteps.len();
     let few = config.lower_order_final && count < 15;
     if i + 1 == count && (few || first_at_end) {
         return 1;
     }
     let limit = if i + 2 == count && few { 2 } else { 3 };
-    config.solver_order.min(i + 1).min(limit)
+    config.solver_order.min(i + 1 - levels.first).min(limit)
 }
 
 /// Multistep: one call a step, its value kept for the next ones.
 pub(in super::super) fn multistep(
     config: &SchedulerConfig,
     schedule: &NoiseSchedule,
-    steps: usize,
+    span: Span,
 ) -> Result<Trajectory> {
-    let dpm = Dpm::new(config, schedule, steps)?;
+    let dpm = Dpm::new(config, schedule, span)?;
     let run = dpm.levels.trajectory();
     multistep_of(&dpm, run)
 }
 
 /// The same for models of continuous levels.
-pub(in super::super) fn edm_multistep(
-    config: &SchedulerConfig,
-    steps: usize,
-) -> Result<Trajectory> {
-    let dpm = Dpm::of_continuous(config, steps)?;
-    let run = edm::levels(config, steps).trajectory(0);
+pub(in super::super) fn edm_multistep(config: &SchedulerConfig, span: Span) -> Result<Trajectory> {
+    let dpm = Dpm::of_continuous(config, span)?;
+    let run = edm::levels(config, span).trajectory(0);
     multistep_of(&dpm, run)
 }
 
 fn multistep_of(dpm: &Dpm<'_>, mut run: Trajectory) -> Result<Trajectory> {
     let config = dpm.config;
     run.registers = START + 1;
-    let count = dpm.levels.timesteps.len();
-    for i in 0..count {
+    for i in dpm.levels.indices() {
         let mut call = dpm.call(i);
         let order = multistep_order(
             config,
+            &dpm.levels,
             i,
-            count,
             config.euler_at_final || config.final_sigma_zero,
         );
         if dpm.kind == Kind::SdeNoise && order > 2 {
@@ -331,7 +330,7 @@ fn multistep_of(dpm: &Dpm<'_>, mut run: Trajectory) -> Result<Trajectory> {
 pub(in super::super) fn singlestep(
     config: &SchedulerConfig,
     schedule: &NoiseSchedule,
-    steps: usize,
+    span: Span,
 ) -> Result<Trajectory> {
     if config.solver_order > 3 {
         return Err(Error::Unsupported(format!(
@@ -343,12 +342,15 @@ pub(in super::super) fn singlestep(
         spacing: Spacing::Linspace,
         ..config.clone()
     };
-    let dpm = Dpm::new(&linspace, schedule, steps)?;
+    let dpm = Dpm::new(&linspace, schedule, span)?;
     let mut run = Trajectory {
         registers: START + 1,
         ..dpm.levels.trajectory()
     };
-    for (i, order) in singlestep_orders(config, steps).into_iter().enumerate() {
+    let orders = singlestep_orders(config, span.steps);
+    for (i, order) in orders.into_iter().enumerate().skip(span.first) {
+        // a run that begins inside a group has fewer values than its order asks for
+        let order = order.min(i + 1 - span.first);
         let mut call = dpm.call(i);
         if order == 1 {
             call.then.push(sample().into(Register::Saved(START)));

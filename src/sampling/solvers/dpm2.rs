@@ -28,10 +28,11 @@ pub(in super::super) fn dpm2(
             continue;
         }
         let middle = (sigma * down).sqrt();
-        first.then.push(d.into(Register::Saved(0)));
-        let x2 = sample() + saved(0) * (middle - sigma);
-        let (mut second, x0) = call(levels, i, (timestep(middle), middle), &x2);
-        let x = sample() + derivative(x2, x0, middle) * (down - sigma);
+        first.then.push(sample().into(Register::Saved(0)));
+        let x2 = sample() + d * (middle - sigma);
+        first.then.push(x2.into(Register::Sample));
+        let (mut second, x0) = call(levels, i, (timestep(middle), middle), &sample());
+        let x = saved(0) + derivative(sample(), x0, middle) * (down - sigma);
         second.then.push(if noisy {
             x.into_with_noise(Register::Sample, up)
         } else {
@@ -41,4 +42,13 @@ pub(in super::super) fn dpm2(
         run.calls.push(second);
     }
     run
+}
+
+/// After the first of a step's two calls diffusers' inpainting has the known part at the level of the whole step already.
+pub(in super::super) fn link_halves(run: &mut Trajectory) {
+    for i in 1..run.calls.len() {
+        if run.calls[i - 1].step == run.calls[i].step {
+            run.calls[i - 1].next = run.calls[i].next;
+        }
+    }
 }

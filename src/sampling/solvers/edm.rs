@@ -4,10 +4,12 @@
 use super::super::config::SchedulerConfig;
 use super::super::prediction::Prediction;
 use super::super::spacing;
+use super::super::start::Span;
 use super::Levels;
 
 /// The levels that a config describes.
-pub(in super::super) fn levels(config: &SchedulerConfig, steps: usize) -> Levels {
+pub(in super::super) fn levels(config: &SchedulerConfig, span: Span) -> Levels {
+    let steps = span.steps;
     let (min, max) = config.edm_range();
     let mut sigmas = spacing::to_f32(if config.exponential {
         spacing::exponential(min, max, steps)
@@ -31,6 +33,7 @@ pub(in super::super) fn levels(config: &SchedulerConfig, steps: usize) -> Levels
         data: config.sigma_data,
         init_noise_sigma: (max * max + 1.0).sqrt(),
         clip: None,
+        first: span.first,
     }
 }
 

@@ -6,7 +6,8 @@ use super::super::config::flow::shifted;
 use super::super::config::{Class, FlowConfig, SchedulerConfig, SigmaMap};
 use super::super::prediction::Prediction;
 use super::super::spacing::{self, linspace};
-use super::super::trajectory::{Register, Trajectory, output, sample};
+use super::super::start::Span;
+use super::super::trajectory::{Call, Register, Trajectory, output, sample};
 use super::{Levels, plain_call};
 use crate::error::{Error, Result};
 
@@ -14,8 +15,9 @@ use crate::error::{Error, Result};
 pub(in super::super) fn levels(
     config: &SchedulerConfig,
     flow: &FlowConfig,
-    (steps, given): (usize, bool),
+    (span, given): (Span, bool),
 ) -> Levels {
+    let steps = span.steps;
     let train = config.num_train_timesteps as f64;
     let takes_levels = config.class() != Class::FlowMatchHeun;
     let start = if given && takes_levels {
@@ -54,6 +56,7 @@ pub(in super::super) fn levels(
         data: 1.0,
         init_noise_sigma: 1.0,
         clip: None,
+        first: span.first,
     }
 }
 
@@ -113,11 +116,16 @@ pub(in super::super) fn refuse_remapped(config: &SchedulerConfig) -> Result<()> 
     )))
 }
 
+fn flow_call(levels: &Levels, i: usize, sigma: f64) -> Call {
+    let told = (levels.timesteps[i], sigma);
+    plain_call(i, told, (1.0 - sigma, sigma), Prediction::Flow)
+}
+
 /// Straight along the prediction.
 pub(in super::super) fn euler(levels: &Levels) -> Trajectory {
     let mut run = levels.trajectory(0);
     for (i, sigma, next) in levels.pairs() {
-        let mut call = plain_call(i, levels.timesteps[i], sigma);
+        let mut call = flow_call(levels, i, sigma);
         let x = sample() + output() * (next - sigma);
         call.then.push(x.into(Register::Sample));
         run.calls.push(call);
@@ -129,7 +137,7 @@ pub(in super::super) fn euler(levels: &Levels) -> Trajectory {
 pub(in super::super) fn renoised(levels: &Levels) -> Trajectory {
     let mut run = levels.trajectory(0);
     for (i, sigma, next) in levels.pairs() {
-        let mut call = plain_call(i, levels.timesteps[i], sigma);
+        let mut call = flow_call(levels, i, sigma);
         let x0 = sample() - output() * sigma;
         call.then
             .push((x0 * (1.0 - next)).into_with_noise(Register::Sample, next));

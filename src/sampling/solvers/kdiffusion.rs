@@ -2,8 +2,10 @@
 //! σ space (k-diffusion `sampling.py`; diffusers' Euler, Euler ancestral, Heun and LMS schedulers).
 
 use super::super::prediction::{Prediction, denoised};
-use super::super::trajectory::{Assign, Call, Linear, Register, Trajectory, output, sample, saved};
-use super::{Levels, lambda, scaled};
+use super::super::trajectory::{
+    Assign, Call, Linear, Register, Trajectory, input, output, sample, saved,
+};
+use super::{Levels, lambda};
 
 /// The call at level `sigma` for latents `x`, and the estimate of the clean latents after it.
 pub(super) fn call(
@@ -12,19 +14,22 @@ pub(super) fn call(
     (timestep, sigma): (f64, f64),
     x: &Linear,
 ) -> (Call, Linear) {
+    let flow = levels.prediction == Prediction::Flow;
+    let norm = if flow { 1.0 } else { sigma.hypot(levels.data) };
+    let place = (sigma, levels.data);
+    let seen = input() * norm;
     let call = Call {
         timestep,
         sigma,
         step,
-        input: match levels.prediction {
-            Prediction::Flow => x.clone(),
-            _ => scaled(x.clone(), sigma, levels.data),
-        }
-        .combo(),
+        input: (x.clone() * (1.0 / norm)).combo(),
         then: Vec::new(),
+        scale: 1.0 / norm,
+        denoised: denoised(levels.prediction, place, &seen, &output()).of_call(),
+        now: (if flow { 1.0 - sigma } else { 1.0 }, sigma),
+        next: (1.0, 0.0),
     };
-    let sigma = (sigma, levels.data);
-    (call, denoised(levels.prediction, sigma, x, &output()))
+    (call, denoised(levels.prediction, place, x, &output()))
 }
 
 /// `(x − denoised)/σ`.
@@ -86,7 +91,9 @@ fn limited(call: &mut Call, x0: Linear, clip: Option<f64>) -> Linear {
 
 /// Algorithm 2: two evaluations a step, one for the last.
 pub(in super::super) fn heun(levels: &Levels) -> Trajectory {
-    let mut run = levels.trajectory(2);
+    // registers: the derivative, the limited estimate, where the step began
+    let mut run = levels.trajectory(3);
+    let start = Register::Saved(2);
     for (i, sigma, next) in levels.pairs() {
         let (mut first, x0) = call(levels, i, (levels.timesteps[i], sigma), &sample());
         let x0 = limited(&mut first, x0, levels.clip);
@@ -98,14 +105,15 @@ pub(in super::super) fn heun(levels: &Levels) -> Trajectory {
             run.calls.push(first);
             continue;
         }
-        // the derivative is kept; the sample stays where it was until the second one is there
         first.then.push(d.into(Register::Saved(0)));
+        first.then.push(sample().into(start));
         let x2 = sample() + saved(0) * (next - sigma);
+        first.then.push(x2.into(Register::Sample));
         let timestep = levels.timesteps.get(i + 1).copied().unwrap_or_default();
-        let (mut second, x0) = call(levels, i, (timestep, next), &x2);
+        let (mut second, x0) = call(levels, i, (timestep, next), &sample());
         let x0 = limited(&mut second, x0, levels.clip);
-        let d2 = derivative(x2, x0, next);
-        let x = sample() + (saved(0) + d2) * ((next - sigma) / 2.0);
+        let d2 = derivative(sample(), x0, next);
+        let x = saved(2) + (saved(0) + d2) * ((next - sigma) / 2.0);
         second.then.push(x.into(Register::Sample));
         run.calls.push(first);
         run.calls.push(second);
@@ -128,7 +136,9 @@ pub(in super::super) fn lms(levels: &Levels) -> Trajectory {
             // the program that runs flows so ends in a plain step
             sample() - saved(i % LMS_ORDER) * sigma
         } else {
-            (0..order).fold(sample(), |x, j| {
+            // diffusers weighs by the order of the whole run also where it began later and has fewer derivatives
+            let kept = (i - levels.first + 1).min(order);
+            (0..kept).fold(sample(), |x, j| {
                 x + saved((i - j) % LMS_ORDER) * lms_weight(&levels.sigmas, order, i, j)
             })
         };

@@ -13,10 +13,11 @@ pub(super) mod rectified;
 pub(super) mod unipc;
 
 use super::config::{SchedulerConfig, SigmaMap};
-use super::prediction::Prediction;
+use super::prediction::{Prediction, estimates};
 use super::schedule::NoiseSchedule;
 use super::spacing;
-use super::trajectory::{Call, Linear, Trajectory, sample};
+use super::start::Span;
+use super::trajectory::{Call, Trajectory, input, output, sample};
 
 /// What σ-space solvers (x = x₀ + σ·ε) share: the levels, the timesteps that go with them, what the network predicts.
 pub(super) struct Levels {
@@ -32,14 +33,17 @@ pub(super) struct Levels {
     pub(super) init_noise_sigma: f64,
     /// Limit of the estimate of x₀, for Heun.
     pub(super) clip: Option<f64>,
+    /// The level that the run begins at.
+    pub(super) first: usize,
 }
 
 impl Levels {
-    /// Pairs of neighbouring levels.
+    /// Pairs of neighbouring levels, from the first of the run.
     pub(super) fn pairs(&self) -> impl Iterator<Item = (usize, f64, f64)> + '_ {
         self.sigmas
             .windows(2)
             .enumerate()
+            .skip(self.first)
             .map(|(i, pair)| (i, pair[0], pair[1]))
     }
 
@@ -48,9 +52,9 @@ impl Levels {
         Trajectory {
             init_noise_sigma: self.init_noise_sigma,
             registers,
-            steps: self.sigmas.len() - 1,
-            sigmas: self.sigmas.clone(),
-            calls: Vec::new(),
+            steps: self.sigmas.len() - 1 - self.first,
+            sigmas: self.sigmas[self.first..].to_vec(),
+            ..Trajectory::default()
         }
     }
 }
@@ -92,17 +96,20 @@ struct UnitLevels {
     sigmas: Vec<f64>,
     timesteps: Vec<f64>,
     space: Space,
+    /// The level that the run begins at.
+    first: usize,
 }
 
 impl UnitLevels {
-    /// diffusers' for `steps` over the first `last` training timesteps; `rounded`: whether remapped timesteps are rounded to whole numbers
-    /// or cut.
+    /// diffusers' for a span of steps over the first `last` training timesteps; `rounded`: whether remapped timesteps are rounded to whole
+    /// numbers or cut.
     fn new(
         config: &SchedulerConfig,
         schedule: &NoiseSchedule,
-        (steps, last): (usize, usize),
+        (span, last): (Span, usize),
         rounded: bool,
     ) -> Self {
+        let steps = span.steps;
         let ends = (schedule.sigma_max(), schedule.sigma_min());
         let remapped = spacing::remap(config, ends, steps);
         let (mut sigmas, timesteps) = match (remapped, &config.flow) {
@@ -137,6 +144,7 @@ impl UnitLevels {
                 Some(_) => Space::Flow,
                 None => Space::Unit,
             },
+            first: span.first,
         }
     }
 
@@ -153,26 +161,43 @@ impl UnitLevels {
     fn trajectory(&self) -> Trajectory {
         Trajectory {
             init_noise_sigma: 1.0,
-            steps: self.timesteps.len(),
-            sigmas: self.sigmas.clone(),
+            steps: self.timesteps.len() - self.first,
+            sigmas: self.sigmas[self.first..].to_vec(),
             ..Trajectory::default()
         }
     }
+
+    /// The steps of the run.
+    fn indices(&self) -> std::ops::Range<usize> {
+        self.first..self.timesteps.len()
+    }
+
+    /// The call at level `i`.
+    fn call(&self, i: usize, prediction: Prediction) -> Call {
+        let sigma = self.sigmas[i];
+        let told = (self.timesteps[i], sigma);
+        plain_call(i, told, self.space.place(sigma), prediction)
+    }
 }
 
-/// What the network sees of `x = x₀ + σ·ε`, where x₀ has the standard deviation `data`.
-pub(super) fn scaled(x: Linear, sigma: f64, data: f64) -> Linear {
-    x * (1.0 / (sigma * sigma + data * data).sqrt())
-}
-
-/// A call at latents that the network sees as they are.
-pub(super) fn plain_call(step: usize, timestep: f64, sigma: f64) -> Call {
+/// A call at latents `α·x₀ + σ·ε` that the network sees as they are, told a timestep; a noise level for display goes with that.
+pub(super) fn plain_call(
+    step: usize,
+    (timestep, level): (f64, f64),
+    scales: (f64, f64),
+    prediction: Prediction,
+) -> Call {
+    let (x0, _) = estimates(prediction, scales, &input(), &output());
     Call {
         timestep,
-        sigma,
+        sigma: level,
         step,
         input: sample().combo(),
         then: Vec::new(),
+        scale: 1.0,
+        denoised: x0.of_call(),
+        now: scales,
+        next: (1.0, 0.0),
     }
 }
 

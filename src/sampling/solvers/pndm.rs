@@ -5,7 +5,8 @@ use super::super::config::SchedulerConfig;
 use super::super::prediction::Prediction;
 use super::super::schedule::NoiseSchedule;
 use super::super::spacing;
-use super::super::trajectory::{Linear, Register, Trajectory, output, sample, saved};
+use super::super::start::Span;
+use super::super::trajectory::{Assign, Linear, Register, Trajectory, output, sample, saved};
 use super::ddim::{alpha_bar_at, alpha_bar_to};
 use super::plain_call;
 use crate::error::{Error, Result};
@@ -18,7 +19,10 @@ const SUM: usize = HISTORY + 1;
 struct Pndm<'a> {
     config: &'a SchedulerConfig,
     schedule: &'a NoiseSchedule,
-    stride: f64,
+    /// Training timesteps between two of the run.
+    stride: usize,
+    /// The timesteps of Runge-Kutta's calls.
+    runge_kutta: Vec<f64>,
     run: Trajectory,
     /// Predictions kept so far.
     kept: usize,
@@ -27,42 +31,63 @@ struct Pndm<'a> {
 pub(in super::super) fn pndm(
     config: &SchedulerConfig,
     schedule: &NoiseSchedule,
-    steps: usize,
+    span: Span,
 ) -> Result<Trajectory> {
+    let steps = span.steps;
     if config.prediction == Prediction::Sample {
         return Err(Error::Unsupported(
             "PNDM is not defined for models that predict the sample".to_owned(),
         ));
     }
-    let mut rising = spacing::timesteps(config, steps, true);
-    rising.reverse();
+    let falling = spacing::timesteps(config, steps, true);
     let stride = config.num_train_timesteps / steps;
-    let mut pndm = Pndm {
-        config,
-        schedule,
-        stride: stride as f64,
-        run: Trajectory {
-            init_noise_sigma: 1.0,
-            registers: SUM + 1,
-            steps,
-            ..Trajectory::default()
-        },
-        kept: 0,
-    };
-    if config.skip_prk_steps {
-        pndm.multistep_from_scratch(&rising);
-    } else if rising.len() < HISTORY {
+    let (runge_kutta, multistep) = if config.skip_prk_steps {
+        // the second timestep is evaluated twice to start the method
+        let twice = falling.iter().skip(1).take(1).chain(falling.iter().skip(1));
+        let list = falling.iter().take(1).chain(twice).copied().collect();
+        (Vec::new(), list)
+    } else if falling.len() < HISTORY {
         return Err(Error::Usage(format!(
             "PNDM with Runge-Kutta steps needs at least {HISTORY} steps, got {steps}; use more --steps"
         )));
     } else {
-        pndm.runge_kutta(&rising, stride);
-        let rest: Vec<f64> = rising[..rising.len() - 3].iter().rev().copied().collect();
-        for (i, &t) in rest.iter().enumerate() {
-            pndm.multistep(HISTORY - 1 + i, t);
+        let list = runge_kutta_timesteps(&falling, (stride / 2) as f64);
+        (list, falling[HISTORY - 1..].to_vec())
+    };
+    let mut pndm = Pndm {
+        config,
+        schedule,
+        stride,
+        runge_kutta,
+        run: Trajectory {
+            init_noise_sigma: 1.0,
+            registers: SUM + 1,
+            steps: steps - span.first,
+            ..Trajectory::default()
+        },
+        kept: 0,
+    };
+    let timesteps = [pndm.runge_kutta.clone(), multistep].concat();
+    // a run that begins later counts its calls from 0 all the same
+    for (count, &t) in timesteps.iter().skip(span.first).enumerate() {
+        if count < pndm.runge_kutta.len() {
+            pndm.runge_kutta(count, t);
+        } else {
+            pndm.multistep(count, t);
         }
     }
+    for call in &mut pndm.run.calls {
+        call.step += span.first;
+    }
     Ok(pndm.run)
+}
+
+/// Four calls for each of the first three steps: at its timestep, twice in the middle, and at the next one.
+fn runge_kutta_timesteps(falling: &[f64], half: f64) -> Vec<f64> {
+    falling[..HISTORY]
+        .windows(2)
+        .flat_map(|pair| [pair[0], pair[1] + half, pair[1] + half, pair[1]])
+        .collect()
 }
 
 impl Pndm<'_> {
@@ -80,9 +105,11 @@ impl Pndm<'_> {
         x * (b / a).sqrt() - epsilon * ((b - a) / denominator)
     }
 
-    fn push(&mut self, step: usize, t: f64, assigns: Vec<super::super::trajectory::Assign>) {
+    fn push(&mut self, step: usize, t: f64, assigns: Vec<Assign>) {
         let bar = alpha_bar_at(self.schedule, t);
-        let mut call = plain_call(step, t, ((1.0 - bar) / bar).sqrt());
+        let scales = (bar.sqrt(), (1.0 - bar).sqrt());
+        let told = (t, scales.1 / scales.0);
+        let mut call = plain_call(step, told, scales, self.config.prediction);
         call.then = assigns;
         self.run.calls.push(call);
     }
@@ -92,35 +119,24 @@ impl Pndm<'_> {
         saved((self.kept - 1 - age) % HISTORY)
     }
 
-    /// Without Runge-Kutta: the second timestep is evaluated twice to start the method.
-    fn multistep_from_scratch(&mut self, rising: &[f64]) {
-        let falling: Vec<f64> = rising.iter().rev().copied().collect();
-        let Some(&first) = falling.first() else {
-            return;
+    /// Adams-Bashforth of the order that the history allows. Where it starts the method, the second call makes the first step again with
+    /// the mean of both ends.
+    fn multistep(&mut self, count: usize, t: f64) {
+        let stride = self.stride as f64;
+        let step = match self.runge_kutta.len() {
+            0 => count.saturating_sub(1),
+            calls => count - calls + calls / 4,
         };
-        // the first step, keeping where it began
-        self.kept = 1;
-        let keep = output().into(Register::Saved(0));
-        let start = sample().into(Register::Saved(START));
-        let x = self.transfer(sample(), first, first - self.stride, saved(0));
-        self.push(0, first, vec![keep, start, x.into(Register::Sample)]);
-        if falling.len() == 1 {
-            return;
+        if count == 1 {
+            let mean = (output() + self.past(0)) * 0.5;
+            let x = self.transfer(saved(START), t + stride, t, mean);
+            return self.push(step, t, vec![x.into(Register::Sample)]);
         }
-        // the same step again with the mean of both ends
-        let second = falling[1];
-        let mean = (output() + saved(0)) * 0.5;
-        let x = self.transfer(saved(START), second + self.stride, second, mean);
-        self.push(0, second, vec![x.into(Register::Sample)]);
-        for (i, &t) in falling[1..].iter().enumerate() {
-            self.multistep(i + 1, t);
-        }
-    }
-
-    /// Adams-Bashforth of the order that the history allows.
-    fn multistep(&mut self, step: usize, t: f64) {
-        let keep = output().into(Register::Saved(self.kept % HISTORY));
+        let mut assigns = vec![output().into(Register::Saved(self.kept % HISTORY))];
         self.kept += 1;
+        if count == 0 {
+            assigns.push(sample().into(Register::Saved(START)));
+        }
         let e = |age| self.past(age);
         let prediction = match self.kept {
             1 => e(0),
@@ -128,39 +144,35 @@ impl Pndm<'_> {
             3 => (e(0) * 23.0 - e(1) * 16.0 + e(2) * 5.0) * (1.0 / 12.0),
             _ => (e(0) * 55.0 - e(1) * 59.0 + e(2) * 37.0 - e(3) * 9.0) * (1.0 / 24.0),
         };
-        let x = self.transfer(sample(), t, t - self.stride, prediction);
-        self.push(step, t, vec![keep, x.into(Register::Sample)]);
+        let x = self.transfer(sample(), t, t - stride, prediction);
+        assigns.push(x.into(Register::Sample));
+        self.push(step, t, assigns);
     }
 
-    /// Three steps of four evaluations each.
-    fn runge_kutta(&mut self, rising: &[f64], stride: usize) {
-        let half = (stride / 2) as f64;
-        let top: Vec<f64> = rising.iter().rev().take(HISTORY).copied().collect();
-        for step in 0..HISTORY - 1 {
-            let (t, next) = (top[step], top[step + 1]);
-            let keep = output().into(Register::Saved(self.kept % HISTORY));
-            self.kept += 1;
-            // 1: at t, half a step along it
-            let x = self.transfer(sample(), t, t - half, self.past(0));
-            let begin = vec![
-                keep,
-                sample().into(Register::Saved(START)),
-                (self.past(0) * (1.0 / 6.0)).into(Register::Saved(SUM)),
-                x.into(Register::Sample),
-            ];
-            self.push(step, t, begin);
-            // 2: at the middle, half a step from the beginning again; 3: at the middle, a whole step
-            let middle = next + half;
-            for (told, target) in [(middle, middle), (middle, next)] {
-                let to = if target == next { told - half } else { told };
-                let add = (saved(SUM) + output() * (1.0 / 3.0)).into(Register::Saved(SUM));
-                let x = self.transfer(saved(START), t, to, output());
-                self.push(step, told, vec![add, x.into(Register::Sample)]);
+    /// One of four evaluations of a step: at its beginning, twice after half of it, at its end. Steps are from the timesteps at which the
+    /// whole run has its Runge-Kutta steps, wherever this one began.
+    fn runge_kutta(&mut self, count: usize, t: f64) {
+        let half = (self.stride / 2) as f64;
+        let from = self.runge_kutta[count / 4 * 4];
+        let to = if count % 2 == 1 { t } else { t - half };
+        let (sum, start) = (Register::Saved(SUM), Register::Saved(START));
+        let mut assigns = Vec::new();
+        let (x, prediction) = match count % 4 {
+            0 => {
+                assigns.push(output().into(Register::Saved(self.kept % HISTORY)));
+                self.kept += 1;
+                assigns.push(sample().into(start));
+                assigns.push((output() * (1.0 / 6.0)).into(sum));
+                (sample(), output())
             }
-            // 4: at the end, a whole step along the mean
-            let mean = saved(SUM) + output() * (1.0 / 6.0);
-            let x = self.transfer(saved(START), t, next, mean);
-            self.push(step, next, vec![x.into(Register::Sample)]);
-        }
+            3 => (saved(START), saved(SUM) + output() * (1.0 / 6.0)),
+            _ => {
+                assigns.push((saved(SUM) + output() * (1.0 / 3.0)).into(sum));
+                (saved(START), output())
+            }
+        };
+        let x = self.transfer(x, from, to, prediction);
+        assigns.push(x.into(Register::Sample));
+        self.push(count / 4, t, assigns);
     }
 }

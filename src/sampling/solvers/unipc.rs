@@ -4,14 +4,14 @@
 use super::super::config::{SchedulerConfig, SigmaMap};
 use super::super::prediction::estimates;
 use super::super::schedule::NoiseSchedule;
+use super::super::start::Span;
 use super::super::trajectory::{Linear, Register, Trajectory, output, sample, saved};
-use super::{Space, UnitLevels, plain_call};
+use super::UnitLevels;
 use crate::error::{Error, Result};
 
 struct UniPc<'a> {
     config: &'a SchedulerConfig,
-    sigmas: Vec<f64>,
-    space: Space,
+    levels: UnitLevels,
     /// Converted predictions are kept in as many registers, one more than the order; the last register holds the latents that the
     /// last prediction step began from.
     history: usize,
@@ -20,7 +20,7 @@ struct UniPc<'a> {
 pub(in super::super) fn unipc(
     config: &SchedulerConfig,
     schedule: &NoiseSchedule,
-    steps: usize,
+    span: Span,
 ) -> Result<Trajectory> {
     if !matches!(
         config.solver_type.as_str(),
@@ -35,7 +35,7 @@ pub(in super::super) fn unipc(
     let mut levels = UnitLevels::new(
         config,
         schedule,
-        (steps, config.num_train_timesteps),
+        (span, config.num_train_timesteps),
         rounded,
     );
     levels.end_at_own_last(config);
@@ -44,27 +44,21 @@ pub(in super::super) fn unipc(
         registers: history + 1,
         ..levels.trajectory()
     };
-    let UnitLevels {
-        sigmas,
-        timesteps,
-        space,
-    } = levels;
-    let count = timesteps.len();
+    let (count, first) = (levels.timesteps.len(), levels.first);
     let solver = UniPc {
         config,
-        sigmas,
-        space,
+        levels,
         history,
     };
     let mut last_order = 0;
-    for (i, &t) in timesteps.iter().enumerate() {
-        let scales = space.place(solver.sigmas[i]);
+    for i in solver.levels.indices() {
+        let scales = solver.levels.space.place(solver.levels.sigmas[i]);
         let (x0, epsilon) = estimates(config.prediction, scales, &sample(), &output());
-        let mut call = plain_call(i, t, solver.sigmas[i]);
+        let mut call = solver.levels.call(i, config.prediction);
         let converted = if config.predict_x0 { x0 } else { epsilon };
         call.then
             .push(converted.into(Register::Saved(i % solver.history)));
-        if i > 0 && !config.disable_corrector.contains(&(i - 1)) {
+        if i > first && !config.disable_corrector.contains(&(i - 1)) {
             call.then
                 .push(solver.step(i - 1, last_order, true).into(Register::Sample));
         }
@@ -75,7 +69,7 @@ pub(in super::super) fn unipc(
         } else {
             config.solver_order
         };
-        last_order = order.min(i + 1);
+        last_order = order.min(i + 1 - first);
         call.then
             .push(solver.step(i, last_order, false).into(Register::Sample));
         run.calls.push(call);
@@ -86,11 +80,10 @@ pub(in super::super) fn unipc(
 impl UniPc<'_> {
     /// From level `from` to the next, by the predictor or (with the prediction at the next level in hand) the corrector.
     fn step(&self, from: usize, order: usize, correct: bool) -> Linear {
-        let ((alpha_t, sigma_t), (alpha_s, sigma_s)) = (
-            self.space.place(self.sigmas[from + 1]),
-            self.space.place(self.sigmas[from]),
-        );
-        let at = |i: usize| self.space.lambda(self.sigmas[i]);
+        let UnitLevels { sigmas, space, .. } = &self.levels;
+        let ((alpha_t, sigma_t), (alpha_s, sigma_s)) =
+            (space.place(sigmas[from + 1]), space.place(sigmas[from]));
+        let at = |i: usize| space.lambda(sigmas[i]);
         let h = at(from + 1) - at(from);
         let hh = if self.config.predict_x0 { -h } else { h };
         let b_h = if self.config.solver_type == "bh1" {
