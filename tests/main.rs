@@ -21,6 +21,8 @@ mod cli;
 mod convert;
 /// Stable Diffusion 3 and FLUX: transformers, T5, what their single files are called inside.
 mod dit;
+/// Guidance of special kinds, regions and shortcuts against diffusers and DeepCache.
+mod guidance;
 /// The Hub's client and the models folder, against a Hub on this machine that behaves and misbehaves.
 mod hub;
 /// Networks and whole runs against diffusers and transformers, from every form of file.

@@ -17,6 +17,7 @@ use crate::device;
 use crate::error::{Error, Result};
 use crate::memory::peak_resident;
 use crate::output::{self, NoiseSource, Parameters, Target};
+use crate::picture::Picture;
 use crate::pipeline::{
     Batch, Control, Engine, Event, Plan, Request, Rng, SizeConditioning, SkipLayers,
 };
@@ -183,12 +184,15 @@ fn request(args: &GenerateArgs) -> Result<Request> {
     })
 }
 
-/// Width, height and values of a mask.
+/// Width, height and values of a mask, by its brightness.
 fn read_mask(path: &PathBuf) -> Result<(usize, usize, Vec<f32>)> {
-    Err(Error::Unsupported(format!(
-        "--region-mask {}: reading pictures is not built yet; give the region a box",
-        path.display()
-    )))
+    let grey = Picture::open(path)?.to_luma();
+    let values = grey.values().iter().map(|&value| f32::from(value) / 255.0);
+    Ok((
+        grey.width() as usize,
+        grey.height() as usize,
+        values.collect(),
+    ))
 }
 
 /// A bar on a terminal, nothing elsewhere.
@@ -375,7 +379,11 @@ impl Job<'_> {
                 Rng::Nv => NoiseSource::Nv,
             },
             version: Some(Parameters::our_version()),
-            extras: [self.other_models(), infotext(&self.plan.guidance, &self.plan.shortcuts)].concat(),
+            extras: [
+                self.other_models(),
+                infotext(&self.plan.guidance, &self.plan.shortcuts),
+            ]
+            .concat(),
             ..Parameters::default()
         }
     }

@@ -45,7 +45,8 @@ use crate::output::Image;
 use crate::sampling::{Call, Generator};
 use crate::spec::{ModelSpec, Others};
 use crate::text::{
-    self, Behind, Conditioning, Encoded, LongSpeaker, LongTower, Readers, Speaker, Texts, Tokenizers,
+    self, Behind, Conditioning, Encoded, LongSpeaker, LongTower, Readers, Speaker, Texts,
+    Tokenizers,
 };
 use asks::{Ask, Text};
 use denoise::BatchNoise;

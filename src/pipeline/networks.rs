@@ -444,7 +444,11 @@ impl Networks {
         let options = Options {
             timestep: Some("timestep"),
             constant: vec![CONTEXT, ADDED, GUIDANCE],
-            halved: if texts > 1 { vec!["sample"] } else { Vec::new() },
+            halved: if texts > 1 {
+                vec!["sample"]
+            } else {
+                Vec::new()
+            },
             copies: texts,
             ..Options::new(Level::current(), precision(self.dtype))
         };

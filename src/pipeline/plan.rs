@@ -204,7 +204,8 @@ fn check_guidance(engine: &Engine, request: &Request, guided: bool) -> Result<Op
     guidance.check()?;
     shortcuts.check()?;
     let unet = engine.spec().unet.config.unet();
-    let attends = unet.is_some_and(|unet| matches!(unet.mid, Mid::Attention { depth } if depth > 0));
+    let attends =
+        unet.is_some_and(|unet| matches!(unet.mid, Mid::Attention { depth } if depth > 0));
     let for_unets = [
         ("--freeu", guidance.free_u.is_some(), unet.is_some()),
         ("--deep-cache", shortcuts.deep_cache > 1, unet.is_some()),

@@ -171,7 +171,10 @@ fn degrade(
     predictions: &Predictions,
     mass: &Tensor,
 ) -> Result<Tensor> {
-    let from = predictions.negative.as_ref().or(predictions.prompt.as_ref());
+    let from = predictions
+        .negative
+        .as_ref()
+        .or(predictions.prompt.as_ref());
     let Some(from) = from else {
         return Err(Error::Numeric("guidance needs a prediction".to_owned()));
     };
@@ -179,6 +182,6 @@ fn degrade(
     let mass = mass.narrow(0, 0, from.dim(0)?)?;
     let (a, b) = call.denoised;
     let clean = ((sample * a)? + (from * b)?)?;
-    let alpha = call.now.0 / call.now.0.hypot(call.now.1);
+    let alpha = call.scale * call.now.0;
     Ok((sample + (blurred(&clean, &mass)? * alpha)?)?)
 }

@@ -115,8 +115,7 @@ impl Memory<'_> {
             true => {
                 let rows = (0..self.batch(source) * pixels).into_par_iter();
                 let mean = |row| (0..c).map(|j| f64::from(at(x, row * c + j))).sum::<f64>();
-                let mut means: Vec<f32> =
-                    rows.map(|row| (mean(row) / c as f64) as f32).collect();
+                let mut means: Vec<f32> = rows.map(|row| (mean(row) / c as f64) as f32).collect();
                 for picture in means.chunks_mut(pixels.max(1)) {
                     let least = picture.iter().copied().fold(f32::INFINITY, f32::min);
                     let most = picture.iter().copied().fold(f32::NEG_INFINITY, f32::max);

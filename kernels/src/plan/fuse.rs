@@ -69,11 +69,7 @@ pub(super) fn fuse(
 }
 
 impl<'a> Fuser<'a> {
-    fn new(
-        nodes: &'a [Node],
-        (output, taps): (NodeId, &[NodeId]),
-        options: &'a Options,
-    ) -> Self {
+    fn new(nodes: &'a [Node], (output, taps): (NodeId, &[NodeId]), options: &'a Options) -> Self {
         let needed = needed(nodes, (output, taps));
         let mut uses = vec![0; nodes.len()];
         for &wanted in taps.iter().chain([&output]) {

@@ -154,9 +154,7 @@ impl MidBlock {
     /// How much its pixels are looked at by each other, `[b, 1, h, w]`, when `x` enters it; nothing without a transformer.
     pub(super) fn mass(&self, x: &Tensor, given: &Given<'_>) -> Result<Option<Tensor>> {
         match &self.first.transformer {
-            Some(transformer) => {
-                transformer.mass(&self.first.resnet.forward(x, Some(given.temb))?)
-            }
+            Some(transformer) => transformer.mass(&self.first.resnet.forward(x, Some(given.temb))?),
             None => Ok(None),
         }
     }

@@ -16,7 +16,12 @@ use crate::pipeline::{
 #[command(next_help_heading = "Guidance")]
 pub struct GuidanceArgs {
     /// Bring this part of the prediction back to the deviation of the prompt's own, 0 to 1; 0.7 is usual for v-prediction [default: 0]
-    #[arg(long, value_name = "F", default_value_t = 0.0, hide_default_value = true)]
+    #[arg(
+        long,
+        value_name = "F",
+        default_value_t = 0.0,
+        hide_default_value = true
+    )]
     pub cfg_rescale: f64,
     /// The part of the steps at which guidance begins; before it the prompt alone is asked, in half the time [default: 0]
     #[arg(long, value_name = "F")]
@@ -65,12 +70,7 @@ pub struct GuidanceArgs {
     #[arg(long, value_name = "N", default_value_t = 1, requires = "cfg_zero")]
     pub cfg_zero_steps: usize,
     /// Perp-Neg: of the negative prompt counts what is perpendicular to the prompt, this much; a third prediction a step
-    #[arg(
-        long,
-        value_name = "F",
-        group = "rule",
-        allow_negative_numbers = true
-    )]
+    #[arg(long, value_name = "F", group = "rule", allow_negative_numbers = true)]
     pub perp_neg: Option<f64>,
     /// Tangential damping of the negative prediction
     #[arg(long, group = "rule")]
@@ -113,12 +113,7 @@ pub struct GuidanceArgs {
     #[arg(long, value_name = "F", allow_negative_numbers = true)]
     pub pag_scale: Option<f64>,
     /// How much less it is for each of the 1000 times of training
-    #[arg(
-        long,
-        value_name = "F",
-        default_value_t = 0.0,
-        requires = "pag_scale"
-    )]
+    #[arg(long, value_name = "F", default_value_t = 0.0, requires = "pag_scale")]
     pub pag_adaptive_scale: f64,
     /// Parts of the names of the self-attentions that it perturbs
     #[arg(long, value_name = "NAME,…", value_delimiter = ',', default_values_t = ["mid".to_owned()], requires = "pag_scale")]
@@ -180,12 +175,8 @@ impl GuidanceArgs {
     /// # Errors
     /// [`Error::Usage`] when FreeU has not four numbers.
     pub fn guidance(&self) -> Result<Guidance> {
-        let span = (self.cfg_start.is_some() || self.cfg_end.is_some()).then(|| {
-            (
-                self.cfg_start.unwrap_or(0.0),
-                self.cfg_end.unwrap_or(1.0),
-            )
-        });
+        let span = (self.cfg_start.is_some() || self.cfg_end.is_some())
+            .then(|| (self.cfg_start.unwrap_or(0.0), self.cfg_end.unwrap_or(1.0)));
         let free_u = match self.freeu.as_slice() {
             [] => None,
             &[b1, b2, s1, s2] => Some(FreeU {
@@ -211,11 +202,14 @@ impl GuidanceArgs {
             },
             rescale: self.cfg_rescale,
             rule: self.rule(),
-            perturbed: self.pag_scale.filter(|scale| *scale != 0.0).map(|scale| Perturbed {
-                scale,
-                adaptive: self.pag_adaptive_scale,
-                layers: self.pag_layers.clone(),
-            }),
+            perturbed: self
+                .pag_scale
+                .filter(|scale| *scale != 0.0)
+                .map(|scale| Perturbed {
+                    scale,
+                    adaptive: self.pag_adaptive_scale,
+                    layers: self.pag_layers.clone(),
+                }),
             self_attention: self.sag_scale.filter(|scale| *scale != 0.0),
             free_u,
         })
@@ -346,7 +340,10 @@ pub(in crate::cli) fn record(
     }
     if guidance.schedule.shape != ScaleShape::Constant {
         let shape = shape_name(guidance.schedule.shape);
-        put("cfg_schedule", json!({ "curve": shape, "min": guidance.schedule.least }));
+        put(
+            "cfg_schedule",
+            json!({ "curve": shape, "min": guidance.schedule.least }),
+        );
     }
     if guidance.rescale != 0.0 {
         put("cfg_rescale", json!(guidance.rescale));
@@ -389,7 +386,10 @@ pub(in crate::cli) fn record(
     }
     if shortcuts.least_negative_sigma > 0.0 {
         let sigma = shortcuts.least_negative_sigma;
-        put("ngms", json!({ "sigma": sigma, "all": shortcuts.at_all_calls }));
+        put(
+            "ngms",
+            json!({ "sigma": sigma, "all": shortcuts.at_all_calls }),
+        );
     }
     if !regions.list.is_empty() {
         let regions_of = regions.list.iter().map(|region| {
@@ -406,7 +406,10 @@ pub(in crate::cli) fn record(
 }
 
 /// The same for A1111's line: its own keys, those of Forge's and of its extensions where there are such.
-pub(in crate::cli) fn infotext(guidance: &Guidance, shortcuts: &Shortcuts) -> Vec<(String, String)> {
+pub(in crate::cli) fn infotext(
+    guidance: &Guidance,
+    shortcuts: &Shortcuts,
+) -> Vec<(String, String)> {
     let mut pairs = Vec::new();
     let mut put = |key: &str, value: String| pairs.push((key.to_owned(), value));
     if let Rule::Mimic(mimic) = &guidance.rule {
@@ -417,7 +420,10 @@ pub(in crate::cli) fn infotext(guidance: &Guidance, shortcuts: &Shortcuts) -> Ve
         put("Separate Feature Channels", separate.to_owned());
         let from = if mimic.from_zero { "ZERO" } else { "MEAN" };
         put("Scaling Startpoint", from.to_owned());
-        put("Variability Measure", measure_name(mimic.measure).to_owned());
+        put(
+            "Variability Measure",
+            measure_name(mimic.measure).to_owned(),
+        );
         put("Interpolate Phi", mimic.phi.to_string());
         if guidance.schedule.shape != ScaleShape::Constant {
             let shape = match guidance.schedule.shape {
@@ -495,7 +501,11 @@ mod tests {
         let mixed = mixed.unwrap().list;
         assert_eq!(mixed[1].prompt, "a hen");
         assert!(matches!(mixed[1].place, Place::Mask { width: 1, .. }));
-        for (region, masks) in [(&["a fox"][..], 0), (&["0,0,8,8:a fox"], 1), (&["1,2,3:x"], 0)] {
+        for (region, masks) in [
+            (&["a fox"][..], 0),
+            (&["0,0,8,8:a fox"], 1),
+            (&["1,2,3:x"], 0),
+        ] {
             let refused = args(region, masks).regions(&read).unwrap_err();
             assert!(refused.to_string().contains("--region"), "{region:?}");
         }

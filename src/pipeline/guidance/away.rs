@@ -121,7 +121,11 @@ mod tests {
 
     #[test]
     fn layers_are_parts_of_names() {
-        let names = ["mid_block.a.attn1", "up_blocks.1.a.attn1", "up_blocks.2.a.attn1"];
+        let names = [
+            "mid_block.a.attn1",
+            "up_blocks.1.a.attn1",
+            "up_blocks.2.a.attn1",
+        ];
         let of = |layers: &[&str]| {
             let layers: Vec<String> = layers.iter().map(|&l| l.to_owned()).collect();
             resolve(&layers, &names)

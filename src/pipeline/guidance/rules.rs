@@ -121,7 +121,9 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
 fn sum<const N: usize>(out: &mut [f32], terms: [(f64, &[f32]); N]) {
     for (i, out) in out.iter_mut().enumerate() {
         let terms = terms.iter();
-        *out = terms.map(|(factor, x)| factor * f64::from(x[i])).sum::<f64>() as f32;
+        *out = terms
+            .map(|(factor, x)| factor * f64::from(x[i]))
+            .sum::<f64>() as f32;
     }
 }
 
