@@ -367,6 +367,8 @@ fn what_cannot_be_is_refused_in_one_sentence() {
             "--mimic-percentile is 101",
         ),
         (&["--ngms", "-1"], "--ngms"),
+        (&["--tome", "0.5"], "--token-merging-ratio is not built"),
+        (&["--tgate", "10"], "--tgate is not built"),
     ] {
         let outcome = generate(flags);
         assert!(

@@ -46,6 +46,30 @@ impl Asks {
         std::iter::once(&self.main).chain(others)
     }
 
+    /// For how many texts each of the plans is that are there at once, where they are most.
+    pub(super) fn most_at_once(all: &[Self]) -> Vec<usize> {
+        let mut spans: Vec<(&Ask, usize, usize)> = Vec::new();
+        for (i, ask) in all
+            .iter()
+            .enumerate()
+            .flat_map(|(i, asks)| asks.all().map(move |ask| (i, ask)))
+        {
+            match spans.iter_mut().find(|(known, ..)| *known == ask) {
+                Some((_, _, last)) => *last = i,
+                None => spans.push((ask, i, i)),
+            }
+        }
+        let at = |i: usize| -> Vec<usize> {
+            let there = spans
+                .iter()
+                .filter(|(_, from, to)| (*from..=*to).contains(&i));
+            there.map(|(ask, ..)| ask.texts.len()).collect()
+        };
+        let sets = (0..all.len()).map(at);
+        sets.max_by_key(|texts| texts.iter().sum::<usize>())
+            .unwrap_or_default()
+    }
+
     /// What is asked at every call of `plan`.
     ///
     /// # Errors

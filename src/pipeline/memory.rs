@@ -7,7 +7,7 @@ use crate::memory::{Memory, resident};
 /// What is there beside weights and the values between layers: code, vocabulary, what a picture becomes on its way to the file.
 const REST: u64 = 250 << 20;
 
-/// Bytes resident at the peak of a run for latents of `size` (width, height) under `texts` texts each.
+/// Bytes resident at the peak of a run for latents of `size` (width, height), with plans beside each other for so many `texts` each.
 ///
 /// # Errors
 /// When the networks cannot take the size.
@@ -15,7 +15,7 @@ pub(super) fn estimate(
     networks: &[&Networks],
     size: (usize, usize),
     batch: usize,
-    texts: usize,
+    texts: &[usize],
 ) -> Result<u64> {
     // models of a relay keep their weights, and use their buffers in turn
     let mut weights = 0;

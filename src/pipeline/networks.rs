@@ -408,28 +408,35 @@ impl Networks {
         Ok((graph, output))
     }
 
-    /// What a run for `batch` latents of `size` (width, height) under `texts` texts each holds at its peak.
+    /// What a run for `batch` latents of `size` (width, height) holds at its peak, with plans beside each other for so many `texts` each.
     ///
     /// # Errors
     /// When the networks cannot take the size.
-    pub fn memory(&self, size: (usize, usize), batch: usize, texts: usize) -> Result<Need> {
-        let batch = texts * batch;
-        let (unet, noise) = self.record_unet(size, (batch, self.tokens))?;
+    pub fn memory(&self, size: (usize, usize), batch: usize, texts: &[usize]) -> Result<Need> {
         let (vae, picture) = self.record_vae(size, 1)?;
         if self.planned.is_none() {
+            // one plan after another
+            let most = texts.iter().max().copied().unwrap_or(1);
+            let (unet, _) = self.record_unet(size, (most * batch, self.tokens))?;
             let elements = unet.peak_elements().max(vae.peak_elements());
             return Ok(Need {
                 weights: self.weight_bytes,
                 buffers: elements * self.dtype.size_in_bytes() as u64,
             });
         }
-        let options = self.unet_options(texts, (&unet, &noise))?;
-        let unet = Plan::sizes(&unet, &noise, &options)?;
+        let (mut weights, mut buffers) = (0, 0);
+        for &texts in texts {
+            let (unet, noise) = self.record_unet(size, (texts * batch, self.tokens))?;
+            let options = self.unet_options(texts, (&unet, &noise))?;
+            let unet = Plan::sizes(&unet, &noise, &options)?;
+            weights = unet.weights.max(weights);
+            buffers += unet.buffers + unet.transient;
+        }
         let vae = Plan::sizes(&vae, &picture, &vae_options(self.dtype))?;
         let decoding = vae.buffers + vae.transient;
         Ok(Need {
-            weights: unet.weights as u64,
-            buffers: decoding.max(unet.buffers + unet.transient) as u64,
+            weights: weights as u64,
+            buffers: decoding.max(buffers) as u64,
         })
     }
 

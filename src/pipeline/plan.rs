@@ -3,7 +3,7 @@
 use sd_models::unet::Mid;
 
 use super::asks::Asks;
-use super::guidance::{Guidance, Rule, SkipLayers};
+use super::guidance::{Guidance, SkipLayers};
 use super::request::{Request, Rng};
 use super::shortcuts::Shortcuts;
 use super::sizes::{self, SizeConditioning};
@@ -155,13 +155,7 @@ impl Plan {
             true => Vec::new(),
             false => request.regions.weights(latent, scale)?,
         };
-        let more = guided && matches!(request.guidance.rule, Rule::Perpendicular { .. });
-        let texts = regions.len().max(1) + usize::from(guided) + usize::from(more);
-        let memory = memory::estimate(&engine.all_networks(), latent, batch_size, texts)?;
-        if !request.force {
-            memory::check(memory)?;
-        }
-        let plan = Self {
+        let mut plan = Self {
             width,
             height,
             steps,
@@ -180,10 +174,14 @@ impl Plan {
             shortcuts: request.shortcuts,
             regions,
             sizes: (request.negative_sizes, request.sizes),
-            memory,
+            memory: 0,
             warnings,
         };
-        Asks::of(engine, &plan)?; // refuses layers that are not there
+        let texts = Asks::most_at_once(&Asks::of(engine, &plan)?);
+        plan.memory = memory::estimate(&engine.all_networks(), latent, batch_size, &texts)?;
+        if !request.force {
+            memory::check(plan.memory)?;
+        }
         Ok(plan)
     }
 

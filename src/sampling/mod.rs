@@ -10,6 +10,7 @@ mod schedule;
 mod solvers;
 mod spacing;
 mod start;
+mod threshold;
 mod trajectory;
 
 pub use by_name::{Model, by_name};
@@ -22,6 +23,7 @@ pub use prediction::Prediction;
 pub use schedule::NoiseSchedule;
 pub use spacing::Schedule;
 pub use start::{Start, StepCount};
+pub use threshold::{Threshold, quantile};
 pub use trajectory::{Assign, Call, Combo, Draw, Register, Slices, Trajectory};
 
 use crate::error::{Error, Result};

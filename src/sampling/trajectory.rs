@@ -2,6 +2,8 @@
 
 use std::ops::{Add, Mul, Sub};
 
+use super::threshold::Threshold;
+
 /// A tensor-valued variable of a run, shaped like the latents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Register {
@@ -50,6 +52,13 @@ pub enum Assign {
         low: f64,
         /// Upper limit.
         high: f64,
+    },
+    /// Limits each picture of a register by what is in it.
+    Limit {
+        /// The register.
+        register: Register,
+        /// How.
+        to: Threshold,
     },
 }
 
@@ -116,6 +125,7 @@ impl Trajectory {
                             finite(terms) && noise.is_none_or(|draw| draw.factor.is_finite())
                         }
                         Assign::Clamp { low, high, .. } => low <= high,
+                        Assign::Limit { .. } => true,
                     })
             })
     }
@@ -224,6 +234,7 @@ impl Assign {
                     *value = value.clamp(*low, *high);
                 }
             }
+            Self::Limit { register, to } => to.limit(&mut state[place(*register)]),
         }
     }
 }

@@ -167,6 +167,12 @@ pub struct ShortcutArgs {
     /// Below that level all steps do
     #[arg(long, requires = "ngms")]
     pub ngms_all: bool,
+    /// Not built: which tokens are merged depends on what is in them, and a plan's steps do not
+    #[arg(long, value_name = "F", alias = "tome", hide = true)]
+    pub token_merging_ratio: Option<f64>,
+    /// Not built
+    #[arg(long, value_name = "STEP", hide = true)]
+    pub tgate: Option<usize>,
 }
 
 impl GuidanceArgs {
@@ -248,12 +254,24 @@ impl GuidanceArgs {
 
 impl ShortcutArgs {
     /// What the flags ask for.
-    pub fn shortcuts(&self) -> Shortcuts {
-        Shortcuts {
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for shortcuts that are not built.
+    pub fn shortcuts(&self) -> Result<Shortcuts> {
+        let missing = [
+            ("--token-merging-ratio", self.token_merging_ratio.is_some()),
+            ("--tgate", self.tgate.is_some()),
+        ];
+        if let Some((flag, _)) = missing.into_iter().find(|(_, asked)| *asked) {
+            return Err(Error::Unsupported(format!(
+                "{flag} is not built; --deep-cache and --ngms leave work out, too"
+            )));
+        }
+        Ok(Shortcuts {
             deep_cache: self.deep_cache,
             least_negative_sigma: self.ngms,
             at_all_calls: self.ngms_all,
-        }
+        })
     }
 }
 

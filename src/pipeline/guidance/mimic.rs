@@ -5,6 +5,7 @@ use candle_core::Tensor;
 
 use super::rules::{by_picture, deviation};
 use crate::error::Result;
+use crate::sampling::quantile;
 
 /// What is mimicked, and how ranges are measured.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -68,8 +69,8 @@ impl Mimic {
         match self.measure {
             Measure::Std => (deviation(low) as f32, deviation(high) as f32),
             Measure::Ad => (
-                low.iter().fold(0.0, |most: f32, x| most.max(x.abs())),
-                quantile(high, self.percentile / 100.0),
+                sizes(low).into_iter().fold(0.0, f64::max) as f32,
+                quantile(sizes(high), self.percentile / 100.0) as f32,
             ),
         }
     }
@@ -90,6 +91,10 @@ impl Mimic {
     }
 }
 
+fn sizes(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|x| f64::from(x.abs())).collect()
+}
+
 /// The mean of every channel.
 fn means(x: &[f32], pixels: usize) -> Vec<f32> {
     let mean = |x: &[f32]| x.iter().map(|&x| f64::from(x)).sum::<f64>() / x.len() as f64;
@@ -102,17 +107,4 @@ fn centred(x: &[f32], pixels: usize) -> Vec<f32> {
     channels
         .flat_map(|(channel, mean)| channel.iter().map(move |x| x - mean))
         .collect()
-}
-
-/// What the part `part` of absolute values is not above, between two values in proportion (`torch.quantile`).
-fn quantile(x: &[f32], part: f64) -> f32 {
-    let mut sorted: Vec<f32> = x.iter().map(|x| x.abs()).collect();
-    sorted.sort_unstable_by(f32::total_cmp);
-    let place = part * sorted.len().saturating_sub(1) as f64;
-    let (below, rest) = (place as usize, place.fract() as f32);
-    match (sorted.get(below), sorted.get(below + 1)) {
-        (Some(a), Some(b)) => a + (b - a) * rest,
-        (Some(a), None) => *a,
-        _ => 0.0,
-    }
 }
