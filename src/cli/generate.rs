@@ -1,7 +1,7 @@
 //! `sd-rs generate`: text to pictures.
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -19,7 +19,7 @@ use crate::memory::peak_resident;
 use crate::output::{self, NoiseSource, Parameters, Target};
 use crate::picture::Picture;
 use crate::pipeline::{
-    Batch, Control, Engine, Event, Plan, Request, Rng, SizeConditioning, SkipLayers,
+    Batch, Control, Engine, Event, Place, Plan, Request, Rng, SizeConditioning, SkipLayers,
 };
 use crate::spec::Others;
 
@@ -184,15 +184,15 @@ fn request(args: &GenerateArgs) -> Result<Request> {
     })
 }
 
-/// Width, height and values of a mask, by its brightness.
-fn read_mask(path: &PathBuf) -> Result<(usize, usize, Vec<f32>)> {
+/// A mask from a picture file, by its brightness.
+fn read_mask(path: &Path) -> Result<Place> {
     let grey = Picture::open(path)?.to_luma();
     let values = grey.values().iter().map(|&value| f32::from(value) / 255.0);
-    Ok((
-        grey.width() as usize,
-        grey.height() as usize,
-        values.collect(),
-    ))
+    Ok(Place::Mask {
+        width: grey.width() as usize,
+        height: grey.height() as usize,
+        values: values.collect(),
+    })
 }
 
 /// A bar on a terminal, nothing elsewhere.

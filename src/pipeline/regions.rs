@@ -203,10 +203,9 @@ mod tests {
         let parts = weights([0.25, 0.0, 0.5, 0.6], 1.0).unwrap();
         assert_eq!(pixels, parts);
         let inside = [1, 2, 5, 6];
-        for i in 0..12 {
+        for (i, (base, region)) in pixels[0].iter().zip(&pixels[1]).enumerate() {
             let want = if inside.contains(&i) { 0.75 } else { 0.0 };
-            assert_eq!(pixels[1][i], want, "{i}");
-            assert_eq!(pixels[0][i], 1.0 - want, "{i}");
+            assert_eq!((*region, *base), (want, 1.0 - want), "{i}");
         }
         // what no prompt covers, and what is no part of the picture
         assert!(weights([8.0, 0.0, 17.0, 16.0], 0.0).is_err());

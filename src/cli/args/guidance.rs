@@ -1,6 +1,6 @@
 //! Flags of guidance, regions and shortcuts, and what they ask of the pipeline.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::{Map, Value, json};
@@ -24,10 +24,10 @@ pub struct GuidanceArgs {
     )]
     pub cfg_rescale: f64,
     /// The part of the steps at which guidance begins; before it the prompt alone is asked, in half the time [default: 0]
-    #[arg(long, value_name = "F")]
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
     pub cfg_start: Option<f64>,
     /// The part of the steps at which guidance ends [default: 1]
-    #[arg(long, value_name = "F")]
+    #[arg(long, value_name = "F", allow_negative_numbers = true)]
     pub cfg_end: Option<f64>,
     /// How --cfg-scale changes from step to step
     #[arg(long, value_name = "CURVE", value_enum, default_value_t)]
@@ -161,7 +161,8 @@ pub struct ShortcutArgs {
         long,
         value_name = "SIGMA",
         default_value_t = 0.0,
-        hide_default_value = true
+        hide_default_value = true,
+        allow_negative_numbers = true
     )]
     pub ngms: f64,
     /// Below that level all steps do
@@ -276,14 +277,11 @@ impl ShortcutArgs {
 }
 
 impl RegionArgs {
-    /// What the flags ask for; `read` gives a mask's width, height and values from 0 to 1.
+    /// What the flags ask for; `read` opens a mask.
     ///
     /// # Errors
     /// [`Error::Usage`] when a region has neither box nor mask, or a mask no region; whatever `read` gives.
-    pub fn regions(
-        &self,
-        read: &dyn Fn(&PathBuf) -> Result<(usize, usize, Vec<f32>)>,
-    ) -> Result<Regions> {
+    pub fn regions(&self, read: &dyn Fn(&Path) -> Result<Place>) -> Result<Regions> {
         let mut masks = self.region_mask.iter();
         let mut list = Vec::with_capacity(self.region.len());
         for flag in &self.region {
@@ -291,14 +289,7 @@ impl RegionArgs {
             let (prompt, weight) = take_weight(boxed.map_or(flag.as_str(), |(_, rest)| rest));
             let place = match (boxed, boxed.map_or_else(|| masks.next(), |_| None)) {
                 (Some((sides, _)), _) => Place::Box(sides),
-                (None, Some(mask)) => {
-                    let (width, height, values) = read(mask)?;
-                    Place::Mask {
-                        width,
-                        height,
-                        values,
-                    }
-                }
+                (None, Some(mask)) => read(mask)?,
                 (None, None) => {
                     return Err(Error::Usage(format!(
                         "--region {flag:?} has no place, expected LEFT,TOP,WIDTH,HEIGHT:PROMPT or a --region-mask for it"
@@ -505,7 +496,13 @@ mod tests {
             region_mask: vec![PathBuf::from("mask.png"); masks],
             region_base: 1.0,
         };
-        let read = |_: &PathBuf| Ok((1, 1, vec![0.5]));
+        let read = |_: &Path| {
+            Ok(Place::Mask {
+                width: 1,
+                height: 1,
+                values: vec![0.5],
+            })
+        };
         let one = |flag: &str| {
             let regions = args(&[flag], 0).regions(&read).unwrap();
             regions.list.into_iter().next().unwrap()
