@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 
 use candle_core::{Device, safetensors};
+use sd_models::variant::Variant;
 use sd_rs::checkpoint::{Checkpoint, detect};
 use sd_rs::device::{self, DtypeChoice};
 use sd_rs::pipeline::{Conditions, Networks};
@@ -43,7 +44,7 @@ fn main() -> Result<()> {
         added: inputs.get("added").cloned(),
         guidance: inputs.get("guidance").cloned(),
     };
-    let mut denoiser = networks.denoiser(size, &conditions, &[timestep], &[])?;
+    let mut denoiser = networks.denoiser(size, &conditions, &[timestep], &Variant::default())?;
     let out = denoiser.predict(sample, timestep)?;
     safetensors::save(&HashMap::from([("prediction", out)]), prediction)?;
     Ok(())

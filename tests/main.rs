@@ -25,6 +25,8 @@ mod dit;
 mod from_picture;
 /// Textual inversions against diffusers and transformers.
 mod embeddings;
+/// Guidance of special kinds, regions and shortcuts against diffusers and DeepCache.
+mod guidance;
 /// The Hub's client and the models folder, against a Hub on this machine that behaves and misbehaves.
 mod hub;
 /// Networks and whole runs against diffusers and transformers, from every form of file.

@@ -26,6 +26,8 @@
 //! | `Join` | `[b, s, c]`, `[b, t, c]` → `[b, s + t, c]` |
 //! | `Tokens` | `[b, s, c]` → `[b, count, c]` |
 //! | `Patchify`, `Unpatchify` | `[b, c, h · p, w · p]` ↔ `[b, h · w, c · p · p]` |
+//! | `AttentionMass` | `q [b, s, c]`, `k [b, t, c]` → `[b, t, 1]` |
+//! | `LowFrequencies`, `Amplify` | `[b, c, h, w]` → same |
 //! | `Geglu` | `[.., 2c]` → `[.., c]` |
 //! | `Activate` | any → same |
 //! | `Prelu` | `[b, c, h, w]` → same |

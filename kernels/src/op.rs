@@ -165,6 +165,15 @@ pub enum Op {
         patch: usize,
         order: PatchOrder,
     },
+    /// What each token is looked at altogether: `softmax(q kᵀ / √d)` summed over the queries, the mean of `heads`; `q [b, s, c]`, `k [b, t, c]` →
+    /// `[b, t, 1]` (Hong et al., "Improving Sample Quality of Diffusion Models Using Self-Attention Guidance", arXiv 2210.00939).
+    AttentionMass { heads: usize },
+    /// Multiplies the lowest frequencies of each channel, 0 and −1 along both axes, by `scale` and takes the real part (Si et al., "FreeU",
+    /// arXiv 2309.11497, as its code has it with a threshold of 1).
+    LowFrequencies { scale: f64 },
+    /// Multiplies the first half of the channels by `scale`, or, `by_mean`, by `1 + (scale − 1) · m`, where m is the mean of all channels at
+    /// the pixel, brought to 0 … 1 by its least and largest of the picture (FreeU, second version).
+    Amplify { scale: f64, by_mean: bool },
     /// First half × gelu(second half), exact gelu (Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202).
     Geglu,
     /// A pointwise non-linearity.
@@ -257,6 +266,9 @@ impl Op {
             Self::Tokens { .. } => "tokens",
             Self::Patchify { .. } => "patchify",
             Self::Unpatchify { .. } => "unpatchify",
+            Self::AttentionMass { .. } => "attention_mass",
+            Self::LowFrequencies { .. } => "low_frequencies",
+            Self::Amplify { .. } => "amplify",
             Self::Geglu => "geglu",
             Self::Activate(_) => "activate",
             Self::Prelu { .. } => "prelu",
@@ -279,7 +291,7 @@ impl Op {
         match self {
             Self::Conv2d { weight, .. } if weight.shape()[2..] != [1, 1] => LayerClass::Conv3x3,
             Self::Conv2d { .. } | Self::Linear { .. } => LayerClass::Linear,
-            Self::Attention { .. } => LayerClass::Attention,
+            Self::Attention { .. } | Self::AttentionMass { .. } => LayerClass::Attention,
             Self::GroupNorm { .. }
             | Self::LayerNorm { .. }
             | Self::AdaptiveNorm { .. }
@@ -418,6 +430,14 @@ impl Op {
             (Self::Attention { heads, .. }, _) => Err(wrong(format!(
                 "q [b, s, c], k and v [b, t, c] with c divisible by {heads} heads"
             ))),
+            (Self::AttentionMass { heads }, [[b, _, c], [bk, t, ck]])
+                if (b, c) == (bk, ck) && *heads > 0 && c % heads == 0 =>
+            {
+                Ok(vec![*b, *t, 1])
+            }
+            (Self::LowFrequencies { .. } | Self::Amplify { .. }, [x @ [_, _, _, _]]) => {
+                Ok(x.to_vec())
+            }
             (Self::Geglu, [x]) if x.last().is_some_and(|c| c % 2 == 0) => {
                 let mut shape = x.to_vec();
                 if let Some(c) = shape.last_mut() {
@@ -475,6 +495,8 @@ impl Op {
             Self::Conv2d { weight, .. } => 2 * elements * count(&weight.shape()[1..]),
             Self::Linear { weight, .. } => 2 * elements * weight.shape()[1] as u64,
             Self::Attention { .. } => 4 * elements * inputs[1][1] as u64,
+            Self::AttentionMass { .. } => 2 * count(inputs[0]) * inputs[1][1] as u64,
+            Self::LowFrequencies { .. } => 28 * elements,
             Self::GroupNorm { .. }
             | Self::LayerNorm { .. }
             | Self::AdaptiveNorm { .. }

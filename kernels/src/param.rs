@@ -179,6 +179,11 @@ impl Weights {
         }
     }
 
+    /// The name below which weights are asked for.
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
     fn full_name(&self, name: &str) -> String {
         if self.prefix.is_empty() {
             name.to_owned()

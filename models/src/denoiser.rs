@@ -3,6 +3,7 @@
 use sd_kernels::{Result, Tensor, Weights, ops};
 
 use crate::layers::{SINUSOIDS, sinusoids};
+use crate::variant::{Outputs, Variant};
 use crate::{flux, mmdit, unet};
 
 /// What one call of the network takes.
@@ -183,18 +184,37 @@ impl Denoiser {
     /// # Errors
     /// When the shapes do not fit, an input is missing or the executor fails.
     pub fn forward(&self, inputs: &Inputs<'_>) -> Result<Tensor> {
-        self.forward_without(inputs, &[])
+        let outputs = self.forward_as(inputs, &Variant::default(), None)?;
+        Ok(outputs.prediction)
     }
 
-    /// The same without the blocks `skipped`, which only Stable Diffusion 3's transformer can do without.
+    /// The same changed as `variant` says, as far as the network can be: only Stable Diffusion 3's transformer does without blocks, all else is
+    /// for UNets. `deep` are the features that a shallow one takes from an earlier call.
     ///
     /// # Errors
     /// As [`Denoiser::forward`].
-    pub fn forward_without(&self, inputs: &Inputs<'_>, skipped: &[usize]) -> Result<Tensor> {
+    pub fn forward_as(
+        &self,
+        inputs: &Inputs<'_>,
+        variant: &Variant,
+        deep: Option<&Tensor>,
+    ) -> Result<Outputs> {
+        let prediction = match self {
+            Self::UNet(network) => return network.forward_as(inputs, variant, deep),
+            Self::Mmdit(network) => network.forward(inputs, &variant.skipped)?,
+            Self::Flux(network) => network.forward(inputs)?,
+        };
+        Ok(Outputs {
+            prediction,
+            taps: Vec::new(),
+        })
+    }
+
+    /// The names of a UNet's self-attentions, as diffusers has them.
+    pub fn self_attentions(&self) -> Vec<&str> {
         match self {
-            Self::UNet(network) => network.forward(inputs),
-            Self::Mmdit(network) => network.forward(inputs, skipped),
-            Self::Flux(network) => network.forward(inputs),
+            Self::UNet(network) => network.self_attentions(),
+            _ => Vec::new(),
         }
     }
 }

@@ -17,5 +17,6 @@ pub mod t5;
 pub mod unet;
 pub mod upscaler;
 pub mod vae;
+pub mod variant;
 
 pub use sd_kernels::{Error, Result};

@@ -5,6 +5,7 @@ mod image;
 pub use image::ImageArgs;
 mod upscale;
 mod adapters;
+pub(super) mod guidance;
 
 use std::path::PathBuf;
 
@@ -20,6 +21,7 @@ use crate::device::{DeviceChoice, DtypeChoice};
 use crate::output::save::DEFAULT_NAME;
 use crate::pipeline::Rng;
 use crate::text::Syntax;
+use guidance::{GuidanceArgs, RegionArgs, ShortcutArgs};
 
 /// Stable Diffusion in one binary.
 #[derive(Debug, Parser)]
@@ -299,6 +301,15 @@ pub struct GenerateArgs {
     /// The same with the negative prompt [default: 2.5]
     #[arg(long, value_name = "SCORE", value_parser = score, help_heading = "SDXL")]
     pub negative_aesthetic_score: Option<f64>,
+    /// Guidance beyond one scale
+    #[command(flatten)]
+    pub guidance: GuidanceArgs,
+    /// Prompts for parts of the picture
+    #[command(flatten)]
+    pub regions: RegionArgs,
+    /// Less work for nearly the same picture
+    #[command(flatten)]
+    pub shortcuts: ShortcutArgs,
     /// The prompts' language
     #[arg(long, value_enum, default_value_t)]
     pub prompt_syntax: Syntax,

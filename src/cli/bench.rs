@@ -7,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use sd_kernels::cpu::Level;
 use sd_kernels::op::LayerClass;
 use sd_kernels::profile;
+use sd_models::variant::Variant;
 use serde_json::{Value, json};
 
 use super::args::BenchArgs;
@@ -16,7 +17,7 @@ use super::{interrupt, kernels, print_line, set_threads};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::memory::peak_resident;
-use crate::pipeline::{Branch, Conditions, Given, Networks};
+use crate::pipeline::{Conditions, Given, Networks};
 use crate::spec::ModelSpec;
 use crate::text::{
     self, Behind, ClipTokenizer, LongSpeaker, Readers, Speaker, Syntax, T5Tokenizer, Texts,
@@ -109,10 +110,6 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
     let config = networks.config();
     let guided = !config.guides_itself();
     let channels = config.latent_channels();
-    let branches: &[Branch] = match guided {
-        true => &[Branch::Negative, Branch::Positive],
-        false => &[Branch::Positive],
-    };
     let sizes = vec![size as f64; model.numbers];
     let extra = match config.extra_channels() {
         0 => None,
@@ -124,7 +121,7 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
     let conditions = Conditions::new(
         config,
         &conditioning,
-        (1, branches),
+        (1, guided),
         (&[sizes.clone(), sizes], 7.5),
         &Given {
             extra,
@@ -134,8 +131,12 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
     )?;
     let sample = Tensor::randn(0f32, 1.0, (1, channels, latent, latent), &device)?;
     let begin = Instant::now();
-    let mut denoiser =
-        networks.denoiser([1, channels, latent, latent], &conditions, &[500.0], &[])?;
+    let mut denoiser = networks.denoiser(
+        [1, channels, latent, latent],
+        &conditions,
+        &[500.0],
+        &Variant::default(),
+    )?;
     let load = load + begin.elapsed();
     let mut steps = Vec::new();
     let mut times = BTreeMap::new();

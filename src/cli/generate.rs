@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::args::GenerateArgs;
 use super::embedding::{Learned, Used};
+use super::args::guidance::{infotext, record};
 use super::fetch::{open_model, open_part};
 use super::lora::{self, Worn};
 use super::picture;
@@ -21,7 +22,7 @@ use crate::memory::peak_resident;
 use crate::output::{self, NoiseSource, Parameters, Target};
 use crate::picture::Picture;
 use crate::pipeline::{
-    Batch, Control, Engine, Event, Plan, Request, Rng, SizeConditioning, SkipLayers,
+    Batch, Control, Engine, Event, Place, Plan, Request, Rng, SizeConditioning, SkipLayers,
 };
 use crate::spec::Others;
 
@@ -256,6 +257,9 @@ fn request(args: &GenerateArgs) -> Result<Request> {
                 layers: args.skip_layers.clone(),
                 span: (args.skip_layer_start, args.skip_layer_end),
             }),
+        guidance: args.guidance.guidance()?,
+        shortcuts: args.shortcuts.shortcuts()?,
+        regions: args.regions.regions(&read_mask)?,
         sizes: SizeConditioning {
             original: args.original_size,
             crop: args.crop,
@@ -270,6 +274,17 @@ fn request(args: &GenerateArgs) -> Result<Request> {
         },
         dtype: args.dtype,
         force: args.force || args.dry_run,
+    })
+}
+
+/// A mask from a picture file, by its brightness.
+fn read_mask(path: &Path) -> Result<Place> {
+    let grey = Picture::open(path)?.to_luma();
+    let values = grey.values().iter().map(|&value| f32::from(value) / 255.0);
+    Ok(Place::Mask {
+        width: grey.width() as usize,
+        height: grey.height() as usize,
+        values: values.collect(),
     })
 }
 
@@ -437,6 +452,8 @@ impl Job<'_> {
             if !self.session.embeddings.names.is_empty() {
                 fields.insert("embeddings".to_owned(), json!(self.session.embeddings.names));
             }
+            let (guidance, shortcuts) = (&self.plan.guidance, &self.plan.shortcuts);
+            fields.extend(record(guidance, shortcuts, &self.request.regions));
             if self.session.args.dora_norm != DoraNorm::default() {
                 fields.insert("dora_norm".to_owned(), json!("original"));
             }
@@ -472,7 +489,11 @@ impl Job<'_> {
                 Rng::Nv => NoiseSource::Nv,
             },
             version: Some(Parameters::our_version()),
-            extras: self.other_models(),
+            extras: [
+                self.other_models(),
+                infotext(&self.plan.guidance, &self.plan.shortcuts),
+            ]
+            .concat(),
             ..Parameters::default()
         }
     }

@@ -4,7 +4,7 @@ use candle_core::{DType, Tensor};
 use sd_models::denoiser;
 
 use crate::error::Result;
-use crate::text::{Conditioning, Text};
+use crate::text::{Conditioning, Encoded};
 
 /// Names of the inputs of a recorded UNet that stay the same during a run.
 pub(super) const CONTEXT: &str = "context";
@@ -13,6 +13,8 @@ pub(super) const GUIDANCE: &str = "guidance";
 pub(super) const EXTRA: &str = "extra";
 pub(super) const REFERENCE: &str = "reference";
 pub(super) const LABEL: &str = "label";
+/// And of one that changes: what a shallow UNet takes from an earlier call.
+pub(super) const DEEP: &str = "deep";
 
 /// What the UNet is told beside latents and time; a batch has the unconditional rows first if there are any.
 #[derive(Debug, Clone)]
@@ -42,38 +44,26 @@ pub struct Given {
     pub label: Option<Tensor>,
 }
 
-/// What a part of a batch is given.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Branch {
-    /// The negative prompt, and no picture.
-    Unseen,
-    /// The negative prompt.
-    Negative,
-    /// The prompt.
-    Positive,
+/// What a part of a batch is told.
+#[derive(Clone, Copy)]
+pub struct Told<'a> {
+    /// The text.
+    pub text: &'a Encoded,
+    /// What SDXL is told beside it.
+    pub numbers: &'a [f64],
+    /// The channels of a picture beside the latents are zeros.
+    pub unseen: bool,
 }
 
-impl Branch {
-    fn text(self) -> Text {
-        match self {
-            Self::Unseen | Self::Negative => Text::Negative,
-            Self::Positive => Text::Positive,
-        }
-    }
-}
-
-/// The channels beside the latents, for every branch.
-fn rows_of(extra: &Tensor, branches: &[Branch]) -> Result<Tensor> {
-    let unseen = extra.zeros_like()?;
-    let rows = branches.iter().map(|branch| match branch {
-        Branch::Unseen => &unseen,
-        Branch::Negative | Branch::Positive => extra,
-    });
+/// What is given of a picture, for every part of a batch.
+fn rows_of(given: &Tensor, texts: &[Told<'_>]) -> Result<Tensor> {
+    let unseen = given.zeros_like()?;
+    let rows = texts.iter().map(|told| if told.unseen { &unseen } else { given });
     Ok(Tensor::cat(&rows.collect::<Vec<_>>(), 0)?)
 }
 
 impl Conditions {
-    /// Those of a batch of `n` pictures, n rows for each of `branches`; `numbers` are what SDXL is told with the negative prompt and with the
+    /// Those of a batch of `n` pictures, the negative prompt's first where it has a say; `numbers` are what SDXL is told with the negative prompt and with the
     /// prompt, the scale is for networks that embed it, and `given` is what of a picture is.
     ///
     /// # Errors
@@ -81,31 +71,55 @@ impl Conditions {
     pub fn new(
         config: &denoiser::Config,
         conditioning: &Conditioning,
-        (n, branches): (usize, &[Branch]),
+        (n, guided): (usize, bool),
         (numbers, cfg_scale): (&[Vec<f64>; 2], f64),
         given: &Given,
     ) -> Result<Self> {
-        let texts: Vec<Text> = branches.iter().map(|branch| branch.text()).collect();
-        let context = conditioning.for_batch(n, &texts)?;
+        let [negative, positive] = numbers;
+        let told = |text, numbers| Told {
+            text,
+            numbers,
+            unseen: false,
+        };
+        let mut texts = vec![told(conditioning.prompt(), positive)];
+        if guided {
+            texts.insert(0, told(conditioning.negative(), negative));
+        }
+        Self::of_texts(config, &texts, (n, cfg_scale), given)
+    }
+
+    /// Those of `n` pictures for each of some texts, and what is given of a picture.
+    ///
+    /// # Errors
+    /// When the device has no memory.
+    pub fn of_texts(
+        config: &denoiser::Config,
+        texts: &[Told<'_>],
+        (n, cfg_scale): (usize, f64),
+        given: &Given,
+    ) -> Result<Self> {
+        let states: Vec<&Tensor> = texts.iter().map(|told| &told.text.states).collect();
+        let states = of_one_length(&states)?;
+        let context = repeated(&states.iter().collect::<Vec<_>>(), n)?;
         let (batch, device) = (context.dim(0)?, context.device());
-        let pooled = conditioning.pooled_for_batch(n, &texts)?;
+        let pooled = texts.iter().map(|told| told.text.pooled.as_ref());
+        let pooled = match pooled.collect::<Option<Vec<&Tensor>>>() {
+            Some(pooled) => Some(repeated(&pooled, n)?),
+            None => None,
+        };
         let unet = config.unet().filter(|unet| unet.added.is_some());
         let added = match (unet, pooled) {
             (None, pooled) => pooled.filter(|_| config.added_width().is_some()),
             (Some(config), Some(pooled)) => {
-                let embed = |numbers: &Vec<f64>| -> Result<Tensor> {
+                let embed = |numbers: &[f64]| -> Result<Tensor> {
                     let numbers: Vec<f32> = numbers.iter().map(|&x| x as f32).collect();
                     let numbers = Tensor::new(numbers, device)?;
                     let embedded = config.embed_numbers(&numbers.into())?.into_data()?;
                     Ok(embedded.flatten_all()?.unsqueeze(0)?)
                 };
-                let [negative, positive] = numbers;
-                let (negative, positive) = (embed(negative)?, embed(positive)?);
-                let rows = texts.iter().flat_map(|text| match text {
-                    Text::Negative => vec![&negative; n],
-                    Text::Positive => vec![&positive; n],
-                });
-                let numbers = Tensor::cat(&rows.collect::<Vec<_>>(), 0)?;
+                let numbers = texts.iter().map(|told| embed(told.numbers));
+                let numbers = numbers.collect::<Result<Vec<Tensor>>>()?;
+                let numbers = repeated(&numbers.iter().collect::<Vec<_>>(), n)?;
                 Some(Tensor::cat(&[&pooled, &numbers], 1)?)
             }
             (Some(_), None) => None,
@@ -118,7 +132,7 @@ impl Conditions {
             None => None,
         };
         let rows = |given: &Option<Tensor>| {
-            let rows = given.as_ref().map(|given| rows_of(given, branches));
+            let rows = given.as_ref().map(|given| rows_of(given, texts));
             rows.transpose()
         };
         Ok(Self {
@@ -158,4 +172,29 @@ impl Conditions {
             .map(|(name, tensor)| Ok((name, tensor.flatten_all()?.to_vec1()?)))
             .collect()
     }
+}
+
+/// Each row of each tensor `n` times.
+fn repeated(rows: &[&Tensor], n: usize) -> Result<Tensor> {
+    let all: Vec<&Tensor> = rows.iter().flat_map(|&row| vec![row; n]).collect();
+    Ok(Tensor::cat(&all, 0)?)
+}
+
+/// States `[1, t, width]` of one length: attention to a text behind itself is attention to it.
+fn of_one_length(states: &[&Tensor]) -> Result<Vec<Tensor>> {
+    let lengths = states.iter().map(|x| x.dim(1));
+    let lengths = lengths.collect::<std::result::Result<Vec<usize>, _>>()?;
+    let common = lengths.iter().copied().fold(1, least_common_multiple);
+    let states = states.iter().zip(lengths);
+    states
+        .map(|(x, length)| Ok(Tensor::cat(&vec![*x; common / length.max(1)], 1)?))
+        .collect()
+}
+
+fn least_common_multiple(a: usize, b: usize) -> usize {
+    let (mut x, mut y) = (a, b);
+    while y > 0 {
+        (x, y) = (y, x % y);
+    }
+    a / x.max(1) * b
 }

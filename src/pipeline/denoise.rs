@@ -8,7 +8,7 @@ use super::event::{Event, Listener, send};
 use super::known::Known;
 use crate::error::{Error, Result};
 use crate::sampling::{
-    Assign, Brownian, BrownianTree, Call, Combo, Draw, Generator, Register, Trajectory,
+    Assign, Brownian, BrownianTree, Call, Combo, Draw, Generator, Register, Threshold, Trajectory,
 };
 
 /// The registers of a run, all `[b, c, h, w]` in f32.
@@ -253,9 +253,25 @@ fn step(registers: &mut Registers, call: &Call, noise: &mut BatchNoise) -> Resul
                 let value = registers.get(*register)?.clamp(*low, *high)?;
                 registers.set(*register, value);
             }
+            Assign::Limit { register, to } => {
+                let value = limited(registers.get(*register)?, to)?;
+                registers.set(*register, value);
+            }
         }
     }
     Ok(())
+}
+
+/// Each picture of `x [n, …]` limited by what is in it.
+fn limited(x: &Tensor, to: &Threshold) -> Result<Tensor> {
+    let values: Vec<f32> = x.flatten_all()?.to_vec1()?;
+    let mut values: Vec<f64> = values.into_iter().map(f64::from).collect();
+    let each = values.len() / x.dim(0)?.max(1);
+    for picture in values.chunks_mut(each.max(1)) {
+        to.limit(picture);
+    }
+    let values: Vec<f32> = values.into_iter().map(|x| x as f32).collect();
+    Ok(Tensor::from_vec(values, x.shape(), x.device())?)
 }
 
 fn check_finite(latents: &Tensor, call: usize) -> Result<()> {

@@ -7,22 +7,22 @@ use crate::memory::{Memory, resident};
 /// What is there beside weights and the values between layers: code, vocabulary, what a picture becomes on its way to the file.
 const REST: u64 = 250 << 20;
 
-/// Bytes resident at the peak of a run for latents of `size` (width, height), so many at once with guidance or without, and those of a picture
-/// that the network looks at.
+/// Bytes resident at the peak of a run for latents of `size` (width, height), with plans beside each other for so many `texts` each, and those of
+/// a picture that the network looks at.
 ///
 /// # Errors
 /// When the networks cannot take the size.
 pub(super) fn estimate(
     networks: &[&Networks],
     size: (usize, usize),
-    batch: (usize, bool),
+    (batch, texts): (usize, &[usize]),
     reference: Option<(usize, usize)>,
 ) -> Result<u64> {
     // models of a relay keep their weights, and use their buffers in turn
     let mut weights = 0;
     let mut buffers = 0;
     for networks in networks {
-        let need = networks.memory(size, batch, reference)?;
+        let need = networks.memory(size, (batch, texts), reference)?;
         weights += need.weights;
         buffers = buffers.max(need.buffers);
     }

@@ -1,6 +1,7 @@
 //! From a request to pictures: texts are encoded, noise is drawn, denoised step by step, decoded.
 
 mod adapted;
+mod asks;
 mod begin;
 mod conditions;
 mod coverage;
@@ -14,25 +15,32 @@ mod learned;
 mod memory;
 mod networks;
 mod plan;
+mod regions;
 mod relay;
 mod request;
 mod resize;
 mod scene;
+mod shortcuts;
 mod sizes;
 mod source;
 mod tower;
 
 pub use adapted::bind_adapters;
-pub use conditions::{Branch, Conditions, Given};
+pub use conditions::{Conditions, Given, Told};
 pub use coverage::Coverage;
 pub use event::{Control, Event, Listener};
 pub use extend::{Extend, ExtendFill, Margins};
-pub use guidance::SkipLayers;
+pub use guidance::{
+    FreeU, FreeUVersion, Guidance, Measure, Mimic, Perturbed, Projected, Rule, ScaleSchedule,
+    ScaleShape, SkipLayers,
+};
 pub use networks::{Configs, Need, Networks, Posterior};
 pub use plan::Plan;
+pub use regions::{Place, Region, Regions};
 pub use request::{Request, Rng};
 pub use begin::Role;
 pub use scene::Scene;
+pub use shortcuts::Shortcuts;
 pub use sizes::SizeConditioning;
 pub use source::{Edges, Fill, Fit, IMAGE_CFG_SCALE, Masking, NOISE_LEVEL, Source, Whose};
 pub use tower::LoadedTower;
@@ -48,8 +56,10 @@ use crate::output::Image;
 use crate::sampling::{Call, Generator};
 use crate::spec::{ModelSpec, Others};
 use crate::text::{
-    self, Behind, Conditioning, LongSpeaker, LongTower, Readers, Speaker, Texts, Tokenizers,
+    self, Behind, Conditioning, Encoded, LongSpeaker, LongTower, Readers, Speaker, Texts,
+    Tokenizers,
 };
+use asks::{Ask, Text};
 use begin::{Begin, Beginning};
 use denoise::BatchNoise;
 use networks::Denoiser;
@@ -71,6 +81,27 @@ struct Refiner {
     engine: Box<Engine>,
     /// The part of the noise levels that is the first model's, 0 to 1.
     switch: f64,
+}
+
+/// What a model read of all texts.
+struct Encodings {
+    conditioning: Conditioning,
+    /// Of each region.
+    regions: Vec<Encoded>,
+    /// Of the empty text, where guidance wants it.
+    empty: Option<Encoded>,
+}
+
+impl Encodings {
+    fn get(&self, text: Text) -> Result<&Encoded> {
+        let found = match text {
+            Text::Negative | Text::Unseen => Some(self.conditioning.negative()),
+            Text::Prompt => Some(self.conditioning.prompt()),
+            Text::Region(index) => self.regions.get(index),
+            Text::Empty => self.empty.as_ref(),
+        };
+        found.ok_or_else(|| Error::Numeric("a text was not encoded".to_owned()))
+    }
 }
 
 /// A finished picture.
@@ -235,23 +266,50 @@ impl Engine {
             event::send(listener, Event::Warning(warning.clone()))?;
         }
         let start = Instant::now();
-        let mut conditionings = vec![self.encode(request, plan)?];
+        let mut encodings = vec![self.encode_all(request, plan)?];
         if let Some(refiner) = &self.refiner {
-            conditionings.push(refiner.engine.encode(request, plan)?);
+            encodings.push(refiner.engine.encode_all(request, plan)?);
         }
         let text_time = start.elapsed();
-        let warnings = conditionings.first().map(|first| first.warnings.clone());
+        let warnings = encodings.first();
+        let warnings = warnings.map(|first| first.conditioning.warnings.clone());
         for warning in warnings.unwrap_or_default() {
             event::send(listener, Event::Warning(warning))?;
         }
         event::send(listener, Event::Encoded)?;
         let source = request.source.as_ref();
         for index in 0..plan.count {
-            let mut batch = self.batch((plan, source), index, &conditionings, listener)?;
+            let mut batch = self.batch((plan, source), index, &encodings, listener)?;
             batch.timings.text = text_time;
             finish(batch)?;
         }
         Ok(())
+    }
+
+    /// All texts as this model reads them.
+    fn encode_all(&self, request: &Request, plan: &Plan) -> Result<Encodings> {
+        // each alone: they need not be as long as the prompt
+        let alone = |text: &str| -> Result<Encoded> {
+            let texts = Texts {
+                prompt: text,
+                negative: None,
+                syntax: request.prompt_syntax,
+                clip_skip: plan.clip_skip,
+            };
+            Ok(text::encode(&self.readers(), texts)?.prompt().clone())
+        };
+        let regions = request.regions.list.iter();
+        let wants_empty = matches!(plan.guidance.rule, Rule::Perpendicular { .. });
+        Ok(Encodings {
+            conditioning: self.encode(request, plan)?,
+            regions: regions
+                .map(|region| alone(&region.prompt))
+                .collect::<Result<_>>()?,
+            empty: match wants_empty && plan.guided {
+                true => Some(alone("")?),
+                false => None,
+            },
+        })
     }
 
     /// Prompt and negative prompt as this model reads them.
@@ -274,31 +332,48 @@ impl Engine {
         )
     }
 
-    /// Makes this model's network ready for a batch: with guidance as the plan says, or for the prompt alone without the layers `skipped`.
+    /// Makes this model's network ready for a batch of `size`, to be asked at these times.
     fn denoiser(
         &self,
         plan: &Plan,
-        size: [usize; 4],
-        (conditioning, given): (&Conditioning, &Given),
-        skipped: Option<&[usize]>,
+        (size, ask): ([usize; 4], &Ask),
+        (encodings, given): (&Encodings, &Given),
+        timesteps: &[f64],
     ) -> Result<Denoiser<'_>> {
-        let numbers = plan.numbers(&self.spec);
-        let branches = match skipped {
-            Some(_) => &[Branch::Positive],
-            None => plan.branches(),
-        };
-        let conditions = Conditions::new(
-            &self.spec.unet.config,
-            conditioning,
-            (plan.batch_size, branches),
-            (&numbers, plan.cfg_scale),
-            given,
-        )?;
-        let calls = plan.trajectory.calls.iter();
-        let timesteps: Vec<f64> = calls.map(|call| call.timestep).collect();
-        let skipped = skipped.unwrap_or_default();
+        let [negative, positive] = plan.numbers(&self.spec);
+        let texts = ask.texts.iter().map(|text| {
+            let numbers = match text {
+                Text::Negative | Text::Unseen => negative.as_slice(),
+                Text::Prompt | Text::Region(_) | Text::Empty => positive.as_slice(),
+            };
+            Ok(Told {
+                text: encodings.get(*text)?,
+                numbers,
+                unseen: *text == Text::Unseen,
+            })
+        });
+        let texts = texts.collect::<Result<Vec<_>>>()?;
+        let (n, scale) = (plan.batch_size, plan.cfg_scale);
+        let conditions = Conditions::of_texts(&self.spec.unet.config, &texts, (n, scale), given)?;
         self.networks
-            .denoiser(size, &conditions, &timesteps, skipped)
+            .denoiser(size, &conditions, timesteps, &ask.variant)
+    }
+
+    /// The refiner's turn begins at diffusers' cut in timesteps; A1111 rounds a fractional one.
+    fn is_refiners(&self, timestep: f64) -> bool {
+        let Some(refiner) = &self.refiner else {
+            return false;
+        };
+        let last = self.spec.levels.len() as f64;
+        timestep.round() < (last * (1.0 - refiner.switch)).round()
+    }
+
+    /// Itself at turn 0, its refiner behind it.
+    fn by_turn(&self, turn: usize) -> &Self {
+        match (&self.refiner, turn) {
+            (Some(refiner), 1) => &refiner.engine,
+            _ => self,
+        }
     }
 
     /// Everybody who reads this model's texts.
@@ -331,7 +406,7 @@ impl Engine {
         &self,
         (plan, source): (&Plan, Option<&Source>),
         index: usize,
-        conditionings: &[Conditioning],
+        encodings: &[Encodings],
         listener: &mut Listener<'_>,
     ) -> Result<Batch> {
         let seeds: Vec<u64> = (0..plan.batch_size)
@@ -365,7 +440,7 @@ impl Engine {
             known,
             given,
         } = begin.run(&mut noise)?;
-        let mut relay = Relay::new(self, plan, size, (conditionings, given))?;
+        let mut relay = Relay::new(self, plan, size, (encodings, given))?;
         let mut model = |sample: &Tensor, call: &Call| relay.predict(sample, call);
         let progress = (
             index * plan.trajectory.steps,

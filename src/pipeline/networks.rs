@@ -11,9 +11,10 @@ use sd_models::clip::{self, TextEncoder};
 use sd_models::denoiser::{self, Denoiser as Network, Inputs};
 use sd_models::t5::{self, T5Encoder};
 use sd_models::vae::{self, AnyDecoder, Encoder, TinyConfig};
+use sd_models::variant::{Outputs, Variant};
 
 use super::adapted::bind_adapters;
-use super::conditions::{ADDED, CONTEXT, Conditions, EXTRA, GUIDANCE, LABEL, REFERENCE};
+use super::conditions::{ADDED, CONTEXT, Conditions, DEEP, EXTRA, GUIDANCE, LABEL, REFERENCE};
 use super::coverage::{Coverage, ENCODER, T5, TEXT, UNET, VAE, named, source};
 use super::tower::{LoadedT5, LoadedTower, Runner};
 use crate::adapters::{Adapters, Bound, Owner, Strength};
@@ -375,8 +376,13 @@ impl Networks {
         self.weight_bytes
     }
 
-    /// The UNet for latents of one size under conditions of batch n or 2n, of which the first half is the unconditional one if there are two.
-    /// `timesteps` are those that will be asked for, `skipped` the layers that are left out.
+    /// The names of a UNet's self-attentions.
+    pub fn self_attentions(&self) -> Vec<&str> {
+        self.unet.self_attentions()
+    }
+
+    /// The UNet for latents of one size under conditions of batch n or a multiple of it, changed as `variant` says. `timesteps` are those that
+    /// will be asked for.
     ///
     /// # Errors
     /// When a weight cannot be read or memory is short.
@@ -385,14 +391,14 @@ impl Networks {
         [n, _, h, w]: [usize; 4],
         conditions: &Conditions,
         timesteps: &[f64],
-        skipped: &[usize],
+        variant: &Variant,
     ) -> Result<Denoiser<'_>> {
         let (batch, tokens, _) = conditions.context.dims3()?;
         let Some(planned) = &self.planned else {
             return Ok(Denoiser {
                 networks: self,
                 repeat: batch / n.max(1),
-                how: How::Eager(conditions.to_dtype(self.dtype)?, skipped.to_vec()),
+                how: How::Eager(conditions.to_dtype(self.dtype)?, variant.clone()),
             });
         };
         let work = Work {
@@ -407,9 +413,10 @@ impl Networks {
                 None => None,
             },
         };
-        let (graph, output) = self.record(&work, skipped)?;
-        let options = self.unet_options(batch == 2 * n, (&graph, &output))?;
-        let mut plan = Plan::compile(&graph, &output, &options, &planned.unet)?;
+        let (graph, outputs) = self.record(&work, variant)?;
+        let options = self.unet_options(batch / n.max(1), (&graph, &outputs.prediction))?;
+        let outputs = (&outputs.prediction, outputs.taps.as_slice());
+        let mut plan = Plan::compile_tapped(&graph, outputs, &options, &planned.unet)?;
         let mut distinct: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
         distinct.sort_by(f32::total_cmp);
         distinct.dedup();
@@ -544,10 +551,11 @@ impl Networks {
             tokens,
             reference: None,
         };
-        self.record(&work, &[])
+        let (graph, outputs) = self.record(&work, &Variant::default())?;
+        Ok((graph, outputs.prediction))
     }
 
-    fn record(&self, work: &Work, skipped: &[usize]) -> Result<(Graph, sd_kernels::Tensor)> {
+    fn record(&self, work: &Work, variant: &Variant) -> Result<(Graph, Outputs)> {
         let Work {
             size: (w, h),
             batch,
@@ -579,8 +587,14 @@ impl Networks {
             label: label.as_ref(),
             reference: reference.as_ref(),
         };
-        let output = self.unet.forward_without(&inputs, skipped)?;
-        Ok((graph, output))
+        let deep = match config.unet().and_then(|unet| unet.levels.first()) {
+            Some(first) if variant.shallow => {
+                Some(graph.input(DEEP, &[batch, first.channels, h, w]))
+            }
+            _ => None,
+        };
+        let outputs = self.unet.forward_as(&inputs, variant, deep.as_ref())?;
+        Ok((graph, outputs))
     }
 
     /// Decoding `batch` pictures, recorded, for latents of `w × h`.
@@ -600,45 +614,58 @@ impl Networks {
         Ok((graph, output))
     }
 
-    /// What a run for `batch` latents of `size` (width, height), perhaps with a picture's beside them, holds at its peak.
+    /// What a run for `batch` latents of `size` (width, height) holds at its peak, with plans beside each other for so many `texts` each, and
+    /// perhaps with a picture's latents of their own.
     ///
     /// # Errors
     /// When the networks cannot take the size.
     pub fn memory(
         &self,
         size: (usize, usize),
-        (batch, guided): (usize, bool),
+        (batch, texts): (usize, &[usize]),
         reference: Option<(usize, usize)>,
     ) -> Result<Need> {
-        let work = Work {
-            size,
-            batch: if guided { 2 * batch } else { batch },
-            tokens: self.tokens,
-            reference,
+        let record = |texts: usize| {
+            let work = Work {
+                size,
+                batch: texts * batch,
+                tokens: self.tokens,
+                reference,
+            };
+            self.record(&work, &Variant::default())
         };
-        let (unet, noise) = self.record(&work, &[])?;
         let (vae, picture) = self.record_vae(size, 1)?;
         if self.planned.is_none() {
+            // one plan after another
+            let most = texts.iter().max().copied().unwrap_or(1);
+            let (unet, _) = record(most)?;
             let elements = unet.peak_elements().max(vae.peak_elements());
             return Ok(Need {
                 weights: self.weight_bytes,
                 buffers: elements * self.dtype.size_in_bytes() as u64,
             });
         }
-        let options = self.unet_options(guided, (&unet, &noise))?;
-        let unet = Plan::sizes(&unet, &noise, &options)?;
+        let (mut weights, mut buffers) = (0, 0);
+        for &texts in texts {
+            let (unet, outputs) = record(texts)?;
+            let noise = outputs.prediction;
+            let options = self.unet_options(texts, (&unet, &noise))?;
+            let unet = Plan::sizes(&unet, &noise, &options)?;
+            weights = unet.weights.max(weights);
+            buffers += unet.buffers + unet.transient;
+        }
         let vae = Plan::sizes(&vae, &picture, &vae_options(self.dtype))?;
         let decoding = vae.buffers + vae.transient;
         Ok(Need {
-            weights: unet.weights as u64,
-            buffers: decoding.max(unet.buffers + unet.transient) as u64,
+            weights: weights as u64,
+            buffers: decoding.max(buffers) as u64,
         })
     }
 
     /// How plans of the denoising network are made. Where there is no room for all of its packed weights, some are packed at every call.
     fn unet_options(
         &self,
-        guided: bool,
+        texts: usize,
         (graph, output): (&Graph, &sd_kernels::Tensor),
     ) -> Result<Options> {
         /// The part of what is free that weights may take.
@@ -646,7 +673,12 @@ impl Networks {
         let options = Options {
             timestep: Some("timestep"),
             constant: vec![CONTEXT, ADDED, GUIDANCE, EXTRA, REFERENCE, LABEL],
-            halved: if guided { vec!["sample"] } else { Vec::new() },
+            halved: if texts > 1 {
+                vec!["sample"]
+            } else {
+                Vec::new()
+            },
+            copies: texts,
             ..Options::new(Level::current(), precision(self.dtype))
         };
         let Some(free) = Memory::look().available else {
@@ -692,14 +724,14 @@ fn is_planned(device: &Device) -> bool {
 /// The UNet at one size, ready to be called.
 pub struct Denoiser<'a> {
     networks: &'a Networks,
-    /// How often the sample is in a batch: 2 with guidance, 3 where a picture guides as well.
+    /// How often the sample is in a batch: once for each text.
     repeat: usize,
     how: How,
 }
 
 enum How {
-    /// And the layers that are left out.
-    Eager(Conditions, Vec<usize>),
+    /// And how the network is changed.
+    Eager(Conditions, Variant),
     Planned {
         plan: Box<Plan>,
         /// What does not change from call to call; until the first one.
@@ -709,11 +741,24 @@ enum How {
 }
 
 impl Denoiser<'_> {
-    /// The prediction in f32 for `sample [n, c, h, w]` in f32: `[n or 2n, c, h, w]`, as the context has it.
+    /// The prediction in f32 for `sample [n, c, h, w]` in f32: `[texts · n, c, h, w]`, as the context has them.
     ///
     /// # Errors
     /// When the shapes do not fit or the executor fails.
     pub fn predict(&mut self, sample: &Tensor, timestep: f64) -> Result<Tensor> {
+        Ok(self.predict_with(sample, timestep, None)?.0)
+    }
+
+    /// The same with the values that the variant taps; `deep` is what a shallow network takes from an earlier call.
+    ///
+    /// # Errors
+    /// As [`Denoiser::predict`].
+    pub fn predict_with(
+        &mut self,
+        sample: &Tensor,
+        timestep: f64,
+        deep: Option<&Tensor>,
+    ) -> Result<(Tensor, Vec<Tensor>)> {
         let Networks {
             unet,
             device,
@@ -721,7 +766,7 @@ impl Denoiser<'_> {
             ..
         } = self.networks;
         match &mut self.how {
-            How::Eager(conditions, skipped) => {
+            How::Eager(conditions, variant) => {
                 let mut sample = Tensor::cat(&vec![sample; self.repeat], 0)?.to_dtype(*dtype)?;
                 if let Some(extra) = &conditions.extra {
                     sample = Tensor::cat(&[&sample, extra], 1)?;
@@ -742,19 +787,21 @@ impl Denoiser<'_> {
                     label: label.as_ref(),
                     reference: reference.as_ref(),
                 };
-                let out = unet.forward_without(&inputs, skipped)?;
-                Ok(out.into_data()?.to_dtype(DType::F32)?)
+                let deep = deep.map(|deep| deep.to_dtype(*dtype)).transpose()?;
+                let deep = deep.as_ref().map(node);
+                let out = unet.forward_as(&inputs, variant, deep.as_ref())?;
+                let data = |x: sd_kernels::Tensor| -> Result<Tensor> {
+                    Ok(x.into_data()?.to_dtype(DType::F32)?)
+                };
+                let taps = out.taps.into_iter().map(data).collect::<Result<_>>()?;
+                Ok((data(out.prediction)?, taps))
             }
             How::Planned {
                 plan,
                 constants,
                 out,
             } => {
-                let mut sample = sample.flatten_all()?.to_vec1::<f32>()?;
-                if self.repeat > 2 {
-                    // two halves that are alike are given once; of three parts each is
-                    sample = sample.repeat(self.repeat);
-                }
+                let sample = sample.flatten_all()?.to_vec1::<f32>()?;
                 let timestep = [timestep as f32];
                 let mut feeds = vec![
                     Feed {
@@ -769,9 +816,20 @@ impl Denoiser<'_> {
                 for (name, values) in constants.iter() {
                     feeds.push(Feed { name, values });
                 }
+                let deep = deep.map(|deep| deep.flatten_all()?.to_vec1::<f32>());
+                let deep = deep.transpose()?;
+                feeds.extend(deep.iter().map(|values| Feed { name: DEEP, values }));
                 plan.run(&feeds, out)?;
                 constants.clear();
-                Ok(Tensor::from_slice(out, plan.output_shape(), device)?)
+                let prediction = Tensor::from_slice(out, plan.output_shape(), device)?;
+                let shapes: Vec<Vec<usize>> = plan.tap_shapes().map(<[_]>::to_vec).collect();
+                let mut taps = Vec::with_capacity(shapes.len());
+                for (i, shape) in shapes.into_iter().enumerate() {
+                    let mut values = Vec::new();
+                    plan.tap(i, &mut values)?;
+                    taps.push(Tensor::from_vec(values, shape, device)?);
+                }
+                Ok((prediction, taps))
             }
         }
     }

@@ -1,10 +1,13 @@
 //! A request resolved against a model: sizes, seeds, coefficients. Every refusal happens here, before any work.
 
-use super::guidance::SkipLayers;
+use sd_models::unet::Mid;
+
+use super::asks::Asks;
+use super::guidance::{Guidance, SkipLayers};
 use super::request::{Request, Rng};
 use super::begin::Role;
-use super::conditions::Branch;
 use super::scene::Scene;
+use super::shortcuts::Shortcuts;
 use super::sizes::{self, SizeConditioning};
 use super::source::{Source, Whose};
 use super::{Engine, memory};
@@ -58,6 +61,12 @@ pub struct Plan {
     pub strength: Option<f64>,
     /// Guidance away from a network that skips layers.
     pub skip_layers: Option<SkipLayers>,
+    /// Guidance beyond one scale.
+    pub guidance: Guidance,
+    /// Less work for nearly the same picture.
+    pub shortcuts: Shortcuts,
+    /// The weight of each prompt at each latent, that of the whole picture first; empty without regions.
+    pub regions: Vec<Vec<f32>>,
     /// What SDXL is told of sizes, with the negative prompt and with the prompt.
     pub sizes: (SizeConditioning, SizeConditioning),
     /// Bytes at the peak, estimated.
@@ -180,16 +189,12 @@ impl Plan {
         let image_cfg_scale = source
             .filter(|_| role == Role::Instruct && guided)
             .map(|source| source.image_cfg_scale);
-        let memory = memory::estimate(
-            &engine.all_networks(),
-            latent,
-            (batch_size, guided),
-            reference,
-        )?;
-        if !request.force {
-            memory::check(memory)?;
-        }
-        Ok(Self {
+        warnings.extend(check_guidance(engine, request, guided)?);
+        let regions = match request.regions.list.is_empty() {
+            true => Vec::new(),
+            false => request.regions.weights(latent, scale)?,
+        };
+        let mut plan = Self {
             width,
             height,
             steps,
@@ -210,10 +215,24 @@ impl Plan {
                 .filter(|_| !role.begins_at_noise())
                 .map(|source| source.strength.unwrap_or(spec.defaults.strength)),
             skip_layers: request.skip_layers.clone(),
+            guidance: request.guidance.clone(),
+            shortcuts: request.shortcuts,
+            regions,
             sizes: (request.negative_sizes, request.sizes),
-            memory,
+            memory: 0,
             warnings,
-        })
+        };
+        let texts = Asks::most_at_once(&Asks::of(engine, &plan)?);
+        plan.memory = memory::estimate(
+            &engine.all_networks(),
+            latent,
+            (batch_size, &texts),
+            reference,
+        )?;
+        if !request.force {
+            memory::check(plan.memory)?;
+        }
+        Ok(plan)
     }
 
     /// What a model of this structure is told beside the text, with the negative prompt and with the prompt.
@@ -227,19 +246,45 @@ impl Plan {
         finished.unwrap_or((self.width, self.height))
     }
 
-    /// The texts that the rows of a batch are given.
-    pub(super) fn branches(&self) -> &'static [Branch] {
-        match (self.guided, self.image_cfg_scale) {
-            (false, _) => &[Branch::Positive],
-            (true, None) => &[Branch::Negative, Branch::Positive],
-            (true, Some(_)) => &[Branch::Unseen, Branch::Negative, Branch::Positive],
-        }
-    }
-
     /// Pictures in the whole run.
     pub fn pictures(&self) -> usize {
         self.batch_size * self.count
     }
+}
+
+/// Whether what is asked for is possible with this model; with it comes what has no say.
+fn check_guidance(engine: &Engine, request: &Request, guided: bool) -> Result<Option<String>> {
+    let (guidance, shortcuts) = (&request.guidance, &request.shortcuts);
+    guidance.check()?;
+    shortcuts.check()?;
+    let unet = engine.spec().unet.config.unet();
+    let attends =
+        unet.is_some_and(|unet| matches!(unet.mid, Mid::Attention { depth } if depth > 0));
+    let for_unets = [
+        ("--freeu", guidance.free_u.is_some(), unet.is_some()),
+        ("--deep-cache", shortcuts.deep_cache > 1, unet.is_some()),
+        ("--sag-scale", guidance.self_attention.is_some(), attends),
+    ];
+    if let Some((flag, ..)) = for_unets.iter().find(|(_, asked, can)| *asked && !can) {
+        return Err(Error::Usage(format!(
+            "{flag} is for UNets, such as those of Stable Diffusion 1, 2 and XL, with attention in the middle; leave it out"
+        )));
+    }
+    if shortcuts.deep_cache > 1 && guidance.self_attention.is_some() {
+        return Err(Error::Usage(
+            "--sag-scale reads at every call what --deep-cache leaves out; use one of them"
+                .to_owned(),
+        ));
+    }
+    let silent = guidance.needs_negative();
+    if guided || silent.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(format!(
+        "{} {} no say without --cfg-scale",
+        silent.join(", "),
+        if silent.len() == 1 { "has" } else { "have" }
+    )))
 }
 
 /// Whether there are two predictions to choose between. A scale of 1 takes the prompt's alone, and so does 0, diffusers' word for it; a folder's

@@ -1,30 +1,34 @@
-//! Who predicts when: the model, and behind a certain noise level its refiner.
+//! Who predicts when: the model, and behind a certain noise level its refiner; whole, or changed for guidance or for less work.
 
 use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
 
+use super::asks::{Ask, Asks, Text};
 use super::conditions::Given;
-use super::guidance::guide;
+use super::guidance::{Guide, Predictions, blurred};
 use super::networks::Denoiser;
-use super::{Engine, Plan};
+use super::regions::averaged;
+use super::{Encodings, Engine, Plan};
 use crate::error::{Error, Result};
 use crate::sampling::Call;
-use crate::text::Conditioning;
 
-/// The networks of a run; one at a time has its buffers.
+/// The networks of a run. A plan is made at the first call that asks for it, and let go of behind the last.
 pub(super) struct Relay<'a> {
     engine: &'a Engine,
     plan: &'a Plan,
     size: [usize; 4],
     /// The model's, and the refiner's if there is one.
-    conditionings: &'a [Conditioning],
+    encodings: &'a [Encodings],
     /// What of a picture the model is given.
     given: Given,
-    denoiser: Option<Denoiser<'a>>,
-    /// The network without some layers, while skip-layer guidance acts.
-    lacking: Option<Denoiser<'a>>,
-    switched: bool,
+    asks: Vec<Asks>,
+    /// The call that comes next.
+    next: usize,
+    ready: Vec<(Ask, Denoiser<'a>)>,
+    /// Features of the last call of a whole network, where later ones use them.
+    deep: Option<Tensor>,
+    guide: Guide<'a>,
     first_load: Duration,
     later_load: Duration,
 }
@@ -34,24 +38,27 @@ impl<'a> Relay<'a> {
         engine: &'a Engine,
         plan: &'a Plan,
         size: [usize; 4],
-        (conditionings, given): (&'a [Conditioning], Given),
+        (encodings, given): (&'a [Encodings], Given),
     ) -> Result<Self> {
         let mut relay = Self {
             engine,
             plan,
             size,
-            conditionings,
+            encodings,
             given,
-            denoiser: None,
-            lacking: None,
-            switched: false,
+            asks: Asks::of(engine, plan)?,
+            next: 0,
+            ready: Vec::new(),
+            deep: None,
+            guide: Guide::new(plan),
             first_load: Duration::ZERO,
             later_load: Duration::ZERO,
         };
         relay.take_strengths(0);
-        let first = plan.trajectory.calls.first().map(|call| call.timestep);
-        relay.switched = first.is_some_and(|timestep| relay.is_refiners(timestep));
-        relay.first_load = relay.make_ready()?;
+        if let Some(first) = relay.asks.first().map(|asks| asks.main.clone()) {
+            relay.make_ready(&first)?;
+        }
+        relay.first_load = std::mem::take(&mut relay.later_load);
         Ok(relay)
     }
 
@@ -67,84 +74,135 @@ impl<'a> Relay<'a> {
 
     /// The guided prediction for `sample`, by whose turn it is.
     pub(super) fn predict(&mut self, sample: &Tensor, call: &Call) -> Result<Tensor> {
-        let timestep = call.timestep;
-        if !self.switched && self.is_refiners(timestep) {
-            self.switched = true;
-            self.denoiser = None;
-            let took = self.make_ready()?;
-            self.later_load += took;
-        }
+        let Some(asks) = self.asks.get(self.next).cloned() else {
+            return Err(Error::Numeric(
+                "the sampler calls the network too often".to_owned(),
+            ));
+        };
         if self.take_strengths(call.step) {
             // their buffers and old weights make room
-            (self.denoiser, self.lacking) = (None, None);
-            let took = self.make_ready()?;
-            self.later_load += took;
+            self.ready.clear();
         }
-        let Some(denoiser) = &mut self.denoiser else {
+        let deep = self.deep.take();
+        let (all, mut taps) = self.ask(&asks.main, (sample, call), deep.as_ref())?;
+        let mut predictions = self.sorted(&asks.main, &all)?;
+        let mass = match asks.degraded {
+            Some(_) => taps.drain(..1).next(),
+            None => None,
+        };
+        self.deep = match asks.main.variant.shallow {
+            true => deep,
+            false => taps.pop(),
+        };
+        if let Some(ask) = &asks.lacking {
+            let (all, _) = self.ask(ask, (sample, call), None)?;
+            predictions.lacking = self.sorted(ask, &all)?.prompt;
+        }
+        if let Some((ask, scale)) = &asks.perturbed {
+            let (all, _) = self.ask(ask, (sample, call), None)?;
+            let perturbed = self.sorted(ask, &all)?.prompt;
+            predictions.perturbed = perturbed.map(|perturbed| (perturbed, *scale));
+        }
+        if let (Some(ask), Some(mass)) = (&asks.degraded, mass) {
+            let degraded = degrade((sample, call), &predictions, &mass)?;
+            let (all, _) = self.ask(ask, (&degraded, call), None)?;
+            let of = self.sorted(ask, &all)?;
+            predictions.degraded = of.negative.or(of.prompt);
+        }
+        self.next += 1;
+        let later = self.asks.get(self.next..).unwrap_or_default();
+        self.ready
+            .retain(|(ask, _)| later.iter().any(|asks| asks.all().any(|a| a == ask)));
+        self.guide.guide((sample, call), &predictions)
+    }
+
+    /// Predictions `[texts · n, c, h, w]` of an ask and the values that it wants beside.
+    fn ask(
+        &mut self,
+        ask: &Ask,
+        (sample, call): (&Tensor, &Call),
+        deep: Option<&Tensor>,
+    ) -> Result<(Tensor, Vec<Tensor>)> {
+        self.make_ready(ask)?;
+        let found = self.ready.iter_mut().find(|(ready, _)| ready == ask);
+        let Some((_, denoiser)) = found else {
             return Err(Error::Numeric("no network is ready".to_owned()));
         };
-        let predictions = denoiser.predict(sample, timestep)?;
-        let skipped = self.predict_lacking(sample, call)?;
-        guide(self.plan, &predictions, skipped)
+        denoiser.predict_with(sample, call.timestep, deep)
     }
 
     /// Gives adapters the strengths that they have at a step; whether the network at work is another one now.
     fn take_strengths(&self, step: usize) -> bool {
         let steps = self.plan.trajectory.steps;
-        self.engine.networks.at_step(step, steps) && !self.switched
+        let turn = self.asks.get(self.next).map_or(0, |asks| asks.main.turn);
+        self.engine.networks.at_step(step, steps) && turn == 0
     }
 
-    /// The prediction of the network without some layers, at the steps where it has a say.
-    fn predict_lacking(&mut self, sample: &Tensor, call: &Call) -> Result<Option<Tensor>> {
-        let steps = self.plan.trajectory.steps;
-        let acting = self
-            .plan
-            .skip_layers
-            .as_ref()
-            .filter(|slg| self.plan.guided && !self.switched && slg.acts_at(call.step, steps));
-        let (Some(slg), Some(conditioning)) = (acting, self.conditionings.first()) else {
-            self.lacking = None;
-            return Ok(None);
-        };
-        if self.lacking.is_none() {
-            let start = Instant::now();
-            let layers = Some(slg.layers.as_slice());
-            let denoiser = self
-                .engine
-                .denoiser(self.plan, self.size, (conditioning, &self.given), layers)?;
-            self.lacking = Some(denoiser);
-            self.later_load += start.elapsed();
+    fn make_ready(&mut self, ask: &Ask) -> Result<()> {
+        if self.ready.iter().any(|(ready, _)| ready == ask) {
+            return Ok(());
         }
-        let lacking = self.lacking.as_mut();
-        lacking
-            .map(|denoiser| denoiser.predict(sample, call.timestep))
-            .transpose()
-    }
-
-    /// diffusers' cut in timesteps; A1111 rounds a fractional one.
-    fn is_refiners(&self, timestep: f64) -> bool {
-        let Some(refiner) = &self.engine.refiner else {
-            return false;
-        };
-        let last = self.engine.spec.levels.len() as f64;
-        timestep.round() < (last * (1.0 - refiner.switch)).round()
-    }
-
-    fn make_ready(&mut self) -> Result<Duration> {
         let start = Instant::now();
-        let turn = usize::from(self.switched);
-        let engine = match (&self.engine.refiner, self.switched) {
-            (Some(refiner), true) => &refiner.engine,
-            _ => self.engine,
-        };
-        let Some(conditioning) = self.conditionings.get(turn) else {
+        let Some(encodings) = self.encodings.get(ask.turn) else {
             return Err(Error::Numeric("the prompt was not encoded".to_owned()));
         };
+        let calls = self.asks.iter().zip(&self.plan.trajectory.calls);
+        let timesteps: Vec<f64> = calls
+            .filter(|(asks, _)| asks.all().any(|a| a == ask))
+            .map(|(_, call)| call.timestep)
+            .collect();
+        let engine = self.engine.by_turn(ask.turn);
         // a refiner takes latents alone
         let nothing = Given::default();
-        let given = if self.switched { &nothing } else { &self.given };
-        self.denoiser =
-            Some(engine.denoiser(self.plan, self.size, (conditioning, given), None)?);
-        Ok(start.elapsed())
+        let given = if ask.turn == 0 { &self.given } else { &nothing };
+        let told = (encodings, given);
+        let denoiser = engine.denoiser(self.plan, (self.size, ask), told, &timesteps)?;
+        self.ready.push((ask.clone(), denoiser));
+        self.later_load += start.elapsed();
+        Ok(())
     }
+
+    /// Whose prediction is which; those of regions are averaged.
+    fn sorted(&self, ask: &Ask, all: &Tensor) -> Result<Predictions> {
+        let parts = match ask.texts.len() {
+            1 => vec![all.clone()],
+            count => all.chunk(count, 0)?,
+        };
+        let mut predictions = Predictions::default();
+        let mut positive = Vec::new();
+        for (text, part) in ask.texts.iter().zip(parts) {
+            match text {
+                Text::Unseen => predictions.unseen = Some(part),
+                Text::Negative => predictions.negative = Some(part),
+                Text::Prompt | Text::Region(_) => positive.push(part),
+                Text::Empty => predictions.empty = Some(part),
+            }
+        }
+        predictions.prompt = match positive.len() {
+            0 | 1 => positive.pop(),
+            _ => Some(averaged(&positive, &self.plan.regions)?),
+        };
+        Ok(predictions)
+    }
+}
+
+/// The model's input with clean latents blurred where the network looks, and the noise as it was: `x + α · (blurred − x₀)`.
+fn degrade(
+    (sample, call): (&Tensor, &Call),
+    predictions: &Predictions,
+    mass: &Tensor,
+) -> Result<Tensor> {
+    let from = predictions
+        .negative
+        .as_ref()
+        .or(predictions.prompt.as_ref());
+    let Some(from) = from else {
+        return Err(Error::Numeric("guidance needs a prediction".to_owned()));
+    };
+    // the negative prompt comes first
+    let mass = mass.narrow(0, 0, from.dim(0)?)?;
+    let (a, b) = call.denoised;
+    let clean = ((sample * a)? + (from * b)?)?;
+    let alpha = call.scale * call.now.0;
+    Ok((sample + (blurred(&clean, &mass)? * alpha)?)?)
 }

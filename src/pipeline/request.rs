@@ -1,6 +1,8 @@
 //! What was asked for: plain data, nothing resolved. The command line and every other door end here.
 
-use super::guidance::SkipLayers;
+use super::guidance::{Guidance, SkipLayers};
+use super::regions::Regions;
+use super::shortcuts::Shortcuts;
 use super::sizes::SizeConditioning;
 use super::source::Source;
 use crate::device::DtypeChoice;
@@ -51,6 +53,12 @@ pub struct Request {
     pub source: Option<Source>,
     /// Guidance away from a network that skips layers.
     pub skip_layers: Option<SkipLayers>,
+    /// Guidance beyond one scale.
+    pub guidance: Guidance,
+    /// Less work for nearly the same picture.
+    pub shortcuts: Shortcuts,
+    /// Prompts for parts of the picture.
+    pub regions: Regions,
     /// The sizes that SDXL is told.
     pub sizes: SizeConditioning,
     /// What it is told with the negative prompt; those of the prompt where absent.

@@ -7,7 +7,8 @@ mod reader;
 use serde_json::Value;
 
 use super::prediction::Prediction;
-use crate::error::{Error, Result};
+use super::threshold::Threshold;
+use crate::error::Result;
 pub use class::Class;
 pub use flow::{DynamicShift, FlowConfig};
 use reader::{Reader, wrong};
@@ -76,6 +77,8 @@ pub struct SchedulerConfig {
     pub set_alpha_to_one: bool,
     pub clip_sample: bool,
     pub clip_sample_range: f64,
+    /// `thresholding` with its two numbers.
+    pub thresholding: Option<Threshold>,
     pub skip_prk_steps: bool,
     pub log_linear: bool,
     pub continuous: bool,
@@ -120,6 +123,7 @@ impl Default for SchedulerConfig {
             set_alpha_to_one: false,
             clip_sample: false,
             clip_sample_range: 1.0,
+            thresholding: None,
             skip_prk_steps: true,
             log_linear: false,
             continuous: false,
@@ -155,12 +159,6 @@ impl SchedulerConfig {
         let class_name = name.unwrap_or("PNDMScheduler").to_owned();
         let class = Class::named(&class_name);
         let r = Reader { value, class };
-        // diffusers itself calls it unsuitable for latents
-        if r.flag("thresholding", false)? {
-            return Err(Error::Unsupported(
-                "scheduler config field `thresholding` is not supported".to_owned(),
-            ));
-        }
         let train = r.size("num_train_timesteps", 1000)?;
         if train < 2 {
             return Err(wrong("num_train_timesteps", &train.into(), "at least 2"));
@@ -182,6 +180,7 @@ impl SchedulerConfig {
             set_alpha_to_one: r.flag("set_alpha_to_one", class != Class::Pndm)?,
             clip_sample: r.flag("clip_sample", of_class.clip_sample)?,
             clip_sample_range: r.number("clip_sample_range", 1.0)?,
+            thresholding: threshold(&r)?,
             skip_prk_steps: r.flag("skip_prk_steps", false)?,
             log_linear: r.choice("interpolation_type", "linear", INTERPOLATIONS)?,
             continuous: r.choice("timestep_type", "discrete", TIMESTEP_TYPES)?,
@@ -301,10 +300,28 @@ const INTERPOLATIONS: &[(&str, bool)] = &[("linear", false), ("log_linear", true
 const SIGMA_SCHEDULES: &[(&str, bool)] = &[("karras", false), ("exponential", true)];
 const TIMESTEP_TYPES: &[(&str, bool)] = &[("discrete", false), ("continuous", true)];
 
+/// Dynamic thresholding, which diffusers itself calls unsuitable for latents.
+fn threshold(r: &Reader<'_>) -> Result<Option<Threshold>> {
+    if !r.flag("thresholding", false)? {
+        return Ok(None);
+    }
+    let ratio = r.number("dynamic_thresholding_ratio", 0.995)?;
+    let most = r.number("sample_max_value", 1.0)?;
+    if !(0.0..=1.0).contains(&ratio) {
+        let expected = "a part from 0 to 1";
+        return Err(wrong("dynamic_thresholding_ratio", &ratio.into(), expected));
+    }
+    if most.is_nan() || most <= 0.0 {
+        return Err(wrong("sample_max_value", &most.into(), "above 0"));
+    }
+    Ok(Some(Threshold { ratio, most }))
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::error::Error;
 
     fn read(text: &str) -> Result<SchedulerConfig> {
         SchedulerConfig::from_json(&serde_json::from_str(text).unwrap())

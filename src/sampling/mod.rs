@@ -11,6 +11,7 @@ mod schedule;
 mod solvers;
 mod spacing;
 mod start;
+mod threshold;
 mod trajectory;
 
 pub use brownian::BrownianTree;
@@ -24,6 +25,7 @@ pub use prediction::Prediction;
 pub use schedule::NoiseSchedule;
 pub use spacing::Schedule;
 pub use start::{Start, StepCount};
+pub use threshold::{Threshold, quantile};
 pub use trajectory::{Assign, Brownian, Call, Combo, Draw, Register, Slices, Trajectory};
 
 use crate::error::{Error, Result};

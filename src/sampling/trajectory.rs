@@ -2,6 +2,8 @@
 
 use std::ops::{Add, Mul, Sub};
 
+use super::threshold::Threshold;
+
 /// A tensor-valued variable of a run, shaped like the latents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Register {
@@ -61,6 +63,13 @@ pub enum Assign {
         low: f64,
         /// Upper limit.
         high: f64,
+    },
+    /// Limits each picture of a register by what is in it.
+    Limit {
+        /// The register.
+        register: Register,
+        /// How.
+        to: Threshold,
     },
 }
 
@@ -129,6 +138,7 @@ impl Trajectory {
                             finite(terms) && noise.is_none_or(|draw| draw.factor.is_finite())
                         }
                         Assign::Clamp { low, high, .. } => low <= high,
+                        Assign::Limit { .. } => true,
                     })
             })
     }
@@ -237,6 +247,7 @@ impl Assign {
                     *value = value.clamp(*low, *high);
                 }
             }
+            Self::Limit { register, to } => to.limit(&mut state[place(*register)]),
         }
     }
 }

@@ -28,43 +28,15 @@ pub struct Encoded {
     pub pooled: Option<Tensor>,
 }
 
-/// Which of the two texts a row of a batch is given.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Text {
-    /// The negative prompt.
-    Negative,
-    /// The prompt.
-    Positive,
-}
-
 impl Conditioning {
-    /// The context of a batch of n pictures: n rows of the first of `texts`, then n of the next.
-    ///
-    /// # Errors
-    /// When the device has no memory.
-    pub fn for_batch(&self, n: usize, texts: &[Text]) -> Result<Tensor> {
-        let rows = texts.iter().map(|&text| vec![&self.of(text).states; n]);
-        Ok(Tensor::cat(&rows.collect::<Vec<_>>().concat(), 0)?)
+    /// The negative prompt.
+    pub fn negative(&self) -> &Encoded {
+        &self.unconditional
     }
 
-    /// The whole texts' vectors of a batch, in the same order: `[n · texts, projection]`.
-    ///
-    /// # Errors
-    /// When the device has no memory.
-    pub fn pooled_for_batch(&self, n: usize, texts: &[Text]) -> Result<Option<Tensor>> {
-        let pooled = texts.iter().map(|&text| self.of(text).pooled.as_ref());
-        let Some(pooled) = pooled.collect::<Option<Vec<_>>>() else {
-            return Ok(None);
-        };
-        let rows: Vec<_> = pooled.iter().flat_map(|&vector| vec![vector; n]).collect();
-        Ok(Some(Tensor::cat(&rows, 0)?))
-    }
-
-    fn of(&self, text: Text) -> &Encoded {
-        match text {
-            Text::Negative => &self.unconditional,
-            Text::Positive => &self.conditional,
-        }
+    /// The prompt.
+    pub fn prompt(&self) -> &Encoded {
+        &self.conditional
     }
 }
 

@@ -12,8 +12,8 @@ mod vocabulary;
 mod words;
 
 pub use encode::{
-    Behind, Conditioning, Encoded, LongSpeaker, LongTower, Readers, Reading, Speaker, Text, Texts,
-    Tower, encode,
+    Behind, Conditioning, Encoded, LongSpeaker, LongTower, Readers, Reading, Speaker, Texts, Tower,
+    encode,
 };
 pub use extra::{LoraTag, take_loras};
 pub use files::tokenizer_files;

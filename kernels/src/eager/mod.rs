@@ -8,6 +8,7 @@ mod attention;
 #[allow(unsafe_code)]
 mod conv;
 mod cpu;
+mod features;
 mod sequence;
 
 use candle_core::{D, DType, Device, Tensor};
@@ -126,6 +127,9 @@ pub fn run(op: &Op, inputs: &[&Tensor]) -> Result<Tensor> {
             let rows: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
             let rows = Tensor::new(rows, x.device())?;
             x.broadcast_add(&table.value()?.index_select(&rows, 0)?)?
+        }
+        Op::AttentionMass { .. } | Op::LowFrequencies { .. } | Op::Amplify { .. } => {
+            features::run(op, inputs)?
         }
         _ => sequence::run(op, inputs)?,
     })

@@ -5,7 +5,7 @@
 
 use super::Options;
 use super::ir::{
-    Form, Input, Part, Product, Program, Rate, Step, Type, Value, ValueId, View, Work,
+    Form, Input, Output, Part, Product, Program, Rate, Step, Type, Value, ValueId, View, Work,
 };
 use crate::cpu::product::MOST_CHANNELS;
 use crate::cpu::winograd;
@@ -44,14 +44,21 @@ pub(super) struct Fuser<'a> {
     program: Program,
 }
 
-/// Fuses the nodes that `output` needs.
-pub(super) fn fuse(nodes: &[Node], output: NodeId, options: &Options) -> Result<Program> {
-    let mut fuser = Fuser::new(nodes, output, options);
+/// Fuses the nodes that `output` and `taps` need.
+pub(super) fn fuse(
+    nodes: &[Node],
+    (output, taps): (NodeId, &[NodeId]),
+    options: &Options,
+) -> Result<Program> {
+    let mut fuser = Fuser::new(nodes, (output, taps), options);
     for id in 0..nodes.len() {
         fuser.visit(id)?;
     }
-    fuser.program.output = fuser.ready(output)?;
-    fuser.program.output_shape.clone_from(&nodes[output].shape);
+    fuser.program.output = fuser.output(output)?;
+    for &tap in taps {
+        let tap = fuser.output(tap)?;
+        fuser.program.taps.push(tap);
+    }
     let mut program = fuser.program;
     choose_types(&mut program, options);
     // stable: within a rate the order stays
@@ -62,10 +69,12 @@ pub(super) fn fuse(nodes: &[Node], output: NodeId, options: &Options) -> Result<
 }
 
 impl<'a> Fuser<'a> {
-    fn new(nodes: &'a [Node], output: NodeId, options: &'a Options) -> Self {
-        let needed = needed(nodes, output);
+    fn new(nodes: &'a [Node], (output, taps): (NodeId, &[NodeId]), options: &'a Options) -> Self {
+        let needed = needed(nodes, (output, taps));
         let mut uses = vec![0; nodes.len()];
-        uses[output] += 1;
+        for &wanted in taps.iter().chain([&output]) {
+            uses[wanted] += 1;
+        }
         let mut rates = Vec::with_capacity(nodes.len());
         let mut batches: Vec<usize> = Vec::with_capacity(nodes.len());
         for (id, node) in nodes.iter().enumerate() {
@@ -340,6 +349,20 @@ impl<'a> Fuser<'a> {
                 causal: *causal,
                 relative: relative.clone(),
             },
+            Op::AttentionMass { heads } => Work::AttentionMass {
+                q: self.ready(x)?,
+                k: self.ready(inputs[1])?,
+                heads: *heads,
+            },
+            Op::LowFrequencies { scale } => Work::LowFrequencies {
+                source: self.view(x)?,
+                scale: *scale,
+            },
+            Op::Amplify { scale, by_mean } => Work::Amplify {
+                source: self.ready(x)?,
+                scale: *scale as f32,
+                by_mean: *by_mean,
+            },
             Op::Rotate { heads, turns } => Work::Rotate {
                 source: self.ready(x)?,
                 heads: *heads,
@@ -567,6 +590,14 @@ impl<'a> Fuser<'a> {
         Ok(self.emit(id, Work::Concat(values)))
     }
 
+    /// A node that is asked for.
+    fn output(&mut self, id: NodeId) -> Result<Output> {
+        Ok(Output {
+            value: self.ready(id)?,
+            shape: self.nodes[id].shape.clone(),
+        })
+    }
+
     /// The stored values of a node: several where it is a join.
     fn sources(&mut self, id: NodeId) -> Result<Vec<ValueId>> {
         match self.states[self.origin(id)].clone() {
@@ -578,7 +609,7 @@ impl<'a> Fuser<'a> {
     /// A node that is one picture.
     fn view(&mut self, id: NodeId) -> Result<View> {
         let [_, _, h, w] = *self.nodes[id].shape else {
-            return Err(Error::Mixed { op: "patchify" });
+            return Err(Error::Mixed { op: "view" });
         };
         let value = self.ready(id)?;
         Ok(View { value, h, w })
@@ -621,7 +652,7 @@ impl<'a> Fuser<'a> {
                 LayerClass::Conv3x3
             }
             Work::Product(_) => LayerClass::Linear,
-            Work::Attention { .. } => LayerClass::Attention,
+            Work::Attention { .. } | Work::AttentionMass { .. } => LayerClass::Attention,
             Work::GroupNorm { .. }
             | Work::LayerNorm { .. }
             | Work::AdaptiveNorm { .. }
@@ -633,11 +664,13 @@ impl<'a> Fuser<'a> {
     }
 }
 
-/// Which nodes `output` depends on.
-fn needed(nodes: &[Node], output: NodeId) -> Vec<bool> {
+/// Which nodes `output` and `taps` depend on.
+fn needed(nodes: &[Node], (output, taps): (NodeId, &[NodeId])) -> Vec<bool> {
     let mut needed = vec![false; nodes.len()];
-    needed[output] = true;
-    for id in (0..nodes.len()).rev().filter(|&id| id <= output) {
+    for &wanted in taps.iter().chain([&output]) {
+        needed[wanted] = true;
+    }
+    for id in (0..nodes.len()).rev() {
         if let (true, NodeKind::Compute { inputs, .. }) = (needed[id], &nodes[id].kind) {
             for &input in inputs {
                 needed[input] = true;
@@ -675,7 +708,9 @@ fn choose_types(program: &mut Program, options: &Options) {
             _ => {}
         }
     }
-    only_norms[program.output] = false;
+    for output in program.outputs() {
+        only_norms[output.value] = false;
+    }
     for step in &program.steps {
         let norm = matches!(
             step.work,
@@ -704,7 +739,9 @@ fn copied_as_read(program: &mut Program) {
     for value in program.steps.iter().flat_map(|step| step.work.reads()) {
         readers[value] += 1;
     }
-    readers[program.output] += 1;
+    for output in program.outputs() {
+        readers[output.value] += 1;
+    }
     for step in program.steps.iter().rev() {
         let copies = match step.work {
             Work::Join(a, b) => vec![a, b],

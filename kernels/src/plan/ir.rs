@@ -190,6 +190,20 @@ pub(super) enum Work {
         patch: usize,
         order: PatchOrder,
     },
+    AttentionMass {
+        q: ValueId,
+        k: ValueId,
+        heads: usize,
+    },
+    LowFrequencies {
+        source: View,
+        scale: f64,
+    },
+    Amplify {
+        source: ValueId,
+        scale: f32,
+        by_mean: bool,
+    },
     Geglu(ValueId),
     Activate(ValueId, Activation),
     Prelu {
@@ -244,6 +258,7 @@ impl Work {
             }
             Self::GroupNorm { sources, .. } => sources.clone(),
             Self::Attention { q, k, v, .. } => vec![*q, *k, *v],
+            Self::AttentionMass { q, k, .. } => vec![*q, *k],
             Self::Add(a, b)
             | Self::AddChannels(a, b)
             | Self::ScaleShift(a, b)
@@ -261,10 +276,12 @@ impl Work {
             | Self::Affine { source, .. }
             | Self::Sinusoid { source, .. }
             | Self::AddPositions { source, .. }
+            | Self::Amplify { source, .. }
             | Self::Embed { ids: source, .. }
             | Self::Geglu(source)
             | Self::Activate(source, _) => vec![*source],
             Self::Upsample { source, .. }
+            | Self::LowFrequencies { source, .. }
             | Self::Patchify { source, .. }
             | Self::Unpatchify { source, .. } => vec![source.value],
         }
@@ -293,6 +310,14 @@ pub(super) struct Input {
     pub shape: Vec<usize>,
 }
 
+/// A value that is asked for.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Output {
+    pub value: ValueId,
+    /// As the network recorded it.
+    pub shape: Vec<usize>,
+}
+
 /// A network at one shape, fused.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Program {
@@ -300,11 +325,17 @@ pub(super) struct Program {
     pub inputs: Vec<Input>,
     /// In the order in which they can run; steps of rarer rates come first among equals.
     pub steps: Vec<Step>,
-    pub output: ValueId,
-    pub output_shape: Vec<usize>,
+    pub output: Output,
+    /// What else is kept until the next call.
+    pub taps: Vec<Output>,
 }
 
 impl Program {
+    /// The values that outlive a call.
+    pub(super) fn outputs(&self) -> impl Iterator<Item = &Output> {
+        std::iter::once(&self.output).chain(&self.taps)
+    }
+
     /// The channels of every source of a product, by part, and the type that they are stored as.
     pub(super) fn sources(&self, product: &Product) -> (Vec<Vec<usize>>, Type) {
         let of = |part: &Part| -> Vec<usize> {

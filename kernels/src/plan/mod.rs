@@ -10,6 +10,7 @@
 
 #[allow(unsafe_code)]
 mod exec;
+mod features;
 mod fuse;
 mod ir;
 #[allow(unsafe_code)]
@@ -59,8 +60,10 @@ pub struct Options {
     pub transient: bool,
     /// The most bytes of packed weights that are kept; the others are packed each time, as all are that the file keeps compressed.
     pub keep: usize,
-    /// Inputs whose second half equals the first, as guidance has it; they are given by half.
+    /// Inputs whose second half equals the first, as guidance has it; they are given by half. With more [`Options::copies`] a smaller part.
     pub halved: Vec<&'static str>,
+    /// How often what those inputs hold is in a batch.
+    pub copies: usize,
 }
 
 impl Options {
@@ -74,6 +77,7 @@ impl Options {
             keep: usize::MAX,
             constant: Vec::new(),
             halved: Vec::new(),
+            copies: 2,
         }
     }
 
@@ -88,8 +92,11 @@ impl Options {
         } else {
             Rate::Call
         };
-        let halved = self.halved.contains(&name) && batch.is_multiple_of(2);
-        (rate, if halved { batch / 2 } else { batch })
+        let copies = match self.halved.contains(&name) && batch.is_multiple_of(self.copies) {
+            true => self.copies.max(1),
+            false => 1,
+        };
+        (rate, batch / copies)
     }
 
     /// The form in which a convolution of `columns` results a pixel, `size` pixels high and wide, is computed.
@@ -161,9 +168,20 @@ impl Plan {
         options: &Options,
         store: &Store,
     ) -> Result<Self> {
-        let nodes = graph.nodes();
-        let output = output.node(graph).ok_or(Error::Mixed { op: "plan" })?;
-        let program = fuse::fuse(&nodes, output, options)?;
+        Self::compile_tapped(graph, (output, &[]), options, store)
+    }
+
+    /// The same, keeping values inside the network beside its result: [`Plan::tap`] gives them after a call.
+    ///
+    /// # Errors
+    /// As [`Plan::compile`].
+    pub fn compile_tapped(
+        graph: &Graph,
+        (output, taps): (&Tensor, &[Tensor]),
+        options: &Options,
+        store: &Store,
+    ) -> Result<Self> {
+        let program = program(graph, (output, taps), options)?;
         let machine = run::Machine::new(&program, options, store)?;
         Ok(Self { program, machine })
     }
@@ -173,9 +191,7 @@ impl Plan {
     /// # Errors
     /// When the graph cannot be planned.
     pub fn sizes(graph: &Graph, output: &Tensor, options: &Options) -> Result<Sizes> {
-        let nodes = graph.nodes();
-        let output = output.node(graph).ok_or(Error::Mixed { op: "plan" })?;
-        let program = fuse::fuse(&nodes, output, options)?;
+        let program = program(graph, (output, &[]), options)?;
         Ok(run::sizes(&program, options))
     }
 
@@ -186,7 +202,22 @@ impl Plan {
 
     /// The shape of the result.
     pub fn output_shape(&self) -> &[usize] {
-        &self.program.output_shape
+        &self.program.output.shape
+    }
+
+    /// The shapes of what is kept beside it.
+    pub fn tap_shapes(&self) -> impl Iterator<Item = &[usize]> {
+        self.program.taps.iter().map(|tap| tap.shape.as_slice())
+    }
+
+    /// What the last call left at tap `index`, in the recorded order of axes.
+    ///
+    /// # Errors
+    /// When there is no such tap.
+    pub fn tap(&mut self, index: usize, out: &mut Vec<f32>) -> Result<()> {
+        let tap = self.program.taps.get(index);
+        let tap = tap.ok_or(Error::Mixed { op: "tap" })?;
+        self.machine.export(&self.program, tap, out)
     }
 
     /// Bytes of buffers, weights not counted.
@@ -209,4 +240,16 @@ impl Plan {
     pub fn run(&mut self, feeds: &[Feed<'_>], out: &mut Vec<f32>) -> Result<()> {
         self.machine.run(&self.program, feeds, out)
     }
+}
+
+/// What `output` and `taps`, nodes of `graph`, need, fused.
+fn program(
+    graph: &Graph,
+    (output, taps): (&Tensor, &[Tensor]),
+    options: &Options,
+) -> Result<Program> {
+    let node = |tensor: &Tensor| tensor.node(graph).ok_or(Error::Mixed { op: "plan" });
+    let output = node(output)?;
+    let taps = taps.iter().map(node).collect::<Result<Vec<_>>>()?;
+    fuse::fuse(&graph.nodes(), (output, &taps), options)
 }

@@ -109,8 +109,10 @@ fn lives(program: &Program) -> Vec<Option<Life>> {
             }
         }
     }
-    if let Some(life) = &mut lives[program.output] {
-        life.to = end;
+    for output in program.outputs() {
+        if let Some(life) = &mut lives[output.value] {
+            life.to = end;
+        }
     }
     let calls = program
         .steps
@@ -130,7 +132,7 @@ fn lives(program: &Program) -> Vec<Option<Life>> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::ir::{Step, Type, Value, Work};
+    use super::super::ir::{Output, Step, Type, Value, Work};
     use super::*;
     use crate::op::LayerClass;
 
@@ -162,8 +164,11 @@ mod tests {
                 step(Work::Geglu(2), 3),
                 step(Work::Add(0, 3), 4),
             ],
-            output: 4,
-            output_shape: vec![],
+            output: Output {
+                value: 4,
+                shape: vec![],
+            },
+            taps: vec![],
         };
         let places = place(&program);
         let size = 4000 + SLACK;

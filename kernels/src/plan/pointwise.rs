@@ -10,13 +10,13 @@ use crate::cpu::epilogue::Stored;
 use crate::cpu::simd::{self, Number};
 use crate::cpu::view::{Numbers, NumbersMut};
 use crate::op::PatchOrder;
-use crate::{Activation, Error, Result};
+use crate::{Activation, Result};
 
 /// Numbers a task.
 const CHUNK: usize = 1 << 12;
 
 /// A number of a value; beyond its end the value repeats, as smaller batches do.
-fn at(x: Numbers<'_>, i: usize) -> f32 {
+pub(super) fn at(x: Numbers<'_>, i: usize) -> f32 {
     match x {
         Numbers::F32(x) => x[i % x.len()],
         Numbers::Bf16(x) => x[i % x.len()].to_f32(),
@@ -24,7 +24,7 @@ fn at(x: Numbers<'_>, i: usize) -> f32 {
 }
 
 /// Writes `f(row, channel)` everywhere.
-fn fill(out: NumbersMut<'_>, channels: usize, f: impl Fn(usize, usize) -> f32 + Sync) {
+pub(super) fn fill(out: NumbersMut<'_>, channels: usize, f: impl Fn(usize, usize) -> f32 + Sync) {
     match out {
         NumbersMut::F32(out) => {
             let each = out.par_iter_mut().enumerate().with_min_len(CHUNK);
@@ -273,7 +273,7 @@ impl Memory<'_> {
                     at(x, token * c * patch * patch + place)
                 });
             }
-            _ => return Err(Error::Mixed { op: "plan" }),
+            _ => return self.feature(work, id, out),
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::exec::{Taps, taps};
-use super::ir::{Form, Input, Program, Rate, Step, Type, Work};
+use super::ir::{Form, Input, Output, Program, Rate, Step, Type, Work};
 use super::memory::{BEHIND, Memory};
 use super::place::{Places, check_places, place};
 use super::store::{Packed, Store, packed_bytes};
@@ -146,7 +146,7 @@ impl Machine {
             self.constants = true;
         }
         self.steps(program, Rate::Call)?;
-        self.export(program, out)
+        self.export(program, &program.output, out)
     }
 
     /// Makes the given timestep the current row, computing its row if it was not prepared.
@@ -235,17 +235,22 @@ impl Machine {
         Ok(())
     }
 
-    /// The result in the recorded order of axes.
-    fn export(&mut self, program: &Program, out: &mut Vec<f32>) -> Result<()> {
-        let value = &program.values[program.output];
+    /// A result of the last call in the recorded order of axes.
+    pub(super) fn export(
+        &mut self,
+        program: &Program,
+        output: &Output,
+        out: &mut Vec<f32>,
+    ) -> Result<()> {
+        let value = &program.values[output.value];
         let pointers = (
             self.arena.as_mut_slice().as_mut_ptr(),
             self.rows.as_mut_slice().as_mut_ptr(),
         );
         // SAFETY: as in `steps`
         let memory = unsafe { Memory::new(pointers, &self.places, &self.tables, program, false) };
-        let total: usize = program.output_shape.iter().product();
-        let planar = program.output_shape.len() == 4;
+        let total: usize = output.shape.iter().product();
+        let planar = output.shape.len() == 4;
         let (pixels, channels, len) = (value.pixels, value.channels, value.len());
         out.clear();
         out.resize(total, 0.0);
@@ -256,7 +261,7 @@ impl Machine {
             let (plane, pixel) = (i / pixels, i % pixels);
             ((plane / channels * pixels + pixel) * channels + plane % channels) % len
         };
-        match memory.read(program.output) {
+        match memory.read(output.value) {
             Numbers::F32(x) => out
                 .par_iter_mut()
                 .enumerate()

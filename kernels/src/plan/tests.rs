@@ -92,7 +92,7 @@ fn distance(net: &Net, options: &Options) -> f64 {
             let v = numbers(n, name);
             let halved = options.halved.contains(name);
             let v = if halved {
-                [&v[..n / 2], &v[..n / 2]].concat()
+                v[..n / options.copies].repeat(options.copies)
             } else {
                 v
             };
@@ -134,7 +134,7 @@ fn distance(net: &Net, options: &Options) -> f64 {
         .map(|((name, _), v)| Feed {
             name,
             values: if options.halved.contains(name) {
-                &v[..v.len() / 2]
+                &v[..v.len() / options.copies]
             } else {
                 v
             },
@@ -480,4 +480,85 @@ fn wider_layers_than_kernels_take_are_refused() {
         &Store::default(),
     );
     assert!(refused.is_err_and(|e| e.to_string().contains("at most 32768 channels")));
+}
+
+/// What special kinds of guidance ask for, of pictures that are as wide as high or one pixel high.
+fn features(w: &Weights, inputs: &[Tensor]) -> Result<Tensor> {
+    let x = conv(w, "in", &inputs[0], (38, 1, 1))?;
+    let y = ops::apply(Op::LowFrequencies { scale: 0.3 }, &[&x])?;
+    let (scale, by_mean) = (1.4, true);
+    let y = ops::apply(Op::Amplify { scale, by_mean }, &[&y])?;
+    let (scale, by_mean) = (0.7, false);
+    let z = ops::apply(Op::Amplify { scale, by_mean }, &[&x])?;
+    let z = ops::apply(Op::LowFrequencies { scale: 2.0 }, &[&z])?;
+    let sequence = ops::flatten(&ops::add(&y, &z)?)?;
+    let (q, k) = (
+        linear(w, "q", &sequence, 36)?,
+        linear(w, "k", &ops::join(&sequence, &inputs[1])?, 36)?,
+    );
+    let mass = ops::apply(Op::AttentionMass { heads: 3 }, &[&q, &k])?;
+    linear(w, "up", &mass, 5)
+}
+
+#[test]
+fn features_of_whole_pictures() {
+    for (h, w) in [(7, 6), (1, 9), (8, 8)] {
+        for copies in [1, 3] {
+            let net = Net {
+                stored: DType::F32,
+                inputs: vec![("x", vec![3, 4, h, w]), ("more", vec![3, 5, 38])],
+                run: features,
+            };
+            let options = Options {
+                halved: vec!["x"],
+                copies,
+                ..Options::new(Level::current(), Precision::F32)
+            };
+            let error = distance(&net, &options);
+            assert!(error < 2e-6, "{h} {w}: {error}");
+        }
+    }
+}
+
+/// A plan gives what is inside it beside its result, at every call, and is otherwise the same.
+#[test]
+fn taps_are_kept_until_the_next_call() {
+    let shape = [2usize, 4, 34, 30];
+    let values = numbers(shape.iter().product(), "x");
+    let net = |x: &Tensor, w: &Weights| -> Result<[Tensor; 3]> {
+        let a = conv(w, "in", x, (40, 3, 1))?;
+        let b = ops::activate(&conv(w, "a", &a, (40, 3, 1))?, Activation::Silu)?;
+        let c = ops::add(&conv(w, "b", &b, (40, 3, 1))?, &a)?;
+        let out = conv(w, "out", &ops::concat(&c, &a)?, (3, 3, 1))?;
+        Ok([out, b, c])
+    };
+    let data = candle_core::Tensor::from_vec(values.clone(), &shape, &Device::Cpu).unwrap();
+    let want = net(&data.into(), &weights(DType::F32)).unwrap().map(|t| {
+        let flat = t.into_data().unwrap().flatten_all().unwrap();
+        flat.to_vec1::<f32>().unwrap()
+    });
+    let graph = Graph::new();
+    let [out, b, c] = net(&graph.input("x", &shape), &weights(DType::F32)).unwrap();
+    let options = Options::new(Level::current(), Precision::F32);
+    let store = Store::default();
+    let taps = [b, c];
+    let mut plan = Plan::compile_tapped(&graph, (&out, &taps), &options, &store).unwrap();
+    let mut got = Vec::new();
+    for _ in 0..2 {
+        let feed = Feed {
+            name: "x",
+            values: &values,
+        };
+        plan.run(&[feed], &mut got).unwrap();
+        for (i, want) in want.iter().enumerate() {
+            if i > 0 {
+                plan.tap(i - 1, &mut got).unwrap();
+            }
+            assert_eq!(got.len(), want.len());
+            let worst = got.iter().zip(want).map(|(a, b)| (a - b).abs());
+            assert!(worst.fold(0.0, f32::max) < 1e-4, "{i}");
+        }
+    }
+    assert_eq!(plan.tap_shapes().nth(1), Some([2, 40, 34, 30].as_slice()));
+    assert!(plan.tap(2, &mut got).is_err());
 }

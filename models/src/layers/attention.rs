@@ -1,6 +1,6 @@
 //! Multi-head attention and the gated feed-forward of transformer blocks, under diffusers' names.
 
-use sd_kernels::{Result, Tensor, Weights, ops};
+use sd_kernels::{Op, Result, Tensor, Weights, ops};
 
 use super::Linear;
 
@@ -43,6 +43,23 @@ impl Attention {
         let v = self.to_v.forward(context)?; // [b, t, width]
         let y = ops::attention(&q, &k, &v, self.heads, false)?;
         self.to_out.forward(&y)
+    }
+
+    /// The same when every place sees itself alone.
+    ///
+    /// # Errors
+    /// As [`Attention::forward`].
+    pub fn identity(&self, x: &Tensor) -> Result<Tensor> {
+        self.to_out.forward(&self.to_v.forward(x)?)
+    }
+
+    /// How much each place of `x [b, s, width]` is looked at by all: `[b, s, 1]`.
+    ///
+    /// # Errors
+    /// As [`Attention::forward`].
+    pub fn mass(&self, x: &Tensor) -> Result<Tensor> {
+        let op = Op::AttentionMass { heads: self.heads };
+        ops::apply(op, &[&self.to_q.forward(x)?, &self.to_k.forward(x)?])
     }
 }
 

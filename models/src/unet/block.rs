@@ -2,6 +2,7 @@
 
 use sd_kernels::{Result, Tensor, Weights, ops};
 
+use super::Given;
 use super::config::{Config, Level, Mid};
 use super::transformer::Transformer;
 use crate::layers::{Downsample, ResnetBlock, ResnetConfig, Upsample};
@@ -38,10 +39,10 @@ impl Layer {
         }
     }
 
-    fn forward(&self, x: &Tensor, temb: &Tensor, context: &Tensor) -> Result<Tensor> {
-        let x = self.resnet.forward(x, Some(temb))?;
+    fn forward(&self, x: &Tensor, given: &Given<'_>) -> Result<Tensor> {
+        let x = self.resnet.forward(x, Some(given.temb))?;
         match &self.transformer {
-            Some(transformer) => transformer.forward(&x, context),
+            Some(transformer) => transformer.forward(&x, given),
             None => Ok(x),
         }
     }
@@ -84,12 +85,11 @@ impl DownBlock {
     pub(super) fn forward(
         &self,
         mut x: Tensor,
-        temb: &Tensor,
-        context: &Tensor,
+        given: &Given<'_>,
         skips: &mut Vec<Tensor>,
     ) -> Result<Tensor> {
         for layer in &self.layers {
-            x = layer.forward(&x, temb, context)?;
+            x = layer.forward(&x, given)?;
             skips.push(x.clone());
         }
         if let Some(downsample) = &self.downsample {
@@ -97,6 +97,11 @@ impl DownBlock {
             skips.push(x.clone());
         }
         Ok(x)
+    }
+
+    pub(super) fn transformers(&self) -> impl Iterator<Item = &Transformer> {
+        let layers = self.layers.iter();
+        layers.filter_map(|layer| layer.transformer.as_ref())
     }
 }
 
@@ -138,17 +143,33 @@ impl MidBlock {
         })
     }
 
-    pub(super) fn forward(&self, x: &Tensor, temb: &Tensor, context: &Tensor) -> Result<Tensor> {
-        let x = self.first.forward(x, temb, context)?;
+    pub(super) fn forward(&self, x: &Tensor, given: &Given<'_>) -> Result<Tensor> {
+        let x = self.first.forward(x, given)?;
         match &self.second {
-            Some(resnet) => resnet.forward(&x, Some(temb)),
+            Some(resnet) => resnet.forward(&x, Some(given.temb)),
             None => Ok(x),
         }
+    }
+
+    /// How much its pixels are looked at by each other, `[b, 1, h, w]`, when `x` enters it; nothing without a transformer.
+    pub(super) fn mass(&self, x: &Tensor, given: &Given<'_>) -> Result<Option<Tensor>> {
+        match &self.first.transformer {
+            Some(transformer) => transformer.mass(&self.first.resnet.forward(x, Some(given.temb))?),
+            None => Ok(None),
+        }
+    }
+
+    pub(super) fn transformers(&self) -> impl Iterator<Item = &Transformer> {
+        self.first.transformer.iter()
     }
 }
 
 /// One level on the way up.
 pub(super) struct UpBlock {
+    /// Its place on the way, 0 at the smallest pictures.
+    index: usize,
+    /// Channels of the network's first level.
+    first: usize,
     layers: Vec<Layer>,
     upsample: Option<Upsample>,
 }
@@ -173,6 +194,8 @@ impl UpBlock {
             )
         });
         Self {
+            index: config.levels.len() - 1 - index,
+            first: config.levels[0].channels,
             layers: layers.collect(),
             upsample: (index > 0)
                 .then(|| Upsample::load(&weights.at("upsamplers.0"), level.channels)),
@@ -182,15 +205,15 @@ impl UpBlock {
     pub(super) fn forward(
         &self,
         mut x: Tensor,
-        temb: &Tensor,
-        context: &Tensor,
+        given: &Given<'_>,
         skips: &mut Vec<Tensor>,
     ) -> Result<Tensor> {
-        for layer in &self.layers {
-            if let Some(skip) = skips.pop() {
-                x = ops::concat(&x, &skip)?;
+        if let Some((last, before)) = self.layers.split_last() {
+            for layer in before {
+                x = self.joined(layer, &x, (given, skips))?;
             }
-            x = layer.forward(&x, temb, context)?;
+            given.note_deep(&x);
+            x = self.joined(last, &x, (given, skips))?;
         }
         match (&self.upsample, skips.last()) {
             (Some(upsample), Some(next)) => {
@@ -199,5 +222,43 @@ impl UpBlock {
             }
             _ => Ok(x),
         }
+    }
+
+    /// The last layer alone, on what entered it in an earlier call.
+    pub(super) fn last(
+        &self,
+        deep: &Tensor,
+        given: &Given<'_>,
+        skips: &mut Vec<Tensor>,
+    ) -> Result<Tensor> {
+        match self.layers.last() {
+            Some(layer) => self.joined(layer, deep, (given, skips)),
+            None => Ok(deep.clone()),
+        }
+    }
+
+    /// A layer on `x` beside the next skip.
+    fn joined(
+        &self,
+        layer: &Layer,
+        x: &Tensor,
+        (given, skips): (&Given<'_>, &mut Vec<Tensor>),
+    ) -> Result<Tensor> {
+        let Some(skip) = skips.pop() else {
+            return layer.forward(x, given);
+        };
+        let joined = match &given.variant.free_u {
+            Some(free_u) => {
+                let (x, skip) = free_u.apply((x, &skip), self.index, self.first)?;
+                ops::concat(&x, &skip)?
+            }
+            None => ops::concat(x, &skip)?,
+        };
+        layer.forward(&joined, given)
+    }
+
+    pub(super) fn transformers(&self) -> impl Iterator<Item = &Transformer> {
+        let layers = self.layers.iter();
+        layers.filter_map(|layer| layer.transformer.as_ref())
     }
 }

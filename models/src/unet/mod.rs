@@ -12,11 +12,31 @@ mod transformer;
 pub(crate) use config::activation;
 pub use config::{Added, Config, Level, Mid};
 
+use std::cell::RefCell;
+
 use block::{DownBlock, MidBlock, UpBlock};
 use sd_kernels::{Activation, Error, Padding, Param, Result, Tensor, Weights, ops};
 
 pub use crate::denoiser::Inputs;
 use crate::layers::{Conv2d, Embedding, GroupNorm, TimeEmbedding, given};
+use crate::variant::{Outputs, Tap, Variant};
+
+/// What every block is given beside its input.
+struct Given<'a> {
+    /// The embedded timestep.
+    temb: &'a Tensor,
+    /// Text states `[b, t, context]`.
+    context: &'a Tensor,
+    variant: &'a Variant,
+    /// What entered the last layer of the block on the way up that was computed last.
+    deep: RefCell<Option<Tensor>>,
+}
+
+impl Given<'_> {
+    fn note_deep(&self, x: &Tensor) {
+        *self.deep.borrow_mut() = Some(x.clone());
+    }
+}
 
 /// The network.
 pub struct UNet {
@@ -106,6 +126,30 @@ impl UNet {
     /// # Errors
     /// When the shapes do not fit, an input is missing or the executor fails.
     pub fn forward(&self, inputs: &Inputs<'_>) -> Result<Tensor> {
+        let outputs = self.forward_as(inputs, &Variant::default(), None)?;
+        Ok(outputs.prediction)
+    }
+
+    /// The names of the self-attentions, as diffusers has them.
+    pub fn self_attentions(&self) -> Vec<&str> {
+        let down = self.down.iter().flat_map(DownBlock::transformers);
+        let mid = self.mid.iter().flat_map(MidBlock::transformers);
+        let up = self.up.iter().flat_map(UpBlock::transformers);
+        let all = down.chain(mid).chain(up);
+        all.flat_map(|transformer| transformer.self_attentions())
+            .collect()
+    }
+
+    /// One prediction of the network changed as `variant` says; `deep` are the features that a shallow one takes from an earlier call.
+    ///
+    /// # Errors
+    /// As [`UNet::forward`], and when a value that is asked for is not in this network.
+    pub fn forward_as(
+        &self,
+        inputs: &Inputs<'_>,
+        variant: &Variant,
+        deep: Option<&Tensor>,
+    ) -> Result<Outputs> {
         let Inputs {
             sample,
             timestep,
@@ -152,23 +196,53 @@ impl UNet {
         };
         let mut x = self.conv_in.forward(&sample)?; // [b, c0, h, w]
 
-        // 3. down: every resnet and every downsampler leaves a skip
+        let given = Given {
+            temb: &temb,
+            context,
+            variant,
+            deep: RefCell::default(),
+        };
         let mut skips = vec![x.clone()];
-        for block in &self.down {
-            x = block.forward(x, &temb, context, &mut skips)?;
-        }
+        let mut mass = None;
+        if let (true, Some(deep), Some(last)) = (variant.shallow, deep, self.up.last()) {
+            // 3. to 5. in an earlier call, but for the last layer
+            x = last.last(deep, &given, &mut skips)?;
+        } else {
+            // 3. down: every resnet and every downsampler leaves a skip
+            for block in &self.down {
+                x = block.forward(x, &given, &mut skips)?;
+            }
 
-        // 4. middle
-        if let Some(mid) = &self.mid {
-            x = mid.forward(&x, &temb, context)?;
-        }
+            // 4. middle
+            if let Some(mid) = &self.mid {
+                if variant.taps.contains(&Tap::Mass) {
+                    mass = mid.mass(&x, &given)?;
+                }
+                x = mid.forward(&x, &given)?;
+            }
 
-        // 5. up: every resnet takes a skip; each level ends at the size of the next skip
-        for block in &self.up {
-            x = block.forward(x, &temb, context, &mut skips)?;
+            // 5. up: every resnet takes a skip; each level ends at the size of the next skip
+            for block in &self.up {
+                x = block.forward(x, &given, &mut skips)?;
+            }
         }
 
         // 6. out
-        self.conv_out.forward(&self.norm_out.forward(&x)?)
+        let prediction = self.conv_out.forward(&self.norm_out.forward(&x)?)?;
+        let taps = variant.taps.iter().map(|tap| {
+            let value = match tap {
+                Tap::Deep => given.deep.borrow().clone(),
+                Tap::Mass => mass.clone(),
+            };
+            value.ok_or_else(|| Error::Shape {
+                op: "unet",
+                expected: format!("a network with {tap:?}"),
+                got: "one without".to_owned(),
+            })
+        });
+        Ok(Outputs {
+            taps: taps.collect::<Result<_>>()?,
+            prediction,
+        })
     }
 }

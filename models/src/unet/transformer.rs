@@ -2,6 +2,7 @@
 
 use sd_kernels::{Result, Tensor, Weights, ops};
 
+use super::Given;
 use super::config::Level;
 use crate::layers::{Attention, FeedForward, GroupNorm, LayerNorm, Linear};
 
@@ -32,16 +33,34 @@ impl Transformer {
         }
     }
 
-    /// `x [b, c, h, w]`, `context [b, t, context]` → `[b, c, h, w]`.
-    pub(super) fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+    /// The names of its self-attentions.
+    pub(super) fn self_attentions(&self) -> impl Iterator<Item = &str> {
+        let blocks = self.blocks.iter();
+        let blocks = blocks.filter(|block| !block.only_cross_attention);
+        blocks.map(|block| block.attn1_name.as_str())
+    }
+
+    /// `x [b, c, h, w]` → `[b, c, h, w]`.
+    pub(super) fn forward(&self, x: &Tensor, given: &Given<'_>) -> Result<Tensor> {
         let (_, _, h, w) = x.dims4()?;
         let sequence = ops::flatten(&self.norm.forward(x)?)?; // [b, h·w, c]
         let mut y = self.proj_in.forward(&sequence)?;
         for block in &self.blocks {
-            y = block.forward(&y, context)?;
+            y = block.forward(&y, given)?;
         }
         let y = ops::unflatten(&self.proj_out.forward(&y)?, h, w)?; // [b, c, h, w]
         ops::add(x, &y)
+    }
+
+    /// How much pixels of `x [b, c, h, w]` are looked at in the first block: `[b, 1, h, w]`.
+    pub(super) fn mass(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        let (_, _, h, w) = x.dims4()?;
+        let Some(block) = self.blocks.first() else {
+            return Ok(None);
+        };
+        let sequence = ops::flatten(&self.norm.forward(x)?)?;
+        let y = block.norm1.forward(&self.proj_in.forward(&sequence)?)?;
+        ops::unflatten(&block.attn1.mass(&y)?, h, w).map(Some)
     }
 }
 
@@ -49,6 +68,7 @@ impl Transformer {
 struct Block {
     norm1: LayerNorm,
     attn1: Attention,
+    attn1_name: String,
     only_cross_attention: bool,
     norm2: LayerNorm,
     attn2: Attention,
@@ -70,6 +90,7 @@ impl Block {
         Self {
             norm1: norm("norm1"),
             attn1: attention("attn1", first_context),
+            attn1_name: weights.at("attn1").prefix().to_owned(),
             only_cross_attention: level.only_cross_attention,
             norm2: norm("norm2"),
             attn2: attention("attn2", level.context),
@@ -78,15 +99,18 @@ impl Block {
         }
     }
 
-    /// `x [b, s, c]`, `context [b, t, context]` → `[b, s, c]`.
-    fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+    /// `x [b, s, c]` → `[b, s, c]`.
+    fn forward(&self, x: &Tensor, given: &Given<'_>) -> Result<Tensor> {
         let h = self.norm1.forward(x)?;
-        let looked_at = if self.only_cross_attention {
-            context
+        let context = given.context;
+        let seen = if self.only_cross_attention {
+            self.attn1.forward(&h, context)?
+        } else if given.variant.identities.contains(&self.attn1_name) {
+            self.attn1.identity(&h)?
         } else {
-            &h
+            self.attn1.forward(&h, &h)?
         };
-        let x = ops::add(&self.attn1.forward(&h, looked_at)?, x)?;
+        let x = ops::add(&seen, x)?;
         let x = ops::add(&self.attn2.forward(&self.norm2.forward(&x)?, context)?, &x)?;
         ops::add(&self.feed_forward.forward(&self.norm3.forward(&x)?)?, &x)
     }

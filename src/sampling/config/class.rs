@@ -86,6 +86,8 @@ const ORDERS: &[&str] = &[
     "algorithm_type",
     "lower_order_final",
     "thresholding",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
 ];
 const DYNAMIC: &[&str] = &[
     "use_dynamic_shifting",
@@ -105,7 +107,13 @@ const CONTINUOUS: &[&str] = &[
     "rho",
     "final_sigmas_type",
 ];
-const CLIPPING: &[&str] = &["clip_sample", "clip_sample_range", "thresholding"];
+const CLIPPING: &[&str] = &[
+    "clip_sample",
+    "clip_sample_range",
+    "thresholding",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+];
 
 impl Class {
     /// The class of a `_class_name`.

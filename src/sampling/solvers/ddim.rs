@@ -53,7 +53,10 @@ fn estimate(config: &SchedulerConfig, step: usize, timestep: f64, bar: f64) -> C
     let mut call = plain_call(step, told, scales, config.prediction);
     call.then.push(x0.into(Register::Saved(0)));
     call.then.push(epsilon.into(Register::Saved(1)));
-    if config.clip_sample {
+    if let Some(to) = config.thresholding {
+        let register = Register::Saved(0);
+        call.then.push(Assign::Limit { register, to });
+    } else if config.clip_sample {
         let range = config.clip_sample_range;
         call.then.push(Assign::Clamp {
             register: Register::Saved(0),
@@ -159,6 +162,7 @@ pub(in super::super) fn tcd(
     let timesteps = distilled_timesteps(config, span)?;
     let config = &SchedulerConfig {
         clip_sample: false,
+        thresholding: None,
         ..config.clone()
     };
     let mut run = trajectory(span.steps);

@@ -5,7 +5,7 @@ use super::super::config::{SchedulerConfig, SigmaMap};
 use super::super::prediction::estimates;
 use super::super::schedule::NoiseSchedule;
 use super::super::start::Span;
-use super::super::trajectory::{Linear, Register, Trajectory, output, sample, saved};
+use super::super::trajectory::{Assign, Linear, Register, Trajectory, output, sample, saved};
 use super::UnitLevels;
 use super::dpm::multistep_order;
 
@@ -39,9 +39,18 @@ pub(in super::super) fn deis(
         let (alpha, scale) = levels.space.place(sigma);
         let (x0, _) = estimates(config.prediction, (alpha, scale), &sample(), &output());
         // by way of x₀ whatever is predicted, also where α² + σ² is not 1
-        let epsilon = (sample() - x0 * alpha) * (1.0 / scale);
+        let noise = |x0: Linear| (sample() - x0 * alpha) * (1.0 / scale);
         let mut call = levels.call(i, config.prediction);
-        call.then.push(epsilon.into(Register::Saved(i % HISTORY)));
+        let register = Register::Saved(i % HISTORY);
+        let epsilon = match config.thresholding {
+            Some(to) => {
+                call.then.push(x0.into(register));
+                call.then.push(Assign::Limit { register, to });
+                noise(saved(i % HISTORY))
+            }
+            None => noise(x0),
+        };
+        call.then.push(epsilon.into(register));
         let order = multistep_order(config, &levels, i, false);
         call.then
             .push(step(&levels, i, order).into(Register::Sample));

@@ -101,6 +101,7 @@ impl<'a> Dpm<'a> {
         if let Some(levels) = &self.edm {
             let (mut call, x0) = kdiffusion::call(levels, i, (timestep, sigma), &sample());
             call.then.push(x0.into(Register::Saved(i % HISTORY)));
+            self.limit(&mut call, i);
             return call;
         }
         let (x0, epsilon) = estimates(
@@ -111,10 +112,30 @@ impl<'a> Dpm<'a> {
         );
         let data = matches!(self.kind, Kind::Data | Kind::SdeData);
         let mut call = self.levels.call(i, self.config.prediction);
-        let integrated = if data { x0 } else { epsilon };
-        call.then
-            .push(integrated.into(Register::Saved(i % HISTORY)));
+        let register = Register::Saved(i % HISTORY);
+        if data || self.config.thresholding.is_none() {
+            let integrated = if data { x0 } else { epsilon };
+            call.then.push(integrated.into(register));
+            if data {
+                self.limit(&mut call, i);
+            }
+            return call;
+        }
+        // the noise that goes with the limited estimate
+        let (alpha, scale) = self.levels.space.place(sigma);
+        call.then.push(x0.into(register));
+        self.limit(&mut call, i);
+        let epsilon = (sample() - saved(i % HISTORY) * alpha) * (1.0 / scale);
+        call.then.push(epsilon.into(register));
         call
+    }
+
+    /// Limits the estimate in register `i` modulo the history.
+    fn limit(&self, call: &mut Call, i: usize) {
+        if let Some(to) = self.config.thresholding {
+            let register = Register::Saved(i % HISTORY);
+            call.then.push(Assign::Limit { register, to });
+        }
     }
 
     fn lambda(&self, i: usize) -> f64 {

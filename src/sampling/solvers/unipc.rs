@@ -5,7 +5,9 @@ use super::super::config::{SchedulerConfig, SigmaMap};
 use super::super::prediction::{Prediction, estimates};
 use super::super::schedule::NoiseSchedule;
 use super::super::start::Span;
-use super::super::trajectory::{Linear, Register, Trajectory, input, output, sample, saved};
+use super::super::trajectory::{
+    Assign, Linear, Register, Trajectory, input, output, sample, saved,
+};
 use super::UnitLevels;
 use crate::error::{Error, Result};
 
@@ -88,6 +90,10 @@ impl<'a> UniPc<'a> {
             let converted = if config.predict_x0 { x0 } else { epsilon };
             call.then
                 .push(converted.into(Register::Saved(i % self.history)));
+            if let Some(to) = config.thresholding.filter(|_| config.predict_x0) {
+                let register = Register::Saved(i % self.history);
+                call.then.push(Assign::Limit { register, to });
+            }
             if i > first && !config.disable_corrector.contains(&(i - 1)) {
                 call.then
                     .push(self.step(i - 1, last_order, true).into(Register::Sample));
