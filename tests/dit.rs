@@ -9,7 +9,7 @@ use safetensors::Dtype;
 use sd_kernels::cpu::Level;
 use sd_kernels::plan::{Feed, Options, Plan, Precision, Store};
 use sd_kernels::{Graph, Source};
-use sd_models::denoiser::{Config, Denoiser, Inputs};
+use sd_models::denoiser::{Config, Denoiser, Inputs, Steering};
 use sd_models::{clip, flux, mmdit, t5};
 use sd_rs::checkpoint::{Checkpoint, detect};
 use sd_rs::pipeline::{Control, Engine, Plan as Pipeline, Request, SkipLayers};
@@ -73,6 +73,7 @@ fn predict(
         context: of("context").unwrap(),
         added: of("added"),
         guidance: of("guidance"),
+        steering: Steering::default(),
     };
     let skipped: Vec<usize> = list(&call["skip_layers"])
         .iter()

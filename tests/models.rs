@@ -188,6 +188,7 @@ fn unet_calls() {
                 context: &context.into(),
                 added: None,
                 guidance: input("timestep_cond").as_ref(),
+                steering: unet::Steering::default(),
             });
             let key = text(&call["expected"]);
             close(

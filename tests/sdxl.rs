@@ -62,6 +62,7 @@ fn unets_with_a_vector_beside_the_time() {
                 context: &context.into(),
                 added: Some(&added(&config, &case, call).into()),
                 guidance: None,
+                steering: unet::Steering::default(),
             });
             let key = text(&call["expected"]);
             let got = got.unwrap().into_data().unwrap();

@@ -1,5 +1,9 @@
 //! What can be typed. Nothing is resolved here; see `docs` of each command for what it does.
 
+mod control;
+
+pub use control::ControlArgs;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -274,6 +278,9 @@ pub struct GenerateArgs {
     /// The same with the negative prompt [default: 2.5]
     #[arg(long, value_name = "SCORE", value_parser = score, help_heading = "SDXL")]
     pub negative_aesthetic_score: Option<f64>,
+    /// Pictures that steer
+    #[command(flatten)]
+    pub control: ControlArgs,
     /// The prompts' language
     #[arg(long, value_enum, default_value_t)]
     pub prompt_syntax: Syntax,

@@ -12,12 +12,13 @@ use super::fetch::{open_model, open_part};
 use super::lora::{self, Worn};
 use super::{interrupt, print_line, set_threads};
 use crate::adapters::DoraNorm;
+use crate::control::Resize;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::memory::peak_resident;
 use crate::output::{self, NoiseSource, Parameters, Target};
 use crate::pipeline::{
-    Batch, Control, Engine, Event, Plan, Request, Rng, SizeConditioning, SkipLayers,
+    Batch, Control, ControlMode, ControlRequest, Engine, Event, Plan, Request, Rng, SizeConditioning, SkipLayers,
 };
 use crate::spec::Others;
 
@@ -28,6 +29,7 @@ struct Job<'a> {
     vae: Option<&'a str>,
     text: Vec<&'a str>,
     refiner: Option<&'a str>,
+    controls: Vec<&'a str>,
     engine: &'a Engine,
     plan: &'a Plan,
     request: &'a Request,
@@ -47,6 +49,7 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     let worn = lora::wear(args)?;
     let request = Request {
         prompt: worn.prompt.clone(),
+        controls: args.control.requests()?,
         ..request(args)?
     };
     let device = device::open(args.device)?;
@@ -78,6 +81,8 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
         let refiner = Engine::load(&refiner.checkpoint, &device, dtype)?;
         engine = engine.with_refiner(refiner, args.refiner_switch)?;
     }
+    let controls = args.control.open(&args.library, args.no_mmap)?;
+    engine = engine.with_controls(controls.iter().map(|control| &control.checkpoint))?;
     let plan = Plan::new(&engine, &request)?;
     let job = Job {
         args,
@@ -85,6 +90,7 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
         vae: vae.as_ref().map(|vae| vae.name.as_str()),
         text: text_names.iter().map(String::as_str).collect(),
         refiner: refiner_name.as_deref(),
+        controls: controls.iter().map(|control| control.name.as_str()).collect(),
         engine: &engine,
         plan: &plan,
         request: &request,
@@ -174,6 +180,7 @@ fn request(args: &GenerateArgs) -> Result<Request> {
             target: args.negative_target_size,
             aesthetic_score: args.negative_aesthetic_score,
         },
+        controls: Vec::new(),
         dtype: args.dtype,
         force: args.force || args.dry_run,
     })
@@ -212,6 +219,47 @@ fn show(bar: &ProgressBar, event: Event) {
             bar.suspend(|| tracing::info!("decoding"));
         }
     }
+}
+
+/// What a picture's second text chunk says of a network that steered it.
+fn control_json(name: &str, control: &ControlRequest) -> Value {
+    json!({
+        "model": name,
+        "preprocessor": value_name(control.preprocessor),
+        "resize": value_name(control.resize),
+        "mode": value_name(control.mode),
+        "scale": control.scale,
+        "start": control.span.0,
+        "end": control.span.1,
+        "type": control.kind,
+    })
+}
+
+/// A choice as it is typed.
+fn value_name(value: impl clap::ValueEnum) -> String {
+    let name = value.to_possible_value();
+    name.map(|value| value.get_name().to_owned()).unwrap_or_default()
+}
+
+/// A1111's words for what steered a picture.
+fn control_infotext(name: &str, control: &ControlRequest) -> String {
+    let mode = match control.mode {
+        ControlMode::Balanced => "Balanced",
+        ControlMode::Prompt => "My prompt is more important",
+        ControlMode::Control | ControlMode::Guess => "ControlNet is more important",
+    };
+    let resize = match control.resize {
+        Resize::Stretch => "Just Resize",
+        Resize::Crop => "Crop and Resize",
+        Resize::Fill => "Resize and Fill",
+    };
+    format!(
+        "Module: {}, Model: {name}, Weight: {}, Resize Mode: {resize}, Guidance Start: {}, Guidance End: {}, Control Mode: {mode}",
+        value_name(control.preprocessor),
+        control.scale,
+        control.span.0,
+        control.span.1
+    )
 }
 
 impl Job<'_> {
@@ -321,6 +369,11 @@ impl Job<'_> {
                 let switch = json!(self.args.refiner_switch);
                 fields.insert("refiner_switch".to_owned(), switch);
             }
+            if !self.controls.is_empty() {
+                let controls = self.controls.iter().zip(&self.request.controls);
+                let controls = controls.map(|(name, control)| control_json(name, control));
+                fields.insert("controls".to_owned(), controls.collect());
+            }
             if let Some(slg) = &self.plan.skip_layers {
                 fields.insert(
                     "skip_layer_guidance".to_owned(),
@@ -380,6 +433,11 @@ impl Job<'_> {
             let switch = self.args.refiner_switch.to_string();
             pairs.push(("Refiner".to_owned(), refiner.to_owned()));
             pairs.push(("Refiner switch at".to_owned(), switch));
+        }
+        let controls = self.controls.iter().zip(&self.request.controls);
+        for (i, (name, control)) in controls.enumerate() {
+            let text = control_infotext(name, control);
+            pairs.push((format!("ControlNet {i}"), text));
         }
         if let Some(hashes) = &self.worn.hashes {
             pairs.push(("Lora hashes".to_owned(), hashes.clone()));

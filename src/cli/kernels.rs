@@ -210,6 +210,7 @@ fn record(config: &Value, latent: usize) -> Result<Graph> {
         context: &context,
         added: None,
         guidance: None,
+        steering: unet::Steering::default(),
     })?;
     Ok(graph)
 }

@@ -3,6 +3,8 @@
 use candle_core::{DType, Tensor};
 use sd_models::denoiser;
 
+use super::control::Acting;
+
 use crate::error::Result;
 use crate::text::Conditioning;
 
@@ -20,6 +22,8 @@ pub struct Conditions {
     pub added: Option<Tensor>,
     /// The guidance that the network itself was trained to follow `[b, width]`, f32, where it takes one.
     pub guidance: Option<Tensor>,
+    /// Pictures that steer.
+    pub(super) controls: Vec<Acting>,
 }
 
 impl Conditions {
@@ -69,9 +73,34 @@ impl Conditions {
             None => None,
         };
         Ok(Self {
-            context,
             added,
             guidance,
+            ..Self::of_text(context)
+        })
+    }
+
+    /// Text alone: states `[b, t, width]`.
+    pub fn of_text(context: Tensor) -> Self {
+        Self {
+            context,
+            added: None,
+            guidance: None,
+            controls: Vec::new(),
+        }
+    }
+
+    /// Some of the rows, of which `controls` are what steers them.
+    pub(super) fn rows(
+        &self,
+        (first, count): (usize, usize),
+        controls: Vec<Acting>,
+    ) -> Result<Self> {
+        let some = |x: &Option<Tensor>| x.as_ref().map(|x| x.narrow(0, first, count)).transpose();
+        Ok(Self {
+            context: self.context.narrow(0, first, count)?,
+            added: some(&self.added)?,
+            guidance: some(&self.guidance)?,
+            controls,
         })
     }
 
@@ -81,6 +110,7 @@ impl Conditions {
             context: self.context.to_dtype(dtype)?,
             added: convert(&self.added)?,
             guidance: convert(&self.guidance)?,
+            controls: self.controls.clone(),
         })
     }
 

@@ -2,6 +2,7 @@
 
 mod adapted;
 mod conditions;
+mod control;
 mod coverage;
 mod decode;
 mod denoise;
@@ -17,6 +18,7 @@ mod tower;
 
 pub use adapted::bind_adapters;
 pub use conditions::Conditions;
+pub use control::{ControlMode, ControlRequest};
 pub use coverage::Coverage;
 pub use event::{Control, Event, Listener};
 pub use guidance::SkipLayers;
@@ -35,7 +37,7 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::error::{Error, Result};
 use crate::output::Image;
 use crate::sampling::{Call, Generator};
-use crate::spec::{ModelSpec, Others};
+use crate::spec::{ControlSpec, ModelSpec, Others};
 use crate::text::{
     self, Behind, Conditioning, LongSpeaker, LongTower, Readers, Speaker, Texts, Tokenizers,
 };
@@ -181,6 +183,37 @@ impl Engine {
         Ok(self)
     }
 
+    /// Adds networks that steer this model's UNet by pictures, behind those that it has.
+    ///
+    /// # Errors
+    /// When a file is none, or was made for another family.
+    pub fn with_controls<'a>(
+        mut self,
+        controls: impl IntoIterator<Item = &'a Checkpoint>,
+    ) -> Result<Self> {
+        let start = Instant::now();
+        let scale = self.spec.vae.config.scale();
+        for checkpoint in controls {
+            let unet = self.spec.unet.config.unet().ok_or_else(|| {
+                Error::Unsupported(format!(
+                    "--controlnet steers a UNet, and this is {}, which has a transformer; models of Stable Diffusion 1, 2 and XL take it",
+                    self.spec.family.phrase()
+                ))
+            })?;
+            let control = ControlSpec::read(checkpoint, unet)?;
+            let added = self.networks.add_control(&control, scale);
+            added.map_err(|e| match e {
+                Error::Weights(reason) | Error::Usage(reason) => {
+                    Error::bad_model(checkpoint.path(), reason)
+                }
+                other => other,
+            })?;
+            self.warnings.extend(checkpoint.warnings().iter().cloned());
+        }
+        self.load_time += start.elapsed();
+        Ok(self)
+    }
+
     /// What the model is.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
@@ -261,14 +294,15 @@ impl Engine {
         )
     }
 
-    /// Makes this model's network ready for a batch: with guidance as the plan says, or for the prompt alone without the layers `skipped`.
-    fn denoiser(
+    /// Makes this model's network ready for a batch: with guidance as the plan says, or for the prompt alone without the layers `skipped`; with
+    /// the pictures that act. Two networks, one for the negative prompt and one for the prompt, where a picture steers only one of them.
+    fn denoisers(
         &self,
         plan: &Plan,
         size: [usize; 4],
         conditioning: &Conditioning,
-        skipped: Option<&[usize]>,
-    ) -> Result<Denoiser<'_>> {
+        (skipped, acting): (Option<&[usize]>, &[bool]),
+    ) -> Result<Vec<Denoiser<'_>>> {
         let numbers = plan.numbers(&self.spec);
         let conditions = Conditions::new(
             &self.spec.unet.config,
@@ -278,9 +312,26 @@ impl Engine {
         )?;
         let calls = plan.trajectory.calls.iter();
         let timesteps: Vec<f64> = calls.map(|call| call.timestep).collect();
+        let guided = plan.guided && skipped.is_none();
         let skipped = skipped.unwrap_or_default();
-        self.networks
-            .denoiser(size, &conditions, &timesteps, skipped)
+        let ready = |conditions: &Conditions| {
+            self.networks
+                .denoiser(size, conditions, &timesteps, skipped)
+        };
+        let acting = plan.controls.iter().zip(acting).filter(|(_, acts)| **acts);
+        let controls: Vec<_> = acting.map(|(planned, _)| planned.acting.clone()).collect();
+        let n = plan.batch_size;
+        if guided && controls.iter().any(|one| one.one_sided) {
+            let both = controls.iter().filter(|one| !one.one_sided).cloned();
+            let negative = conditions.rows((0, n), both.collect())?;
+            let positive = conditions.rows((n, n), controls)?;
+            return Ok(vec![ready(&negative)?, ready(&positive)?]);
+        }
+        let conditions = Conditions {
+            controls,
+            ..conditions
+        };
+        Ok(vec![ready(&conditions)?])
     }
 
     fn readers(&self) -> Readers<'_> {

@@ -1,5 +1,6 @@
 //! The networks of a model, loaded and ready.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
@@ -7,19 +8,20 @@ use sd_kernels::cpu::Level;
 use sd_kernels::plan::{Feed, Options, Plan, Precision, Store};
 use sd_kernels::{Graph, Source, Weights};
 use sd_models::clip::{self, TextEncoder};
-use sd_models::denoiser::{self, Denoiser as Network, Inputs};
+use sd_models::denoiser::{self, Denoiser as Network, Inputs, Steering};
 use sd_models::t5::{self, T5Encoder};
 use sd_models::vae::{self, AnyDecoder, TinyConfig};
 
 use super::adapted::bind_adapters;
 use super::conditions::{ADDED, CONTEXT, Conditions, GUIDANCE};
+use super::control::{Acting, LoadedControl, input_names, steer, values};
 use super::coverage::{Coverage, T5, TEXT, UNET, VAE, named, source};
 use super::tower::{LoadedT5, LoadedTower, Runner};
 use crate::adapters::{Adapters, Bound, Owner};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::memory::Memory;
-use crate::spec::ModelSpec;
+use crate::spec::{ControlSpec, ModelSpec};
 use crate::weights::RandomSource;
 
 /// Text encoders, UNet and picture decoder on a device.
@@ -28,7 +30,9 @@ pub struct Networks {
     t5: Option<LoadedT5>,
     tokens: usize,
     unet: Network,
+    unet_source: Arc<dyn Source>,
     config: denoiser::Config,
+    controls: Vec<LoadedControl>,
     vae: AnyDecoder,
     vae_source: Arc<dyn Source>,
     device: Device,
@@ -209,7 +213,9 @@ impl Networks {
             t5,
             tokens: configs.tokens,
             unet,
+            unet_source: sources.unet,
             config: configs.unet.clone(),
+            controls: Vec::new(),
             vae,
             vae_source: sources.vae,
             device: device.clone(),
@@ -218,6 +224,37 @@ impl Networks {
             adapters: Arc::default(),
             planned,
         })
+    }
+
+    /// Adds a network that steers the UNet by a picture, of a model whose latents are `scale` pixels wide.
+    ///
+    /// # Errors
+    /// [`Error::Weights`] that lists what is missing; [`Error::Usage`] when it was made for another family.
+    pub(super) fn add_control(&mut self, control: &ControlSpec, scale: usize) -> Result<()> {
+        let Some(unet) = self.config.unet() else {
+            return Err(Error::Unsupported(format!(
+                "a {} steers a UNet, and this model has a transformer; models of Stable Diffusion 1, 2 and XL take it",
+                control.title()
+            )));
+        };
+        let loaded = LoadedControl::load(
+            control,
+            self.controls.len(),
+            (unet, scale),
+            &self.unet_source,
+            (self.dtype, &self.device),
+        )?;
+        if self.planned.is_none() {
+            loaded.finish()?;
+        }
+        self.weight_bytes += loaded.bytes();
+        self.controls.push(loaded);
+        Ok(())
+    }
+
+    /// Networks that steer the UNet.
+    pub(super) fn controls(&self) -> &[LoadedControl] {
+        &self.controls
     }
 
     /// What adapters change in them.
@@ -285,8 +322,9 @@ impl Networks {
                 how: How::Eager(conditions.to_dtype(self.dtype)?, skipped.to_vec()),
             });
         };
-        let (graph, output) = self.record((w, h), (batch, tokens), skipped)?;
-        let options = self.unet_options(batch == 2 * n, (&graph, &output))?;
+        let controls = &conditions.controls;
+        let (graph, output) = self.record((w, h), (batch, tokens), (skipped, controls))?;
+        let options = self.unet_options(batch == 2 * n, controls, (&graph, &output))?;
         let mut plan = Plan::compile(&graph, &output, &options, &planned.unet)?;
         let mut distinct: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
         distinct.sort_by(f32::total_cmp);
@@ -297,10 +335,22 @@ impl Networks {
             repeat: batch / n.max(1),
             how: How::Planned {
                 plan: Box::new(plan),
-                constants: conditions.named()?,
+                constants: self.constants(conditions, n)?,
                 out: Vec::new(),
             },
         })
+    }
+
+    /// What stays the same during a run of `n` pictures, by the names of a plan's inputs.
+    fn constants(
+        &self,
+        conditions: &Conditions,
+        n: usize,
+    ) -> Result<Vec<(Cow<'static, str>, Vec<f32>)>> {
+        let own = conditions.named()?.into_iter();
+        let own = own.map(|(name, values)| (Cow::from(name), values));
+        let steering = values(&self.controls, &conditions.controls, n)?;
+        Ok(own.chain(steering).collect())
     }
 
     /// Latents `[b, c, h, w]` → pictures `[b, 3, H, W]`, computed in `dtype`.
@@ -349,14 +399,16 @@ impl Networks {
         (w, h): (usize, usize),
         (batch, tokens): (usize, usize),
     ) -> Result<(Graph, sd_kernels::Tensor)> {
-        self.record((w, h), (batch, tokens), &[])
+        let controls = self.controls.iter().enumerate();
+        let controls: Vec<Acting> = controls.map(|(i, control)| control.stand_in(i)).collect();
+        self.record((w, h), (batch, tokens), (&[], &controls))
     }
 
     fn record(
         &self,
         (w, h): (usize, usize),
         (batch, tokens): (usize, usize),
-        skipped: &[usize],
+        (skipped, controls): (&[usize], &[Acting]),
     ) -> Result<(Graph, sd_kernels::Tensor)> {
         let graph = Graph::new();
         let config = &self.config;
@@ -372,6 +424,17 @@ impl Networks {
             context: &context,
             added: added.as_ref(),
             guidance: guidance.as_ref(),
+            steering: Steering::default(),
+        };
+        let give = |name: &str, shape: &[usize]| Ok(graph.input(name, shape));
+        let (residuals, features) = steer(&self.controls, controls, &inputs, &give)?;
+        let inputs = Inputs {
+            steering: Steering {
+                residuals: residuals.as_ref(),
+                features: &features,
+                images: &[],
+            },
+            ..inputs
         };
         let output = self.unet.forward_without(&inputs, skipped)?;
         Ok((graph, output))
@@ -409,7 +472,9 @@ impl Networks {
                 buffers: elements * self.dtype.size_in_bytes() as u64,
             });
         }
-        let options = self.unet_options(guided, (&unet, &noise))?;
+        let controls = self.controls.iter().enumerate();
+        let controls: Vec<Acting> = controls.map(|(i, control)| control.stand_in(i)).collect();
+        let options = self.unet_options(guided, &controls, (&unet, &noise))?;
         let unet = Plan::sizes(&unet, &noise, &options)?;
         let vae = Plan::sizes(&vae, &picture, &vae_options(self.dtype))?;
         let decoding = vae.buffers + vae.transient;
@@ -423,14 +488,18 @@ impl Networks {
     fn unet_options(
         &self,
         guided: bool,
+        controls: &[Acting],
         (graph, output): (&Graph, &sd_kernels::Tensor),
     ) -> Result<Options> {
         /// The part of what is free that weights may take.
         const SHARE: f64 = 0.8;
+        let pictures = || controls.iter().flat_map(|one| input_names(one.index));
+        let constant = [CONTEXT, ADDED, GUIDANCE].map(Cow::from).into_iter();
+        let halved = std::iter::once(Cow::from("sample")).chain(pictures());
         let options = Options {
             timestep: Some("timestep"),
-            constant: vec![CONTEXT, ADDED, GUIDANCE],
-            halved: if guided { vec!["sample"] } else { Vec::new() },
+            constant: constant.chain(pictures()).collect(),
+            halved: halved.filter(|_| guided).collect(),
             ..Options::new(Level::current(), precision(self.dtype))
         };
         let Some(free) = Memory::look().available else {
@@ -487,7 +556,7 @@ enum How {
     Planned {
         plan: Box<Plan>,
         /// What does not change from call to call; until the first one.
-        constants: Vec<(&'static str, Vec<f32>)>,
+        constants: Vec<(Cow<'static, str>, Vec<f32>)>,
         out: Vec<f32>,
     },
 }
@@ -500,6 +569,7 @@ impl Denoiser<'_> {
     pub fn predict(&mut self, sample: &Tensor, timestep: f64) -> Result<Tensor> {
         let Networks {
             unet,
+            controls,
             device,
             dtype,
             ..
@@ -513,12 +583,31 @@ impl Denoiser<'_> {
                     conditions.added.as_ref().map(node),
                     conditions.guidance.as_ref().map(node),
                 );
+                let (batch, sample) = (sample.dim(0)?, sample.into());
                 let inputs = Inputs {
-                    sample: &sample.into(),
+                    sample: &sample,
                     timestep: &timestep.into(),
                     context: &node(&conditions.context),
                     added: added.as_ref(),
                     guidance: guidance.as_ref(),
+                    steering: Steering::default(),
+                };
+                let given = values(controls, &conditions.controls, batch)?;
+                let give = |name: &str, shape: &[usize]| {
+                    let found = given.iter().find(|(own, _)| own == name);
+                    let values = found.map(|(_, values)| values.clone()).unwrap_or_default();
+                    let values = Tensor::from_vec(values, shape, device)?;
+                    Ok(values.to_dtype(*dtype)?.into())
+                };
+                let acting = &conditions.controls;
+                let (residuals, features) = steer(controls, acting, &inputs, &give)?;
+                let inputs = Inputs {
+                    steering: Steering {
+                        residuals: residuals.as_ref(),
+                        features: &features,
+                        images: &[],
+                    },
+                    ..inputs
                 };
                 let out = unet.forward_without(&inputs, skipped)?;
                 Ok(out.into_data()?.to_dtype(DType::F32)?)

@@ -1,5 +1,6 @@
 //! A request resolved against a model: sizes, seeds, coefficients. Every refusal happens here, before any work.
 
+use super::control::{Planned, acting_calls};
 use super::guidance::SkipLayers;
 use super::request::{Request, Rng};
 use super::sizes::{self, SizeConditioning};
@@ -46,6 +47,8 @@ pub struct Plan {
     pub guided: bool,
     /// Guidance away from a network that skips layers.
     pub skip_layers: Option<SkipLayers>,
+    /// Pictures that steer, and when.
+    pub(super) controls: Vec<Planned>,
     /// What SDXL is told of sizes, with the negative prompt and with the prompt.
     pub sizes: (SizeConditioning, SizeConditioning),
     /// Bytes at the peak, estimated.
@@ -140,6 +143,7 @@ impl Plan {
         }
         let latent = (width / scale, height / scale);
         let chosen = choose_sampling(engine, request, (steps, latent), &mut warnings)?;
+        let controls = plan_controls(engine, request, &chosen.trajectory, (width, height))?;
         let memory = memory::estimate(&engine.all_networks(), latent, batch_size, guided)?;
         if !request.force {
             memory::check(memory)?;
@@ -159,6 +163,7 @@ impl Plan {
             rng: request.rng,
             guided,
             skip_layers: request.skip_layers.clone(),
+            controls,
             sizes: (request.negative_sizes, request.sizes),
             memory,
             warnings,
@@ -176,11 +181,43 @@ impl Plan {
     }
 }
 
+/// The request's pictures, each for the network in its place.
+fn plan_controls(
+    engine: &Engine,
+    request: &Request,
+    trajectory: &Trajectory,
+    size: (usize, usize),
+) -> Result<Vec<Planned>> {
+    let loaded = engine.networks().controls();
+    if loaded.len() != request.controls.len() {
+        return Err(Error::Usage(format!(
+            "there are {} of --controlnet and {} of --control-image, expected one picture for each",
+            loaded.len(),
+            request.controls.len()
+        )));
+    }
+    let by_calls = has_own_sampler(engine, request);
+    let pairs = loaded.iter().zip(&request.controls).enumerate();
+    pairs
+        .map(|(i, (control, wanted))| {
+            Ok(Planned {
+                acting: control.resolve(wanted, i, size)?,
+                calls: acting_calls(trajectory, wanted.span, by_calls),
+            })
+        })
+        .collect()
+}
+
+/// Whether a folder's own sampler runs, which has diffusers' reading throughout.
+fn has_own_sampler(engine: &Engine, request: &Request) -> bool {
+    request.sampler.is_none() && request.schedule.is_none() && engine.spec().scheduler.is_some()
+}
+
 /// Whether there are two predictions to choose between. A scale of 1 takes the prompt's alone, and so does 0, diffusers' word for it; a folder's
 /// own sampler has diffusers' reading, by which none below 1 guides. A network that embeds the guidance needs but one call.
 fn is_guided(engine: &Engine, request: &Request, cfg_scale: f64) -> bool {
     let spec = engine.spec();
-    let own = request.sampler.is_none() && request.schedule.is_none() && spec.scheduler.is_some();
+    let own = has_own_sampler(engine, request);
     if spec.unet.config.guides_itself() || cfg_scale == 0.0 {
         return false;
     }

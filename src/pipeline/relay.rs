@@ -18,7 +18,12 @@ pub(super) struct Relay<'a> {
     size: [usize; 4],
     /// The model's, and the refiner's if there is one.
     conditionings: &'a [Conditioning],
-    denoiser: Option<Denoiser<'a>>,
+    /// One for all rows, or one for the negative prompt's and one for the prompt's.
+    denoisers: Vec<Denoiser<'a>>,
+    /// Which of the pictures act in them.
+    acting: Vec<bool>,
+    /// Calls so far.
+    calls: usize,
     /// The network without some layers, while skip-layer guidance acts.
     lacking: Option<Denoiser<'a>>,
     switched: bool,
@@ -38,7 +43,9 @@ impl<'a> Relay<'a> {
             plan,
             size,
             conditionings,
-            denoiser: None,
+            denoisers: Vec::new(),
+            acting: Vec::new(),
+            calls: 0,
             lacking: None,
             switched: false,
             first_load: Duration::ZERO,
@@ -46,6 +53,7 @@ impl<'a> Relay<'a> {
         };
         let first = plan.trajectory.calls.first().map(|call| call.timestep);
         relay.switched = first.is_some_and(|timestep| relay.is_refiners(timestep));
+        relay.acting = relay.acting_now();
         relay.first_load = relay.make_ready()?;
         Ok(relay)
     }
@@ -63,16 +71,24 @@ impl<'a> Relay<'a> {
     /// The guided prediction for `sample`, by whose turn it is.
     pub(super) fn predict(&mut self, sample: &Tensor, call: &Call) -> Result<Tensor> {
         let timestep = call.timestep;
-        if !self.switched && self.is_refiners(timestep) {
-            self.switched = true;
-            self.denoiser = None;
+        let handed_over = !self.switched && self.is_refiners(timestep);
+        self.switched |= handed_over;
+        let acting = self.acting_now();
+        if handed_over || acting != self.acting {
+            self.acting = acting;
+            self.denoisers.clear();
             let took = self.make_ready()?;
             self.later_load += took;
         }
-        let Some(denoiser) = &mut self.denoiser else {
-            return Err(Error::Numeric("no network is ready".to_owned()));
+        self.calls += 1;
+        let denoisers = self.denoisers.iter_mut();
+        let predictions = denoisers.map(|denoiser| denoiser.predict(sample, timestep));
+        let predictions: Vec<Tensor> = predictions.collect::<Result<_>>()?;
+        let predictions = match predictions.as_slice() {
+            [] => return Err(Error::Numeric("no network is ready".to_owned())),
+            [all] => all.clone(),
+            parts => Tensor::cat(parts, 0)?,
         };
-        let predictions = denoiser.predict(sample, timestep)?;
         let skipped = self.predict_lacking(sample, call)?;
         guide(self.plan, &predictions, skipped)
     }
@@ -92,10 +108,10 @@ impl<'a> Relay<'a> {
         if self.lacking.is_none() {
             let start = Instant::now();
             let layers = Some(slg.layers.as_slice());
-            let denoiser = self
-                .engine
-                .denoiser(self.plan, self.size, conditioning, layers)?;
-            self.lacking = Some(denoiser);
+            let denoisers =
+                self.engine
+                    .denoisers(self.plan, self.size, conditioning, (layers, &[]))?;
+            self.lacking = denoisers.into_iter().next();
             self.later_load += start.elapsed();
         }
         let lacking = self.lacking.as_mut();
@@ -113,6 +129,15 @@ impl<'a> Relay<'a> {
         timestep.round() < (last * (1.0 - refiner.switch)).round()
     }
 
+    /// Which pictures act at the next call: none when it is the refiner's.
+    fn acting_now(&self) -> Vec<bool> {
+        let controls = self.plan.controls.iter();
+        let acts = |calls: &Vec<bool>| calls.get(self.calls).is_some_and(|acts| *acts);
+        controls
+            .map(|control| !self.switched && acts(&control.calls))
+            .collect()
+    }
+
     fn make_ready(&mut self) -> Result<Duration> {
         let start = Instant::now();
         let turn = usize::from(self.switched);
@@ -123,7 +148,8 @@ impl<'a> Relay<'a> {
         let Some(conditioning) = self.conditionings.get(turn) else {
             return Err(Error::Numeric("the prompt was not encoded".to_owned()));
         };
-        self.denoiser = Some(engine.denoiser(self.plan, self.size, conditioning, None)?);
+        self.denoisers =
+            engine.denoisers(self.plan, self.size, conditioning, (None, &self.acting))?;
         Ok(start.elapsed())
     }
 }

@@ -1,5 +1,6 @@
 //! What was asked for: plain data, nothing resolved. The command line and every other door end here.
 
+use super::control::ControlRequest;
 use super::guidance::SkipLayers;
 use super::sizes::SizeConditioning;
 use crate::device::DtypeChoice;
@@ -52,6 +53,8 @@ pub struct Request {
     pub sizes: SizeConditioning,
     /// What it is told with the negative prompt; those of the prompt where absent.
     pub negative_sizes: SizeConditioning,
+    /// Pictures that steer, one for each network of [`super::Engine::with_controls`].
+    pub controls: Vec<ControlRequest>,
     /// The compute type.
     pub dtype: DtypeChoice,
     /// Begin even when the memory estimate says that it will not fit.

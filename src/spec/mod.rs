@@ -2,6 +2,7 @@
 //! Presets are in `table.rs`.
 
 mod autoencoder;
+mod control;
 mod single;
 mod table;
 mod text;
@@ -16,6 +17,7 @@ use crate::sampling::{Class, Flow, NoiseSchedule, Prediction, SchedulerConfig};
 use crate::weights::Layout;
 use autoencoder::Autoencoder;
 pub(crate) use autoencoder::SINGLE_VAE;
+pub use control::{CONTROL, ControlSpec};
 use sd_models::config::ConfigResult;
 use sd_models::vae::TinyConfig;
 use sd_models::{clip, denoiser, unet, vae};

@@ -191,6 +191,7 @@ pub(super) enum Work {
         h: usize,
         w: usize,
     },
+    AveragePool(View),
     Sinusoid {
         source: ValueId,
         flip_sin_to_cos: bool,
@@ -244,6 +245,7 @@ impl Work {
             | Self::Geglu(source)
             | Self::Activate(source, _) => vec![*source],
             Self::Upsample { source, .. }
+            | Self::AveragePool(source)
             | Self::Patchify { source, .. }
             | Self::Unpatchify { source, .. } => vec![source.value],
         }

@@ -22,6 +22,8 @@ mod store;
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Cow;
+
 use ir::{Form, Part, Program, Rate};
 pub use store::Store;
 
@@ -54,13 +56,13 @@ pub struct Options {
     /// The input that is the same for the whole batch and known before a run: the timestep.
     pub timestep: Option<&'static str>,
     /// Inputs that stay the same during a run: the text.
-    pub constant: Vec<&'static str>,
+    pub constant: Vec<Cow<'static, str>>,
     /// Whether weights are packed each time they are needed, and let go of: for a network that runs seldom.
     pub transient: bool,
     /// The most bytes of packed weights that are kept; the others are packed each time, as all are that the file keeps compressed.
     pub keep: usize,
     /// Inputs whose second half equals the first, as guidance has it; they are given by half.
-    pub halved: Vec<&'static str>,
+    pub halved: Vec<Cow<'static, str>>,
 }
 
 impl Options {
@@ -83,12 +85,12 @@ impl Options {
         if self.timestep == Some(name) {
             return (Rate::Timestep, 1);
         }
-        let rate = if self.constant.contains(&name) {
+        let rate = if self.constant.iter().any(|constant| constant == name) {
             Rate::Run
         } else {
             Rate::Call
         };
-        let halved = self.halved.contains(&name) && batch.is_multiple_of(2);
+        let halved = self.halved.iter().any(|halved| halved == name) && batch.is_multiple_of(2);
         (rate, if halved { batch / 2 } else { batch })
     }
 

@@ -3,7 +3,7 @@
 use sd_kernels::{Result, Tensor, Weights, ops};
 
 use super::config::{Config, Level, Mid};
-use super::transformer::Transformer;
+use super::transformer::{Context, Transformer};
 use crate::layers::{Downsample, ResnetBlock, ResnetConfig, Upsample};
 
 /// A residual block and the transformer behind it, if any.
@@ -38,7 +38,7 @@ impl Layer {
         }
     }
 
-    fn forward(&self, x: &Tensor, temb: &Tensor, context: &Tensor) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, temb: &Tensor, context: &Context<'_>) -> Result<Tensor> {
         let x = self.resnet.forward(x, Some(temb))?;
         match &self.transformer {
             Some(transformer) => transformer.forward(&x, context),
@@ -81,19 +81,30 @@ impl DownBlock {
         }
     }
 
+    /// `feature` is a T2I-Adapter's. diffusers adds it to the last layer's result where the block attends, else to what leaves the block; the
+    /// skip there has it as well.
     pub(super) fn forward(
         &self,
         mut x: Tensor,
         temb: &Tensor,
-        context: &Tensor,
+        (context, feature): (&Context<'_>, Option<&Tensor>),
         skips: &mut Vec<Tensor>,
     ) -> Result<Tensor> {
-        for layer in &self.layers {
+        let attends = self.layers.iter().any(|layer| layer.transformer.is_some());
+        let inside = feature.filter(|_| attends || self.downsample.is_none());
+        let behind = feature.filter(|_| inside.is_none());
+        for (i, layer) in self.layers.iter().enumerate() {
             x = layer.forward(&x, temb, context)?;
+            if let Some(feature) = inside.filter(|_| i + 1 == self.layers.len()) {
+                x = ops::add(&x, feature)?;
+            }
             skips.push(x.clone());
         }
         if let Some(downsample) = &self.downsample {
             x = downsample.forward(&x)?;
+            if let Some(feature) = behind {
+                x = ops::add(&x, feature)?;
+            }
             skips.push(x.clone());
         }
         Ok(x)
@@ -138,7 +149,12 @@ impl MidBlock {
         })
     }
 
-    pub(super) fn forward(&self, x: &Tensor, temb: &Tensor, context: &Tensor) -> Result<Tensor> {
+    pub(super) fn forward(
+        &self,
+        x: &Tensor,
+        temb: &Tensor,
+        context: &Context<'_>,
+    ) -> Result<Tensor> {
         let x = self.first.forward(x, temb, context)?;
         match &self.second {
             Some(resnet) => resnet.forward(&x, Some(temb)),
@@ -183,7 +199,7 @@ impl UpBlock {
         &self,
         mut x: Tensor,
         temb: &Tensor,
-        context: &Tensor,
+        context: &Context<'_>,
         skips: &mut Vec<Tensor>,
     ) -> Result<Tensor> {
         for layer in &self.layers {

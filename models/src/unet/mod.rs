@@ -7,25 +7,27 @@
 
 mod block;
 mod config;
+mod image_prompt;
 mod transformer;
+mod trunk;
 
 pub(crate) use config::activation;
 pub use config::{Added, Config, Level, Mid};
+pub use image_prompt::{ImageLayers, ImagePrompt};
 
-use block::{DownBlock, MidBlock, UpBlock};
-use sd_kernels::{Activation, Error, Padding, Result, Tensor, Weights, ops};
+pub(crate) use transformer::Context;
+pub(crate) use trunk::Trunk;
 
-pub use crate::denoiser::Inputs;
-use crate::layers::{Conv2d, Embedding, GroupNorm, TimeEmbedding, given};
+use block::UpBlock;
+use sd_kernels::{Error, Padding, Result, Tensor, Weights, ops};
+
+pub use crate::denoiser::{Inputs, Residuals, Steering};
+use crate::layers::{Conv2d, GroupNorm};
 
 /// The network.
 pub struct UNet {
     config: Config,
-    conv_in: Conv2d,
-    time_embedding: TimeEmbedding,
-    add_embedding: Option<Embedding>,
-    down: Vec<DownBlock>,
-    mid: Option<MidBlock>,
+    trunk: Trunk,
     up: Vec<UpBlock>,
     norm_out: GroupNorm,
     conv_out: Conv2d,
@@ -35,30 +37,9 @@ impl UNet {
     /// Asks for every weight of the network; [`Weights::finish`] tells whether all were there.
     pub fn load(weights: &Weights, config: &Config) -> Self {
         let first = config.levels[0].channels;
-        let conv = |name: &str, channels, kernel: usize| {
-            let padding = Padding::same(kernel.saturating_sub(1) / 2);
-            Conv2d::load(&weights.at(name), channels, kernel, 1, padding)
-        };
         let count = config.levels.len();
         Self {
-            conv_in: conv(
-                "conv_in",
-                (config.in_channels, first),
-                config.conv_in_kernel,
-            ),
-            time_embedding: TimeEmbedding::load(&weights.at("time_embedding"), &config.time),
-            // diffusers gives this embedding SiLU, whatever the config's activation
-            add_embedding: config.added.map(|added| {
-                Embedding::load(
-                    &weights.at("add_embedding"),
-                    (added.input, config.time.output),
-                    Activation::Silu,
-                )
-            }),
-            down: (0..count)
-                .map(|i| DownBlock::load(&weights.at("down_blocks").at(i), config, i))
-                .collect(),
-            mid: MidBlock::load(&weights.at("mid_block"), config),
+            trunk: Trunk::load(weights, config),
             up: (0..count)
                 .map(|i| UpBlock::load(&weights.at("up_blocks").at(i), config, count - 1 - i))
                 .collect(),
@@ -69,10 +50,12 @@ impl UNet {
                 config.eps,
                 Some(config.activation),
             ),
-            conv_out: conv(
-                "conv_out",
+            conv_out: Conv2d::load(
+                &weights.at("conv_out"),
                 (first, config.out_channels),
                 config.conv_out_kernel,
+                1,
+                Padding::same(config.conv_out_kernel.saturating_sub(1) / 2),
             ),
             config: config.clone(),
         }
@@ -88,56 +71,56 @@ impl UNet {
     /// # Errors
     /// When the shapes do not fit, an input is missing or the executor fails.
     pub fn forward(&self, inputs: &Inputs<'_>) -> Result<Tensor> {
-        let Inputs {
-            sample,
-            timestep,
-            context,
-            added,
-            guidance,
-        } = *inputs;
+        let Steering {
+            residuals,
+            features,
+            images,
+        } = inputs.steering;
+        let context = Context::new(inputs.context, images);
         // 1. time, and what is embedded beside it
-        let temb = self.time_embedding.forward(timestep, guidance)?; // [b, time width]
-        let temb = match (&self.add_embedding, added) {
-            (None, None) => temb,
-            (Some(embedding), Some(added)) => ops::add(&temb, &embedding.forward(added)?)?,
-            (embedding, _) => {
-                return Err(Error::Shape {
-                    op: "add_embedding",
-                    expected: given(embedding.is_some()).to_owned(),
-                    got: given(embedding.is_none()).to_owned(),
-                });
-            }
-        };
-        let temb = match self.config.time_activation {
-            Some(activation) => ops::activate(&temb, activation)?,
-            None => temb,
-        };
+        let temb = self.trunk.embed(inputs, None)?; // [b, time width]
 
         // 2. in
-        let sample = if self.config.center_input {
-            ops::affine(sample, 2.0, -1.0)?
-        } else {
-            sample.clone()
-        };
-        let mut x = self.conv_in.forward(&sample)?; // [b, c0, h, w]
+        let x = self.trunk.enter(inputs.sample)?; // [b, c0, h, w]
 
         // 3. down: every resnet and every downsampler leaves a skip
-        let mut skips = vec![x.clone()];
-        for block in &self.down {
-            x = block.forward(x, &temb, context, &mut skips)?;
-        }
+        let (x, mut skips) = self.trunk.descend(x, &temb, &context, features)?;
 
         // 4. middle
-        if let Some(mid) = &self.mid {
-            x = mid.forward(&x, &temb, context)?;
+        let mut x = self.trunk.turn(x, &temb, &context)?;
+        // an adapter has a feature more than there are levels where it has one for the middle, too
+        if let Some(feature) = features.get(self.config.levels.len()) {
+            x = ops::add(&x, feature)?;
         }
 
-        // 5. up: every resnet takes a skip; each level ends at the size of the next skip
+        // 5. what ControlNets add
+        if let Some(residuals) = residuals {
+            (skips, x) = residuals.add_to(&skips, &x)?;
+        }
+
+        // 6. up: every resnet takes a skip; each level ends at the size of the next skip
         for block in &self.up {
-            x = block.forward(x, &temb, context, &mut skips)?;
+            x = block.forward(x, &temb, &context, &mut skips)?;
         }
+        context.finish()?;
 
-        // 6. out
+        // 7. out
         self.conv_out.forward(&self.norm_out.forward(&x)?)
+    }
+}
+
+impl Residuals {
+    /// The skips and the middle with these on them.
+    fn add_to(&self, skips: &[Tensor], mid: &Tensor) -> Result<(Vec<Tensor>, Tensor)> {
+        if self.down.len() != skips.len() {
+            return Err(Error::Shape {
+                op: "residuals",
+                expected: format!("one for each of {} skips", skips.len()),
+                got: self.down.len().to_string(),
+            });
+        }
+        let sums = skips.iter().zip(&self.down);
+        let sums = sums.map(|(skip, residual)| ops::add(skip, residual));
+        Ok((sums.collect::<Result<_>>()?, ops::add(mid, &self.mid)?))
     }
 }
