@@ -12,6 +12,7 @@ pub mod hub;
 pub mod library;
 pub mod memory;
 pub mod output;
+pub mod picture;
 pub mod pipeline;
 pub mod sampling;
 pub mod spec;

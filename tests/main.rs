@@ -27,6 +27,8 @@ mod hub;
 mod models;
 /// UNets in files of their own, with the rest beside them.
 mod parts;
+/// Pictures from files, resized and blurred, against Pillow and OpenCV.
+mod picture;
 /// Noise levels, trajectories and random numbers against diffusers, k-diffusion and torch.
 mod samplers;
 /// The XL family: two towers, sizes, refiner, continuous noise levels.
