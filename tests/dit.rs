@@ -96,7 +96,7 @@ fn planned(network: &Denoiser, call: &Value, given: &[(&'static str, Tensor)]) -
     let output = predict(network, call, &nodes);
     let options = Options {
         timestep: Some("timestep"),
-        constant: vec!["context", "added", "guidance"],
+        constant: ["context", "added", "guidance"].map(Into::into).to_vec(),
         ..Options::new(Level::current(), Precision::F32)
     };
     let mut plan = Plan::compile(&graph, &output, &options, &Store::default()).unwrap();

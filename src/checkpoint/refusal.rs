@@ -126,7 +126,7 @@ fn advice(family: Family) -> &'static str {
         }
         Family::Vae => "not a base model; give a base model with --model, and the VAE with --vae",
         Family::ControlNet | Family::T2iAdapter => {
-            "not a base model; give a base model with --model, and this with --controlnet (not built yet)"
+            "not a base model; give a base model with --model, and this with --controlnet"
         }
         Family::Embedding => {
             "not a base model; give a base model with --model, and this with --embedding (not built yet)"

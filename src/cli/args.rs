@@ -2,7 +2,9 @@
 
 mod control;
 
-pub use control::ControlArgs;
+pub use control::{ControlArgs, ControlMapArgs};
+
+pub(super) use control::value_name;
 
 use std::path::PathBuf;
 
@@ -50,6 +52,8 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// List, fetch, check and remove models
     Models(ModelsArgs),
+    /// Show what a ControlNet or T2I-Adapter would see of a picture
+    Control(ControlMapArgs),
     /// Change a model's form: single file, folder, GGUF; its type; merge it
     Convert(Box<ConvertArgs>),
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
-use super::args::GenerateArgs;
+use super::args::{GenerateArgs, value_name};
 use super::fetch::{open_model, open_part};
 use super::lora::{self, Worn};
 use super::{interrupt, print_line, set_threads};
@@ -233,12 +233,6 @@ fn control_json(name: &str, control: &ControlRequest) -> Value {
         "end": control.span.1,
         "type": control.kind,
     })
-}
-
-/// A choice as it is typed.
-fn value_name(value: impl clap::ValueEnum) -> String {
-    let name = value.to_possible_value();
-    name.map(|value| value.get_name().to_owned()).unwrap_or_default()
 }
 
 /// A1111's words for what steered a picture.

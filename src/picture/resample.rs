@@ -1,5 +1,6 @@
 //! Resampling as Pillow 13 does it (`ImagingResample`, `ImagingScaleAffine`): a filter as wide as the pixels of the smaller picture, in fixed
-//! point with 22 bits of fraction, first along rows, then along columns, rounded to bytes in between.
+//! point with 22 bits of fraction, first along rows, then along columns (the other way round where far more rows than columns go away), rounded to bytes in
+//! between.
 
 use rayon::prelude::*;
 
@@ -69,17 +70,19 @@ pub(super) fn resample(
     if filter == Filter::Nearest {
         return nearest(bytes, channels, ((w, h), (new_w, new_h)));
     }
-    let narrowed;
-    let bytes = if w == new_w {
-        bytes
-    } else {
-        narrowed = along_rows(bytes, channels, w, &taps(w, new_w, filter));
-        &narrowed
+    let rows = |bytes: &[u8]| match w == new_w {
+        true => bytes.to_vec(),
+        false => along_rows(bytes, channels, w, &taps(w, new_w, filter)),
     };
-    if h == new_h {
-        return bytes.to_vec();
+    let columns = |bytes: &[u8], width: usize| match h == new_h {
+        true => bytes.to_vec(),
+        false => along_columns(bytes, width * channels, &taps(h, new_h, filter)),
+    };
+    // where far more rows than columns go away, Pillow 13 begins with the columns: the bytes in between are others then
+    if h.saturating_sub(new_h) > 2 * w.saturating_sub(new_w) {
+        return rows(&columns(bytes, w));
     }
-    along_columns(bytes, new_w * channels, &taps(h, new_h, filter))
+    columns(&rows(bytes), new_w)
 }
 
 /// The weights of every new pixel of a row.

@@ -14,13 +14,9 @@ use super::text_tower::at;
 const PREFIXES: [&str; 2] = ["control_model", ""];
 /// More convolutions than any embedding of a hint has.
 const MAX_HINTS: usize = 32;
-/// Fused queries, keys and values of a union's transformer.
+/// The values of a union's transformer, fused with queries and keys.
 const FUSED: &[Inner] = &[
-    part_of("attn.to_q.weight", "attn.in_proj_weight", (0, 1, 3)),
-    part_of("attn.to_k.weight", "attn.in_proj_weight", (1, 1, 3)),
     part_of("attn.to_v.weight", "attn.in_proj_weight", (2, 1, 3)),
-    part_of("attn.to_q.bias", "attn.in_proj_bias", (0, 1, 3)),
-    part_of("attn.to_k.bias", "attn.in_proj_bias", (1, 1, 3)),
     part_of("attn.to_v.bias", "attn.in_proj_bias", (2, 1, 3)),
 ];
 
@@ -192,12 +188,9 @@ fn union(shapes: &Shapes<'_>) -> Result<Option<Union>, String> {
         ));
     }
     let layer = |i: &usize| shapes(&format!("transformer_layes.{i}.ln_1.weight")).is_some();
-    // shapes do not tell how many heads there are: eight in the ones that exist
-    let heads = (1..=8).rev().find(|n| width.is_multiple_of(*n));
     Ok(Some(Union {
         kinds,
         width,
-        heads: heads.unwrap_or(1),
         layers: (0..MAX_BLOCKS).take_while(layer).count(),
         number: input / kinds,
     }))

@@ -27,10 +27,8 @@ pub struct Config {
 pub struct Union {
     /// Kinds of hints.
     pub kinds: usize,
-    /// Width of the transformer that puts hints and latents together.
+    /// Width of the transformer that looks at the hint as a whole.
     pub width: usize,
-    /// Its attention heads.
-    pub heads: usize,
     /// Its layers.
     pub layers: usize,
     /// Width of one kind's sinusoids.
@@ -128,14 +126,13 @@ fn union(fields: &Fields<'_>) -> ConfigResult<Option<Union>> {
     let union = Union {
         kinds: fields.positive("num_control_type", 6)?,
         width: fields.positive("num_trans_channel", 320)?,
-        heads: fields.positive("num_trans_head", 8)?,
         layers: fields.size("num_trans_layer", 1)?,
         number: fields.positive("addition_time_embed_dim", 256)?,
     };
-    if !union.width.is_multiple_of(union.heads) || union.layers > 64 {
+    if union.layers > 64 {
         return Err(ConfigError(format!(
-            "config fields `num_trans_channel`, `num_trans_head` and `num_trans_layer` are {}, {} and {}, which do not make a transformer",
-            union.width, union.heads, union.layers
+            "config field `num_trans_layer` is {}, expected at most 64",
+            union.layers
         )));
     }
     Ok(Some(union))

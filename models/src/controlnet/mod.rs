@@ -123,7 +123,7 @@ impl ControlNet {
         let x = self.trunk.enter(inputs.sample)?; // [b, c0, h, w]
         let seen = self.hint.forward(hint.picture)?; // [b, c0, h, w]
         let seen = match (&self.kinds, hint.kind) {
-            (Some(kinds), Some((kind, _))) => kinds.fuse(&seen, &x, kind)?,
+            (Some(kinds), Some((kind, _))) => kinds.fuse(&seen, kind)?,
             _ => seen,
         };
         let x = ops::add(&x, &seen)?;

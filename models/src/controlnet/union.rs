@@ -1,5 +1,5 @@
-//! How one ControlNet serves hints of several kinds: it is told the kind beside the time, and a small transformer looks at what hint and latents
-//! are like as a whole.
+//! How one ControlNet serves hints of several kinds: it is told the kind beside the time, and a small transformer looks at what the hint is like
+//! as a whole.
 
 use sd_kernels::ops::{self, apply};
 use sd_kernels::{Activation, Op, Param, Result, Tensor, Weights};
@@ -43,19 +43,18 @@ impl Kinds {
         self.add_embedding.forward(sinusoids)
     }
 
-    /// The embedded hint `[b, c, h, w]` of `kind`, and a value a channel on top of it that follows from hint and latents `x [b, c, h, w]`.
-    pub(super) fn fuse(&self, hint: &Tensor, x: &Tensor, kind: usize) -> Result<Tensor> {
-        let (_, _, h, w) = x.dims4()?;
+    /// The embedded hint `[b, c, h, w]` of `kind`, and a value a channel on top of it that follows from what it is like as a whole.
+    pub(super) fn fuse(&self, hint: &Tensor, kind: usize) -> Result<Tensor> {
+        let (_, _, h, w) = hint.dims4()?;
         let task = Op::AddPositions {
             table: self.tasks.clone(),
             rows: Some(vec![kind].into()),
         };
-        let seen = apply(task, &[&mean(hint)?])?; // [b, 1, c]
-        let mut both = ops::join(&seen, &mean(x)?)?; // [b, 2, c]
+        let mut token = apply(task, &[&mean(hint)?])?; // [b, 1, c]
         for layer in &self.layers {
-            both = layer.forward(&both)?;
+            token = layer.forward(&token)?;
         }
-        let alpha = self.project.forward(&ops::tokens(&both, 0, 1)?)?; // [b, 1, c]
+        let alpha = self.project.forward(&token)?; // [b, 1, c]
         let alpha = ops::upsample(&ops::unflatten(&alpha, 1, 1)?, h, w)?;
         ops::add(hint, &alpha)
     }
@@ -85,13 +84,15 @@ impl ControlNet {
     }
 }
 
-/// A block of OpenAI's CLIP, without a mask.
+/// A block of OpenAI's CLIP.
+///
+/// Its attention was meant to let the hint's token and the latents' look at each other. The code that the networks were trained with, and diffusers,
+/// give it the axes the other way round: a token looks at the same token of the other pictures of a batch. So a picture alone sees itself, with all
+/// of the weight: what is seen are the values, and neither queries nor keys nor the latents' token make a difference.
 struct Layer {
     norm1: LayerNorm,
-    /// Queries, keys and values, fused in the files.
-    qkv: [Linear; 3],
+    value: Linear,
     out: Linear,
-    heads: usize,
     norm2: LayerNorm,
     up: Linear,
     down: Linear,
@@ -105,21 +106,17 @@ impl Layer {
         let linear = |name| Linear::load(&attention.at(name), c, c);
         Self {
             norm1: norm("ln_1"),
-            qkv: ["to_q", "to_k", "to_v"].map(linear),
+            value: linear("to_v"),
             out: linear("out_proj"),
-            heads: union.heads,
             norm2: norm("ln_2"),
             up: Linear::load(&weights.at("mlp.c_fc"), c, 4 * c),
             down: Linear::load(&weights.at("mlp.c_proj"), 4 * c, c),
         }
     }
 
-    /// `x [b, s, c]` → same.
+    /// `x [b, 1, c]` → same.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let h = self.norm1.forward(x)?;
-        let [q, k, v] = &self.qkv;
-        let (q, k, v) = (q.forward(&h)?, k.forward(&h)?, v.forward(&h)?);
-        let seen = ops::attention(&q, &k, &v, self.heads, false)?;
+        let seen = self.value.forward(&self.norm1.forward(x)?)?;
         let x = ops::add(x, &self.out.forward(&seen)?)?;
         let h = self.up.forward(&self.norm2.forward(&x)?)?;
         let h = self

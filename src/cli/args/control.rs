@@ -49,6 +49,29 @@ pub struct ControlArgs {
     pub control_type: Vec<usize>,
 }
 
+/// Arguments of `control`.
+#[derive(Debug, Args)]
+pub struct ControlMapArgs {
+    /// A picture: PNG, JPEG or WebP
+    pub picture: PathBuf,
+    /// Where the map goes, a PNG
+    #[arg(short, long, value_name = "FILE")]
+    pub output: PathBuf,
+    /// What is made of it
+    #[arg(long, value_name = "NAME", value_enum)]
+    pub preprocessor: Preprocessor,
+    /// Replace what is there
+    #[arg(long)]
+    pub overwrite: bool,
+}
+
+/// A choice as it is typed.
+pub(in crate::cli) fn value_name(value: impl clap::ValueEnum) -> String {
+    let name = value.to_possible_value();
+    let name = name.map(|value| value.get_name().to_owned());
+    name.unwrap_or_default()
+}
+
 /// A network that steers, opened.
 pub(in crate::cli) struct OpenedControl {
     pub(in crate::cli) checkpoint: Checkpoint,
