@@ -1,6 +1,8 @@
 //! Networks that steer by a picture against diffusers, from every form of file. The cases are described in `fixtures/control/README.md`.
 
 mod hints;
+mod images;
+mod lora;
 mod refusals;
 
 use std::collections::HashMap;
@@ -179,7 +181,10 @@ fn memory(part: &Part<'_>) -> Weights {
     let mut tensors = Vec::new();
     for stored in part.weights() {
         let numbers = sd_rs_values(&stored);
-        let fused = stored.name.split_once("in_proj_").map(|(a, b)| (a.to_owned(), b.to_owned()));
+        let fused = stored
+            .name
+            .split_once("in_proj_")
+            .map(|(a, b)| (a.to_owned(), b.to_owned()));
         let Some((stem, kind)) = fused else {
             tensors.push((stored.name, stored.shape, numbers));
             continue;
@@ -200,7 +205,9 @@ fn sd_rs_values(stored: &Stored) -> Vec<f32> {
     match stored.dtype {
         Dtype::F16 => {
             let halves = stored.bytes.as_chunks().0.iter();
-            halves.map(|b| half::f16::from_le_bytes(*b).to_f32()).collect()
+            halves
+                .map(|b| half::f16::from_le_bytes(*b).to_f32())
+                .collect()
         }
         _ => {
             let floats = stored.bytes.as_chunks().0.iter();
@@ -229,7 +236,12 @@ fn one_call_of_each_network() {
         weights.finish().unwrap();
         let sides = |value: &Value| -> Vec<usize> { list(value).iter().map(number).collect() };
         let (latents, hint) = (sides(&call["latents"]), sides(&call["hint"]));
-        let sample = given("input/latents", &[2, 4, latents[0], latents[1]], 1.732_050_8, 0.0);
+        let sample = given(
+            "input/latents",
+            &[2, 4, latents[0], latents[1]],
+            1.732_050_8,
+            0.0,
+        );
         let width = unet_config.context_width();
         let context = given("input/context", &[2, 77, width], 1.732_050_8, 0.0);
         let shape = [2, number(&call["channels"]), hint[0], hint[1]];
@@ -241,7 +253,9 @@ fn one_call_of_each_network() {
         let timestep = call["timestep"].as_f64().unwrap() as f32;
         let timestep = Tensor::full(timestep, 2, &Device::Cpu).unwrap();
         let added = call.get("time_ids").map(|ids| {
-            let width = base.config("text_encoder_2")["projection_dim"].as_u64().unwrap();
+            let width = base.config("text_encoder_2")["projection_dim"]
+                .as_u64()
+                .unwrap();
             let pooled = given("input/text_embeds", &[2, width as usize], 1.732_050_8, 0.0);
             added(&unet_config, &pooled, ids)
         });
@@ -285,7 +299,10 @@ fn one_call_of_each_network() {
                 kind: kind.zip(sinusoids.as_ref()),
             };
             let ramp = Ramp::Flat;
-            residuals = Some(net.forward(&inputs, hint, Strength { scale, ramp }).unwrap());
+            residuals = Some(
+                net.forward(&inputs, hint, Strength { scale, ramp })
+                    .unwrap(),
+            );
         }
         let inputs = unet::Inputs {
             steering: unet::Steering {
@@ -309,9 +326,16 @@ fn twice(x: &Tensor) -> Tensor {
 
 fn added(config: &unet::Config, pooled: &Tensor, ids: &Value) -> Tensor {
     let rows = list(ids).iter().map(|row| {
-        let row: Vec<f32> = list(row).iter().map(|n| n.as_f64().unwrap() as f32).collect();
+        let row: Vec<f32> = list(row)
+            .iter()
+            .map(|n| n.as_f64().unwrap() as f32)
+            .collect();
         let row = Tensor::new(row, &Device::Cpu).unwrap();
-        let row = config.embed_numbers(&row.into()).unwrap().into_data().unwrap();
+        let row = config
+            .embed_numbers(&row.into())
+            .unwrap()
+            .into_data()
+            .unwrap();
         row.flatten_all().unwrap().unsqueeze(0).unwrap()
     });
     let rows = Tensor::cat(&rows.collect::<Vec<_>>(), 0).unwrap();
@@ -392,9 +416,15 @@ fn runs_of_folders() {
     let cases = Cases::load();
     for run in list(&cases.record["runs"]) {
         let dir = Dir::new();
-        let parts: Vec<Part<'_>> = list(&run["parts"]).iter().map(|p| cases.part(text(p))).collect();
+        let parts: Vec<Part<'_>> = list(&run["parts"])
+            .iter()
+            .map(|p| cases.part(text(p)))
+            .collect();
         let base = write_base(&parts[0].base(), &dir, run);
-        let paths: Vec<PathBuf> = parts.iter().map(|part| part.write(&dir, Form::Folder)).collect();
+        let paths: Vec<PathBuf> = parts
+            .iter()
+            .map(|part| part.write(&dir, Form::Folder))
+            .collect();
         let got = run_latents(&base, &paths, run);
         let key = text(&run["expected"]);
         close(key, &got, &cases.expected[key], RUN);

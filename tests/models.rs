@@ -47,7 +47,11 @@ impl Memory {
     /// These tensors: names, shapes, numbers.
     pub(crate) fn of(tensors: Vec<(String, Vec<usize>, Vec<f32>)>) -> Self {
         let tensors = tensors.into_iter();
-        Self(tensors.map(|(name, shape, values)| (name, (shape, values))).collect())
+        Self(
+            tensors
+                .map(|(name, shape, values)| (name, (shape, values)))
+                .collect(),
+        )
     }
 }
 

@@ -430,9 +430,7 @@ impl Op {
                 Ok(vec![*b, *s, c + d])
             }
             (Self::Upsample { h, w }, [[b, c, _, _]]) => Ok(vec![*b, *c, *h, *w]),
-            (Self::AveragePool, [[b, c, h, w]]) => {
-                Ok(vec![*b, *c, h.div_ceil(2), w.div_ceil(2)])
-            }
+            (Self::AveragePool, [[b, c, h, w]]) => Ok(vec![*b, *c, h.div_ceil(2), w.div_ceil(2)]),
             (Self::Flatten, [[b, c, h, w]]) => Ok(vec![*b, h * w, *c]),
             (Self::Unflatten { h, w }, [[b, s, c]]) if *s == h * w => Ok(vec![*b, *c, *h, *w]),
             (Self::Sinusoid { width, .. }, [[b]]) => Ok(vec![*b, *width]),

@@ -12,6 +12,7 @@ pub mod config;
 pub mod controlnet;
 pub mod denoiser;
 pub mod flux;
+pub mod image_projection;
 pub mod layers;
 pub mod mmdit;
 pub mod t2i_adapter;

@@ -137,7 +137,10 @@ fn advice(family: Family) -> &'static str {
         Family::Taesd => {
             "not a base model; give a base model with --model, and this in its VAE's place with --vae"
         }
-        Family::IpAdapter | Family::Hypernetwork | Family::MotionModule => {
+        Family::IpAdapter => {
+            "not a base model; give a base model with --model, and this with --ip-adapter"
+        }
+        Family::Hypernetwork | Family::MotionModule => {
             "not a base model, and not supported yet; give a base model with --model"
         }
         Family::TextEncoder | Family::T5 => {

@@ -1,8 +1,10 @@
 //! What can be typed. Nothing is resolved here; see `docs` of each command for what it does.
 
 mod control;
+mod image_prompt;
 
 pub use control::{ControlArgs, ControlMapArgs};
+pub use image_prompt::ImagePromptArgs;
 
 pub(super) use control::value_name;
 
@@ -285,6 +287,9 @@ pub struct GenerateArgs {
     /// Pictures that steer
     #[command(flatten)]
     pub control: ControlArgs,
+    /// Pictures beside the prompt
+    #[command(flatten)]
+    pub image_prompt: ImagePromptArgs,
     /// The prompts' language
     #[arg(long, value_enum, default_value_t)]
     pub prompt_syntax: Syntax,

@@ -18,7 +18,8 @@ use crate::error::{Error, Result};
 use crate::memory::peak_resident;
 use crate::output::{self, NoiseSource, Parameters, Target};
 use crate::pipeline::{
-    Batch, Control, ControlMode, ControlRequest, Engine, Event, Plan, Request, Rng, SizeConditioning, SkipLayers,
+    Batch, Control, ControlMode, ControlRequest, Engine, Event, Plan, Request, Rng,
+    SizeConditioning, SkipLayers,
 };
 use crate::spec::Others;
 
@@ -30,6 +31,7 @@ struct Job<'a> {
     text: Vec<&'a str>,
     refiner: Option<&'a str>,
     controls: Vec<&'a str>,
+    ip_adapters: Vec<&'a str>,
     engine: &'a Engine,
     plan: &'a Plan,
     request: &'a Request,
@@ -50,6 +52,7 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     let request = Request {
         prompt: worn.prompt.clone(),
         controls: args.control.requests()?,
+        images: args.image_prompt.requests()?,
         ..request(args)?
     };
     let device = device::open(args.device)?;
@@ -83,6 +86,8 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     }
     let controls = args.control.open(&args.library, args.no_mmap)?;
     engine = engine.with_controls(controls.iter().map(|control| &control.checkpoint))?;
+    let adapters = args.image_prompt.open(&args.library, args.no_mmap)?;
+    engine = engine.with_image_prompts(adapters.iter().map(|(_, files)| files))?;
     let plan = Plan::new(&engine, &request)?;
     let job = Job {
         args,
@@ -90,7 +95,11 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
         vae: vae.as_ref().map(|vae| vae.name.as_str()),
         text: text_names.iter().map(String::as_str).collect(),
         refiner: refiner_name.as_deref(),
-        controls: controls.iter().map(|control| control.name.as_str()).collect(),
+        controls: controls
+            .iter()
+            .map(|control| control.name.as_str())
+            .collect(),
+        ip_adapters: adapters.iter().map(|(name, _)| name.as_str()).collect(),
         engine: &engine,
         plan: &plan,
         request: &request,
@@ -181,6 +190,7 @@ fn request(args: &GenerateArgs) -> Result<Request> {
             aesthetic_score: args.negative_aesthetic_score,
         },
         controls: Vec::new(),
+        images: Vec::new(),
         dtype: args.dtype,
         force: args.force || args.dry_run,
     })
@@ -367,6 +377,12 @@ impl Job<'_> {
                 let controls = self.controls.iter().zip(&self.request.controls);
                 let controls = controls.map(|(name, control)| control_json(name, control));
                 fields.insert("controls".to_owned(), controls.collect());
+            }
+            if !self.ip_adapters.is_empty() {
+                let adapters = self.ip_adapters.iter().zip(&self.request.images);
+                let adapters =
+                    adapters.map(|(name, image)| json!({ "model": name, "scale": image.scale }));
+                fields.insert("ip_adapters".to_owned(), adapters.collect());
             }
             if let Some(slg) = &self.plan.skip_layers {
                 fields.insert(

@@ -93,7 +93,10 @@ fn border_color(picture: &Picture) -> [u8; 3] {
     let columns = (0..h).flat_map(|y| [pixel(0, y), pixel(w - 1, y)]);
     let places: Vec<usize> = rows.chain(columns).collect();
     std::array::from_fn(|c| {
-        let mut values: Vec<u8> = places.iter().map(|place| picture.rgb()[place + c]).collect();
+        let mut values: Vec<u8> = places
+            .iter()
+            .map(|place| picture.rgb()[place + c])
+            .collect();
         values.sort_unstable();
         // an even number of values: the mean of the two in the middle, cut off
         let (low, high) = (values[values.len() / 2 - 1], values[values.len() / 2]);

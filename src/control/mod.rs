@@ -1,8 +1,10 @@
 //! Pictures that steer, before a network sees them: brought to the result's size, reduced to what the network was trained on, made into numbers.
 
+mod clip;
 mod fit;
 pub mod preprocess;
 
+pub use clip::clip_pixels;
 pub use fit::Resize;
 pub use preprocess::Preprocessor;
 
@@ -36,7 +38,10 @@ pub fn hint(
     let map = preprocessor.apply(&fitted)?;
     let mut planar = if channels == 1 {
         let grey = map.to_luma();
-        grey.values().iter().map(|v| f32::from(*v) / 255.0).collect()
+        grey.values()
+            .iter()
+            .map(|v| f32::from(*v) / 255.0)
+            .collect()
     } else {
         map.to_planar()
     };

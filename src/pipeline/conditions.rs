@@ -4,6 +4,7 @@ use candle_core::{DType, Tensor};
 use sd_models::denoiser;
 
 use super::control::Acting;
+use super::image_prompt::ActingImage;
 
 use crate::error::Result;
 use crate::text::Conditioning;
@@ -24,6 +25,8 @@ pub struct Conditions {
     pub guidance: Option<Tensor>,
     /// Pictures that steer.
     pub(super) controls: Vec<Acting>,
+    /// Pictures beside the text.
+    pub(super) images: Vec<ActingImage>,
 }
 
 impl Conditions {
@@ -86,6 +89,7 @@ impl Conditions {
             added: None,
             guidance: None,
             controls: Vec::new(),
+            images: Vec::new(),
         }
     }
 
@@ -95,12 +99,19 @@ impl Conditions {
         (first, count): (usize, usize),
         controls: Vec<Acting>,
     ) -> Result<Self> {
+        let images = self.images.iter().map(|image| {
+            Ok(ActingImage {
+                tokens: image.tokens.narrow(0, first, count)?,
+                ..image.clone()
+            })
+        });
         let some = |x: &Option<Tensor>| x.as_ref().map(|x| x.narrow(0, first, count)).transpose();
         Ok(Self {
             context: self.context.narrow(0, first, count)?,
             added: some(&self.added)?,
             guidance: some(&self.guidance)?,
             controls,
+            images: images.collect::<Result<_>>()?,
         })
     }
 
@@ -111,6 +122,7 @@ impl Conditions {
             added: convert(&self.added)?,
             guidance: convert(&self.guidance)?,
             controls: self.controls.clone(),
+            images: self.images.clone(),
         })
     }
 

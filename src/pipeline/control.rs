@@ -189,9 +189,7 @@ impl LoadedControl {
     fn hint_form(&self) -> (usize, usize) {
         match &self.network {
             Network::Net(net) => (net.config().hint_channels, 1),
-            Network::Adapter(adapter) => {
-                (adapter.config().hint_channels, adapter.config().factor)
-            }
+            Network::Adapter(adapter) => (adapter.config().hint_channels, adapter.config().factor),
         }
     }
 
@@ -381,11 +379,7 @@ pub(super) fn values(
 }
 
 /// For each call of a run whether what has `span` acts: by the part of the calls, as diffusers counts, or of the steps, as A1111 does.
-pub(super) fn acting_calls(
-    trajectory: &Trajectory,
-    span: (f64, f64),
-    by_calls: bool,
-) -> Vec<bool> {
+pub(super) fn acting_calls(trajectory: &Trajectory, span: (f64, f64), by_calls: bool) -> Vec<bool> {
     let count = trajectory.calls.len() as f64;
     let calls = trajectory.calls.iter().enumerate();
     calls

@@ -8,6 +8,7 @@ mod decode;
 mod denoise;
 mod event;
 mod guidance;
+mod image_prompt;
 mod memory;
 mod networks;
 mod plan;
@@ -22,6 +23,7 @@ pub use control::{ControlMode, ControlRequest};
 pub use coverage::Coverage;
 pub use event::{Control, Event, Listener};
 pub use guidance::SkipLayers;
+pub use image_prompt::ImageRequest;
 pub use networks::{Configs, Need, Networks};
 pub use plan::Plan;
 pub use request::{Request, Rng};
@@ -37,11 +39,12 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::error::{Error, Result};
 use crate::output::Image;
 use crate::sampling::{Call, Generator};
-use crate::spec::{ControlSpec, ModelSpec, Others};
+use crate::spec::{ControlSpec, ImagePromptSpec, ModelSpec, Others};
 use crate::text::{
     self, Behind, Conditioning, LongSpeaker, LongTower, Readers, Speaker, Texts, Tokenizers,
 };
 use denoise::BatchNoise;
+use image_prompt::ImageTokens;
 use networks::Denoiser;
 use relay::Relay;
 
@@ -214,6 +217,29 @@ impl Engine {
         Ok(self)
     }
 
+    /// Adds IP-Adapters, each with the picture tower that it reads, behind those that it has.
+    ///
+    /// # Errors
+    /// When a file is none, or was made for another family.
+    pub fn with_image_prompts<'a>(
+        mut self,
+        adapters: impl IntoIterator<Item = &'a [Checkpoint; 2]>,
+    ) -> Result<Self> {
+        let start = Instant::now();
+        for [adapter, encoder] in adapters {
+            let spec = ImagePromptSpec::read(adapter, encoder)?;
+            let added = self.networks.add_image_prompt(&spec);
+            added.map_err(|e| match e {
+                Error::Weights(reason) | Error::Usage(reason) => {
+                    Error::bad_model(adapter.path(), reason)
+                }
+                other => other,
+            })?;
+        }
+        self.load_time += start.elapsed();
+        Ok(self)
+    }
+
     /// What the model is.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
@@ -260,6 +286,11 @@ impl Engine {
         if let Some(refiner) = &self.refiner {
             conditionings.push(refiner.engine.encode(request, plan)?);
         }
+        let images = self.networks.image_prompts().iter().zip(&request.images);
+        let images = images
+            .enumerate()
+            .map(|(i, (adapter, wanted))| adapter.encode(i, wanted, self.networks.device()));
+        let images: Vec<ImageTokens> = images.collect::<Result<_>>()?;
         let text_time = start.elapsed();
         let warnings = conditionings.first().map(|first| first.warnings.clone());
         for warning in warnings.unwrap_or_default() {
@@ -267,7 +298,7 @@ impl Engine {
         }
         event::send(listener, Event::Encoded)?;
         for index in 0..plan.count {
-            let mut batch = self.batch(plan, index, &conditionings, listener)?;
+            let mut batch = self.batch((plan, index), (&conditionings, &images), listener)?;
             batch.timings.text = text_time;
             finish(batch)?;
         }
@@ -301,10 +332,10 @@ impl Engine {
         plan: &Plan,
         size: [usize; 4],
         conditioning: &Conditioning,
-        (skipped, acting): (Option<&[usize]>, &[bool]),
+        (skipped, acting, images): (Option<&[usize]>, &[bool], &[ImageTokens]),
     ) -> Result<Vec<Denoiser<'_>>> {
         let numbers = plan.numbers(&self.spec);
-        let conditions = Conditions::new(
+        let mut conditions = Conditions::new(
             &self.spec.unet.config,
             conditioning,
             (plan.batch_size, plan.guided && skipped.is_none()),
@@ -313,6 +344,10 @@ impl Engine {
         let calls = plan.trajectory.calls.iter();
         let timesteps: Vec<f64> = calls.map(|call| call.timestep).collect();
         let guided = plan.guided && skipped.is_none();
+        let images = images
+            .iter()
+            .map(|image| image.for_batch(plan.batch_size, guided));
+        conditions.images = images.collect::<Result<_>>()?;
         let skipped = skipped.unwrap_or_default();
         let ready = |conditions: &Conditions| {
             self.networks
@@ -361,9 +396,8 @@ impl Engine {
 
     fn batch(
         &self,
-        plan: &Plan,
-        index: usize,
-        conditionings: &[Conditioning],
+        (plan, index): (&Plan, usize),
+        (conditionings, images): (&[Conditioning], &[ImageTokens]),
         listener: &mut Listener<'_>,
     ) -> Result<Batch> {
         let seeds: Vec<u64> = (0..plan.batch_size)
@@ -381,7 +415,7 @@ impl Engine {
         });
         let mut noise = BatchNoise::new(generators.collect(), shape, self.networks.device());
         let size = [seeds.len(), shape[0], shape[1], shape[2]];
-        let mut relay = Relay::new(self, plan, size, conditionings)?;
+        let mut relay = Relay::new(self, plan, size, (conditionings, images))?;
         let mut model = |sample: &Tensor, call: &Call| relay.predict(sample, call);
         let progress = (
             index * plan.trajectory.steps,

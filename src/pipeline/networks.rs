@@ -16,12 +16,13 @@ use super::adapted::bind_adapters;
 use super::conditions::{ADDED, CONTEXT, Conditions, GUIDANCE};
 use super::control::{Acting, LoadedControl, input_names, steer, values};
 use super::coverage::{Coverage, T5, TEXT, UNET, VAE, named, source};
+use super::image_prompt::{ActingImage, LoadedImagePrompt, image_input, prompts};
 use super::tower::{LoadedT5, LoadedTower, Runner};
 use crate::adapters::{Adapters, Bound, Owner};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::memory::Memory;
-use crate::spec::{ControlSpec, ModelSpec};
+use crate::spec::{ControlSpec, ImagePromptSpec, ModelSpec};
 use crate::weights::RandomSource;
 
 /// Text encoders, UNet and picture decoder on a device.
@@ -33,6 +34,7 @@ pub struct Networks {
     unet_source: Arc<dyn Source>,
     config: denoiser::Config,
     controls: Vec<LoadedControl>,
+    image_prompts: Vec<LoadedImagePrompt>,
     vae: AnyDecoder,
     vae_source: Arc<dyn Source>,
     device: Device,
@@ -216,6 +218,7 @@ impl Networks {
             unet_source: sources.unet,
             config: configs.unet.clone(),
             controls: Vec::new(),
+            image_prompts: Vec::new(),
             vae,
             vae_source: sources.vae,
             device: device.clone(),
@@ -250,6 +253,29 @@ impl Networks {
         self.weight_bytes += loaded.bytes();
         self.controls.push(loaded);
         Ok(())
+    }
+
+    /// Adds an IP-Adapter.
+    ///
+    /// # Errors
+    /// As [`Networks::add_control`].
+    pub(super) fn add_image_prompt(&mut self, spec: &ImagePromptSpec) -> Result<()> {
+        let Some(unet) = self.config.unet() else {
+            return Err(Error::Unsupported(
+                "an IP-Adapter is for a UNet, and this model has a transformer; models of Stable Diffusion 1, 2 and XL take it".to_owned(),
+            ));
+        };
+        let eager = self.planned.is_none().then_some(self.dtype);
+        let how = (&self.device, self.dtype, eager);
+        let loaded = LoadedImagePrompt::load(spec, self.image_prompts.len(), unet, how)?;
+        self.weight_bytes += loaded.bytes();
+        self.image_prompts.push(loaded);
+        Ok(())
+    }
+
+    /// IP-Adapters.
+    pub(super) fn image_prompts(&self) -> &[LoadedImagePrompt] {
+        &self.image_prompts
     }
 
     /// Networks that steer the UNet.
@@ -322,9 +348,13 @@ impl Networks {
                 how: How::Eager(conditions.to_dtype(self.dtype)?, skipped.to_vec()),
             });
         };
-        let controls = &conditions.controls;
-        let (graph, output) = self.record((w, h), (batch, tokens), (skipped, controls))?;
-        let options = self.unet_options(batch == 2 * n, controls, (&graph, &output))?;
+        let beside = Beside {
+            skipped,
+            controls: &conditions.controls,
+            images: &conditions.images,
+        };
+        let (graph, output) = self.record((w, h), (batch, tokens), beside)?;
+        let options = self.unet_options(batch == 2 * n, beside, (&graph, &output))?;
         let mut plan = Plan::compile(&graph, &output, &options, &planned.unet)?;
         let mut distinct: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
         distinct.sort_by(f32::total_cmp);
@@ -350,7 +380,12 @@ impl Networks {
         let own = conditions.named()?.into_iter();
         let own = own.map(|(name, values)| (Cow::from(name), values));
         let steering = values(&self.controls, &conditions.controls, n)?;
-        Ok(own.chain(steering).collect())
+        let images = conditions.images.iter().map(|image| {
+            let tokens = image.tokens.flatten_all()?.to_vec1()?;
+            Ok((image_input(image.index), tokens))
+        });
+        let images = images.collect::<Result<Vec<_>>>()?;
+        Ok(own.chain(steering).chain(images).collect())
     }
 
     /// Latents `[b, c, h, w]` → pictures `[b, 3, H, W]`, computed in `dtype`.
@@ -399,16 +434,25 @@ impl Networks {
         (w, h): (usize, usize),
         (batch, tokens): (usize, usize),
     ) -> Result<(Graph, sd_kernels::Tensor)> {
+        let controls = self.stand_ins();
+        let beside = Beside {
+            controls: &controls,
+            ..Beside::default()
+        };
+        self.record((w, h), (batch, tokens), beside)
+    }
+
+    /// All networks that steer, as far as sizes go.
+    fn stand_ins(&self) -> Vec<Acting> {
         let controls = self.controls.iter().enumerate();
-        let controls: Vec<Acting> = controls.map(|(i, control)| control.stand_in(i)).collect();
-        self.record((w, h), (batch, tokens), (&[], &controls))
+        controls.map(|(i, control)| control.stand_in(i)).collect()
     }
 
     fn record(
         &self,
         (w, h): (usize, usize),
         (batch, tokens): (usize, usize),
-        (skipped, controls): (&[usize], &[Acting]),
+        beside: Beside<'_>,
     ) -> Result<(Graph, sd_kernels::Tensor)> {
         let graph = Graph::new();
         let config = &self.config;
@@ -427,16 +471,19 @@ impl Networks {
             steering: Steering::default(),
         };
         let give = |name: &str, shape: &[usize]| Ok(graph.input(name, shape));
-        let (residuals, features) = steer(&self.controls, controls, &inputs, &give)?;
+        let (residuals, features) = steer(&self.controls, beside.controls, &inputs, &give)?;
+        let images = beside.images.iter();
+        let tokens = images.map(|one| graph.input(&image_input(one.index), one.tokens.dims()));
+        let tokens: Vec<sd_kernels::Tensor> = tokens.collect();
         let inputs = Inputs {
             steering: Steering {
                 residuals: residuals.as_ref(),
                 features: &features,
-                images: &[],
+                images: &prompts(&self.image_prompts, beside.images, &tokens),
             },
             ..inputs
         };
-        let output = self.unet.forward_without(&inputs, skipped)?;
+        let output = self.unet.forward_without(&inputs, beside.skipped)?;
         Ok((graph, output))
     }
 
@@ -472,9 +519,12 @@ impl Networks {
                 buffers: elements * self.dtype.size_in_bytes() as u64,
             });
         }
-        let controls = self.controls.iter().enumerate();
-        let controls: Vec<Acting> = controls.map(|(i, control)| control.stand_in(i)).collect();
-        let options = self.unet_options(guided, &controls, (&unet, &noise))?;
+        let controls = self.stand_ins();
+        let beside = Beside {
+            controls: &controls,
+            ..Beside::default()
+        };
+        let options = self.unet_options(guided, beside, (&unet, &noise))?;
         let unet = Plan::sizes(&unet, &noise, &options)?;
         let vae = Plan::sizes(&vae, &picture, &vae_options(self.dtype))?;
         let decoding = vae.buffers + vae.transient;
@@ -488,17 +538,21 @@ impl Networks {
     fn unet_options(
         &self,
         guided: bool,
-        controls: &[Acting],
+        beside: Beside<'_>,
         (graph, output): (&Graph, &sd_kernels::Tensor),
     ) -> Result<Options> {
         /// The part of what is free that weights may take.
         const SHARE: f64 = 0.8;
-        let pictures = || controls.iter().flat_map(|one| input_names(one.index));
+        let pictures = || {
+            let controls = beside.controls.iter();
+            controls.flat_map(|one| input_names(one.index))
+        };
+        let images = beside.images.iter().map(|one| image_input(one.index));
         let constant = [CONTEXT, ADDED, GUIDANCE].map(Cow::from).into_iter();
         let halved = std::iter::once(Cow::from("sample")).chain(pictures());
         let options = Options {
             timestep: Some("timestep"),
-            constant: constant.chain(pictures()).collect(),
+            constant: constant.chain(pictures()).chain(images).collect(),
             halved: halved.filter(|_| guided).collect(),
             ..Options::new(Level::current(), precision(self.dtype))
         };
@@ -517,6 +571,17 @@ impl Networks {
             false => options,
         })
     }
+}
+
+/// What a denoising network is run with or without, beside its inputs.
+#[derive(Clone, Copy, Default)]
+struct Beside<'a> {
+    /// Layers that are left out.
+    skipped: &'a [usize],
+    /// Pictures that steer.
+    controls: &'a [Acting],
+    /// Pictures beside the text.
+    images: &'a [ActingImage],
 }
 
 /// How plans of the decoder are made: one picture after another reads every weight once each, and to pack them again costs less than the memory
@@ -570,6 +635,7 @@ impl Denoiser<'_> {
         let Networks {
             unet,
             controls,
+            image_prompts,
             device,
             dtype,
             ..
@@ -601,11 +667,16 @@ impl Denoiser<'_> {
                 };
                 let acting = &conditions.controls;
                 let (residuals, features) = steer(controls, acting, &inputs, &give)?;
+                let images = &conditions.images;
+                let tokens = images
+                    .iter()
+                    .map(|one| Ok(one.tokens.to_dtype(*dtype)?.into()));
+                let tokens = tokens.collect::<Result<Vec<sd_kernels::Tensor>>>()?;
                 let inputs = Inputs {
                     steering: Steering {
                         residuals: residuals.as_ref(),
                         features: &features,
-                        images: &[],
+                        images: &prompts(image_prompts, images, &tokens),
                     },
                     ..inputs
                 };

@@ -188,6 +188,19 @@ fn plan_controls(
     trajectory: &Trajectory,
     size: (usize, usize),
 ) -> Result<Vec<Planned>> {
+    let adapters = engine.networks().image_prompts().len();
+    if adapters != request.images.len() {
+        return Err(Error::Usage(format!(
+            "there are {adapters} of --ip-adapter and {} of --ip-image, expected one picture for each",
+            request.images.len()
+        )));
+    }
+    if let Some(image) = request.images.iter().find(|image| !image.scale.is_finite()) {
+        return Err(Error::Usage(format!(
+            "--ip-scale is {}, expected a number",
+            image.scale
+        )));
+    }
     let loaded = engine.networks().controls();
     if loaded.len() != request.controls.len() {
         return Err(Error::Usage(format!(

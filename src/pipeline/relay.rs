@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use candle_core::Tensor;
 
 use super::guidance::guide;
+use super::image_prompt::ImageTokens;
 use super::networks::Denoiser;
 use super::{Engine, Plan};
 use crate::error::{Error, Result};
@@ -18,6 +19,8 @@ pub(super) struct Relay<'a> {
     size: [usize; 4],
     /// The model's, and the refiner's if there is one.
     conditionings: &'a [Conditioning],
+    /// Pictures beside the prompt, for the model alone.
+    images: &'a [ImageTokens],
     /// One for all rows, or one for the negative prompt's and one for the prompt's.
     denoisers: Vec<Denoiser<'a>>,
     /// Which of the pictures act in them.
@@ -36,13 +39,14 @@ impl<'a> Relay<'a> {
         engine: &'a Engine,
         plan: &'a Plan,
         size: [usize; 4],
-        conditionings: &'a [Conditioning],
+        (conditionings, images): (&'a [Conditioning], &'a [ImageTokens]),
     ) -> Result<Self> {
         let mut relay = Self {
             engine,
             plan,
             size,
             conditionings,
+            images,
             denoisers: Vec::new(),
             acting: Vec::new(),
             calls: 0,
@@ -108,9 +112,12 @@ impl<'a> Relay<'a> {
         if self.lacking.is_none() {
             let start = Instant::now();
             let layers = Some(slg.layers.as_slice());
-            let denoisers =
-                self.engine
-                    .denoisers(self.plan, self.size, conditioning, (layers, &[]))?;
+            let denoisers = self.engine.denoisers(
+                self.plan,
+                self.size,
+                conditioning,
+                (layers, &[], self.images),
+            )?;
             self.lacking = denoisers.into_iter().next();
             self.later_load += start.elapsed();
         }
@@ -148,8 +155,9 @@ impl<'a> Relay<'a> {
         let Some(conditioning) = self.conditionings.get(turn) else {
             return Err(Error::Numeric("the prompt was not encoded".to_owned()));
         };
-        self.denoisers =
-            engine.denoisers(self.plan, self.size, conditioning, (None, &self.acting))?;
+        let images = if self.switched { &[] } else { self.images };
+        let beside = (None, self.acting.as_slice(), images);
+        self.denoisers = engine.denoisers(self.plan, self.size, conditioning, beside)?;
         Ok(start.elapsed())
     }
 }

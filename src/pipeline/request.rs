@@ -2,6 +2,7 @@
 
 use super::control::ControlRequest;
 use super::guidance::SkipLayers;
+use super::image_prompt::ImageRequest;
 use super::sizes::SizeConditioning;
 use crate::device::DtypeChoice;
 use crate::text::Syntax;
@@ -55,6 +56,8 @@ pub struct Request {
     pub negative_sizes: SizeConditioning,
     /// Pictures that steer, one for each network of [`super::Engine::with_controls`].
     pub controls: Vec<ControlRequest>,
+    /// Pictures beside the prompt, one for each IP-Adapter of [`super::Engine::with_image_prompts`].
+    pub images: Vec<ImageRequest>,
     /// The compute type.
     pub dtype: DtypeChoice,
     /// Begin even when the memory estimate says that it will not fit.

@@ -3,6 +3,7 @@
 
 mod autoencoder;
 mod control;
+mod image_prompt;
 mod single;
 mod table;
 mod text;
@@ -18,6 +19,7 @@ use crate::weights::Layout;
 use autoencoder::Autoencoder;
 pub(crate) use autoencoder::SINGLE_VAE;
 pub use control::{CONTROL, ControlSpec};
+pub use image_prompt::{IMAGE_ENCODER, ImagePromptSpec};
 use sd_models::config::ConfigResult;
 use sd_models::vae::TinyConfig;
 use sd_models::{clip, denoiser, unet, vae};

@@ -115,12 +115,7 @@ fn hint(
         Some(&[output, input, _, _]) if output > 0 && input > 0 => Some((output, input)),
         _ => None,
     };
-    let missing = |i| {
-        format!(
-            "tensor `{}` is missing or has an unexpected rank",
-            name(i)
-        )
-    };
+    let missing = |i| format!("tensor `{}` is missing or has an unexpected rank", name(i));
     let count = (0..MAX_HINTS).take_while(|&i| shape(i).is_some()).count();
     let (first, channels) = shape(0).ok_or_else(|| missing(0))?;
     if count % 2 != 0 || count < 2 {

@@ -61,11 +61,7 @@ pub(crate) fn read_half(prefix: &str, shapes: &Shapes<'_>) -> Result<(Config, La
     read_any(prefix, shapes, false)
 }
 
-fn read_any(
-    prefix: &str,
-    shapes: &Shapes<'_>,
-    whole: bool,
-) -> Result<(Config, Layout), String> {
+fn read_any(prefix: &str, shapes: &Shapes<'_>, whole: bool) -> Result<(Config, Layout), String> {
     let mut reader = Reader {
         prefix,
         shapes,

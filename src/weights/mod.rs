@@ -6,6 +6,7 @@ mod control_lora;
 pub(crate) mod controlnet;
 pub(crate) mod diffusers_vae;
 pub(crate) mod flux;
+pub(crate) mod image_prompt;
 pub mod layout;
 pub(crate) mod ldm_unet;
 pub(crate) mod ldm_vae;

@@ -57,7 +57,9 @@ impl Reader<'_> {
 
     /// Channels of the hint and pixels of a side that became channels.
     fn hint(input: usize, factors: &[usize]) -> Result<(usize, usize), String> {
-        let mut all = HINTS.iter().flat_map(|c| factors.iter().map(move |f| (*c, *f)));
+        let mut all = HINTS
+            .iter()
+            .flat_map(|c| factors.iter().map(move |f| (*c, *f)));
         all.find(|(channels, factor)| channels * factor * factor == input)
             .ok_or_else(|| {
                 format!("the adapter's first convolution takes {input} channels, expected 64 or 256 times 1 or 3")

@@ -16,7 +16,11 @@ fn maps_equal_opencvs() {
     let data = std::fs::read(fixtures().join("preprocess.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&data).unwrap();
     let pictures = file.names();
-    let pictures: Vec<&str> = pictures.iter().copied().filter(|n| !n.contains('/')).collect();
+    let pictures: Vec<&str> = pictures
+        .iter()
+        .copied()
+        .filter(|n| !n.contains('/'))
+        .collect();
     assert!(pictures.len() >= 5);
     for name in pictures {
         let (shape, rgb) = bytes(&file, name);
@@ -59,14 +63,25 @@ fn hints_are_planes_of_the_results_size() {
     let sums = rgb.iter().zip(&inverse).map(|(a, b)| a + b);
     assert!(sums.into_iter().all(|sum| (sum - 1.0).abs() < 1e-6));
     // scaled to 16 pixels high and 32 wide, of which the middle 16 are seen
-    let stretched = hint((&picture, None), (Preprocessor::None, Resize::Stretch), (32, 16), (3, false)).unwrap();
+    let stretched = hint(
+        (&picture, None),
+        (Preprocessor::None, Resize::Stretch),
+        (32, 16),
+        (3, false),
+    )
+    .unwrap();
     let cropped = all(Resize::Crop, Preprocessor::None, false);
     assert_eq!(cropped[..16], stretched[8..24]);
     // scaled to 8 pixels high, of the same colour above and below
     let filled = all(Resize::Fill, Preprocessor::None, false);
     assert_eq!(filled[0], filled[255]);
     assert_eq!(filled[..64], vec![filled[0]; 64]);
-    let grey = hint((&picture, None), (Preprocessor::None, Resize::Stretch), size, (1, false));
+    let grey = hint(
+        (&picture, None),
+        (Preprocessor::None, Resize::Stretch),
+        size,
+        (1, false),
+    );
     assert_eq!(grey.unwrap().len(), 256);
 }
 

@@ -81,7 +81,8 @@ fn networks_of_other_families_are_refused() {
     let reason = refused(&cases, "single-sd1", &file);
     assert!(reason.contains("controlnet_mid_block.bias"), "{reason}");
     let base = dir.path("base");
-    Case::load("single-sd1").write_single_file(&base, &crate::support::weights::SingleForm::default());
+    Case::load("single-sd1")
+        .write_single_file(&base, &crate::support::weights::SingleForm::default());
     let reason = refused(&cases, "single-sd1", &base);
     assert!(reason.contains("expected a ControlNet"), "{reason}");
 }
@@ -114,8 +115,10 @@ fn requests_out_of_range_are_refused() {
     assert!(refusal(with(&|c| c.span.1 = 1.5)).contains("--control-end"));
     assert!(refusal(with(&|c| c.kind = Some(1))).contains("--control-type"));
     assert!(
-        refusal(with(&|c| c.preprocessor = sd_rs::control::Preprocessor::Inpaint))
-            .contains("--control-mask")
+        refusal(with(
+            &|c| c.preprocessor = sd_rs::control::Preprocessor::Inpaint
+        ))
+        .contains("--control-mask")
     );
     let none = Request::default();
     let reason = Plan::new(&engine, &none).unwrap_err().to_string();

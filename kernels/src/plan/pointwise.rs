@@ -251,11 +251,10 @@ impl Memory<'_> {
         fill(out, c, |row, j| {
             let (picture, y, column) = (row / (h * w), 2 * (row % (h * w) / w), 2 * (row % w));
             let (rows, columns) = ((source.h - y).min(2), (source.w - column).min(2));
-            let pixels = (y..y + rows).flat_map(|y| (column..column + columns).map(move |x| (y, x)));
+            let pixels =
+                (y..y + rows).flat_map(|y| (column..column + columns).map(move |x| (y, x)));
             let sum: f32 = pixels
-                .map(|(y, column)| {
-                    at(x, ((picture * source.h + y) * source.w + column) * c + j)
-                })
+                .map(|(y, column)| at(x, ((picture * source.h + y) * source.w + column) * c + j))
                 .sum();
             sum / (rows * columns) as f32
         });

@@ -257,7 +257,9 @@ pub fn mean(x: &Tensor) -> Result<Tensor> {
     const WIDTH: usize = 64;
     let x = ops::flatten(x)?; // [b, h · w, c]
     let channels = x.shape().last().copied().unwrap_or(1);
-    let heads = (1..=channels.div_ceil(WIDTH)).rev().find(|n| channels.is_multiple_of(*n));
+    let heads = (1..=channels.div_ceil(WIDTH))
+        .rev()
+        .find(|n| channels.is_multiple_of(*n));
     // a query of zeros finds all pixels equally good
     let query = ops::affine(&ops::tokens(&x, 0, 1)?, 0.0, 0.0)?;
     ops::attention(&query, &x, &x, heads.unwrap_or(1), false)

@@ -24,9 +24,18 @@ impl ImageLayers {
     /// Reads `N.to_k_ip` and `N.to_v_ip`, where diffusers counts attentions from 0 down, up and through the middle, and every second one looks at
     /// the text.
     pub fn load(weights: &Weights, config: &Config) -> Self {
-        let down: Vec<_> = config.levels.iter().flat_map(|level| sizes(level, &level.down)).collect();
+        let down: Vec<_> = config
+            .levels
+            .iter()
+            .flat_map(|level| sizes(level, &level.down))
+            .collect();
         // the way up begins at the last level
-        let up: Vec<_> = config.levels.iter().rev().flat_map(|level| sizes(level, &level.up)).collect();
+        let up: Vec<_> = config
+            .levels
+            .iter()
+            .rev()
+            .flat_map(|level| sizes(level, &level.up))
+            .collect();
         let mid = match (config.mid, config.levels.last()) {
             (Mid::Attention { depth }, Some(level)) => vec![(level.channels, level.context); depth],
             _ => Vec::new(),

@@ -15,7 +15,8 @@ pub(super) fn mosaic(rgb: &[u8], (w, h): (usize, usize)) -> Vec<u8> {
             for c in 0..3 {
                 let line = |y: usize| -> i64 {
                     let taps = horizontal.iter();
-                    taps.map(|(x, k)| i64::from(rgb[(y * w + x) * 3 + c]) * k).sum()
+                    taps.map(|(x, k)| i64::from(rgb[(y * w + x) * 3 + c]) * k)
+                        .sum()
                 };
                 let sum: i64 = vertical.iter().map(|(y, k)| line(*y) * k).sum();
                 let value = (sum + (1 << (2 * BITS - 1))) >> (2 * BITS);

@@ -34,7 +34,9 @@ fn blur(rgb: &[u8], (w, h): (usize, usize), deviation: f64) -> Vec<f32> {
         for (x, pixel) in row.as_chunks_mut::<3>().0.iter_mut().enumerate() {
             for (c, value) in pixel.iter_mut().enumerate() {
                 let products = taps_x[x].iter().zip(&kernel);
-                *value = products.map(|(x, k)| f32::from(source[x * 3 + c]) * k).sum();
+                *value = products
+                    .map(|(x, k)| f32::from(source[x * 3 + c]) * k)
+                    .sum();
             }
         }
     }
