@@ -39,11 +39,9 @@ fn main() -> Result<()> {
     let (sample, context) = (input("sample")?, input("context")?);
     let timestep = f64::from(input("timestep")?.flatten_all()?.to_vec1::<f32>()?[0]);
     let size = <[usize; 4]>::from(sample.dims4()?);
-    let conditions = Conditions {
-        context: context.clone(),
-        added: inputs.get("added").cloned(),
-        guidance: inputs.get("guidance").cloned(),
-    };
+    let mut conditions = Conditions::of_text(context.clone());
+    conditions.added = inputs.get("added").cloned();
+    conditions.guidance = inputs.get("guidance").cloned();
     let mut denoiser = networks.denoiser(size, &conditions, &[timestep], &Variant::default())?;
     let out = denoiser.predict(sample, timestep)?;
     safetensors::save(&HashMap::from([("prediction", out)]), prediction)?;

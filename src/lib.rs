@@ -3,6 +3,7 @@
 pub mod adapters;
 pub mod checkpoint;
 pub mod cli;
+pub mod control;
 pub mod convert;
 pub mod demo;
 pub mod device;

@@ -9,7 +9,7 @@ use safetensors::Dtype;
 use sd_kernels::cpu::Level;
 use sd_kernels::plan::{Feed, Options, Plan, Precision, Store};
 use sd_kernels::{Graph, Source};
-use sd_models::denoiser::{Config, Denoiser, Inputs};
+use sd_models::denoiser::{Config, Denoiser, Inputs, Steering};
 use sd_models::{clip, flux, mmdit, t5};
 use sd_rs::checkpoint::{Checkpoint, detect};
 use sd_rs::pipeline::{Control, Engine, Plan as Pipeline, Request, SkipLayers};
@@ -75,6 +75,7 @@ fn predict(
         guidance: of("guidance"),
         label: None,
         reference: None,
+        steering: Steering::default(),
     };
     let skipped: Vec<usize> = list(&call["skip_layers"])
         .iter()
@@ -97,7 +98,7 @@ fn planned(network: &Denoiser, call: &Value, given: &[(&'static str, Tensor)]) -
     let output = predict(network, call, &nodes);
     let options = Options {
         timestep: Some("timestep"),
-        constant: vec!["context", "added", "guidance"],
+        constant: ["context", "added", "guidance"].map(Into::into).to_vec(),
         ..Options::new(Level::current(), Precision::F32)
     };
     let mut plan = Plan::compile(&graph, &output, &options, &Store::default()).unwrap();

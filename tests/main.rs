@@ -17,6 +17,8 @@ mod autoencoders;
 mod checkpoint;
 /// The binary: results, exit statuses, messages.
 mod cli;
+/// ControlNets, T2I-Adapters and what is made of their pictures, against diffusers and OpenCV.
+mod control;
 /// `convert`: round trips, types, quantised, merged; against diffusers, gguf and torch.
 mod convert;
 /// Stable Diffusion 3 and FLUX: transformers, T5, what their single files are called inside.

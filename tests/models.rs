@@ -43,6 +43,16 @@ impl Memory {
             });
         Weights::new(Arc::new(Self(tensors.collect())), DType::F32, &Device::Cpu)
     }
+
+    /// These tensors: names, shapes, numbers.
+    pub(crate) fn of(tensors: Vec<(String, Vec<usize>, Vec<f32>)>) -> Self {
+        let tensors = tensors.into_iter();
+        Self(
+            tensors
+                .map(|(name, shape, values)| (name, (shape, values)))
+                .collect(),
+        )
+    }
 }
 
 impl Source for Memory {
@@ -201,6 +211,7 @@ fn unet_calls() {
                 guidance: input("timestep_cond").as_ref(),
                 label: label.as_ref(),
                 reference: None,
+                steering: unet::Steering::default(),
             });
             let key = text(&call["expected"]);
             close(

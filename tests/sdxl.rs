@@ -64,6 +64,7 @@ fn unets_with_a_vector_beside_the_time() {
                 guidance: None,
                 label: None,
                 reference: None,
+                steering: unet::Steering::default(),
             });
             let key = text(&call["expected"]);
             let got = got.unwrap().into_data().unwrap();

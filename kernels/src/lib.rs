@@ -36,6 +36,7 @@
 //! | `Affine` | any → same (`x · scale + shift`) |
 //! | `Concat` | `[b, c, h, w]`, `[b, d, h, w]` → `[b, c + d, h, w]`; `[b, s, c]`, `[b, s, d]` → `[b, s, c + d]` |
 //! | `Upsample` | `[b, c, h, w]` → `[b, c, H, W]`, nearest |
+//! | `AveragePool` | `[b, c, h, w]` → `[b, c, ⌈h/2⌉, ⌈w/2⌉]` |
 //! | `Flatten`, `Unflatten` | `[b, c, h, w]` ↔ `[b, h·w, c]` |
 //! | `Sinusoid` | `[b]` → `[b, width]` |
 //! | `Embed` | ids `[b, s]` → `[b, s, c]` |

@@ -192,6 +192,8 @@ pub enum Op {
     Concat,
     /// Nearest-neighbour resampling to `h × w`: pixel `(y, x)` reads `(⌊y·H/h⌋, ⌊x·W/w⌋)`.
     Upsample { h: usize, w: usize },
+    /// Means of 2×2 pixels; an odd last row or column counts alone, as `torch.nn.AvgPool2d(2, ceil_mode=True)`.
+    AveragePool,
     /// `[b, c, h, w]` → `[b, h·w, c]`.
     Flatten,
     /// `[b, h·w, c]` → `[b, c, h, w]`.
@@ -278,6 +280,7 @@ impl Op {
             Self::Affine { .. } => "affine",
             Self::Concat => "concat",
             Self::Upsample { .. } => "upsample",
+            Self::AveragePool => "average_pool",
             Self::Flatten => "flatten",
             Self::Unflatten { .. } => "unflatten",
             Self::Sinusoid { .. } => "sinusoid",
@@ -463,6 +466,7 @@ impl Op {
                 Ok(vec![*b, *s, c + d])
             }
             (Self::Upsample { h, w }, [[b, c, _, _]]) => Ok(vec![*b, *c, *h, *w]),
+            (Self::AveragePool, [[b, c, h, w]]) => Ok(vec![*b, *c, h.div_ceil(2), w.div_ceil(2)]),
             (Self::Flatten, [[b, c, h, w]]) => Ok(vec![*b, h * w, *c]),
             (Self::Unflatten { h, w }, [[b, s, c]]) if *s == h * w => Ok(vec![*b, *c, *h, *w]),
             (Self::Sinusoid { width, .. }, [[b]]) => Ok(vec![*b, *width]),

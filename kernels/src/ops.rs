@@ -178,6 +178,14 @@ pub fn upsample(x: &Tensor, h: usize, w: usize) -> Result<Tensor> {
     apply(Op::Upsample { h, w }, &[x])
 }
 
+/// Means of 2×2 pixels: `[b, c, h, w]` → `[b, c, ⌈h/2⌉, ⌈w/2⌉]`.
+///
+/// # Errors
+/// As [`apply`].
+pub fn average_pool(x: &Tensor) -> Result<Tensor> {
+    apply(Op::AveragePool, &[x])
+}
+
 /// `[b, c, h, w]` → `[b, h·w, c]`.
 ///
 /// # Errors

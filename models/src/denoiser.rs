@@ -1,6 +1,6 @@
 //! Whatever predicts noise or velocity: the UNet, Stable Diffusion 3's transformer, or FLUX's, behind one face.
 
-use sd_kernels::{Result, Tensor, Weights, ops};
+use sd_kernels::{Error, Result, Tensor, Weights, ops};
 
 use crate::layers::{SINUSOIDS, sinusoids};
 use crate::variant::{Outputs, Variant};
@@ -23,6 +23,50 @@ pub struct Inputs<'a> {
     pub label: Option<&'a Tensor>,
     /// Another picture's latents `[b, in_channels, h', w']`, for a FLUX.1 that was trained to look at one.
     pub reference: Option<&'a Tensor>,
+    /// What else steers a UNet.
+    pub steering: Steering<'a>,
+}
+
+/// What other networks give to a UNet.
+#[derive(Clone, Copy, Default)]
+pub struct Steering<'a> {
+    /// Of ControlNets, their sum.
+    pub residuals: Option<&'a Residuals>,
+    /// Of a T2I-Adapter: `[b, c, h, w]` for each level, as its blocks leave it, and for the middle if there is one more.
+    pub features: &'a [Tensor],
+    /// Of IP-Adapters.
+    pub images: &'a [unet::ImagePrompt<'a>],
+}
+
+/// What a ControlNet adds to the skips of a UNet, in the order in which they are made, and behind its middle.
+#[derive(Clone)]
+pub struct Residuals {
+    /// `[b, c, h, w]` each.
+    pub down: Vec<Tensor>,
+    /// `[b, c, h, w]`.
+    pub mid: Tensor,
+}
+
+impl Residuals {
+    /// What two ControlNets add.
+    ///
+    /// # Errors
+    /// When they are not of one size or the executor fails.
+    pub fn plus(&self, other: &Self) -> Result<Self> {
+        if self.down.len() != other.down.len() {
+            return Err(Error::Shape {
+                op: "residuals",
+                expected: format!("{} of each ControlNet", self.down.len()),
+                got: other.down.len().to_string(),
+            });
+        }
+        let sums = self.down.iter().zip(&other.down);
+        let sums = sums.map(|(a, b)| ops::add(a, b));
+        Ok(Self {
+            down: sums.collect::<Result<_>>()?,
+            mid: ops::add(&self.mid, &other.mid)?,
+        })
+    }
 }
 
 /// The structure of a denoising network.

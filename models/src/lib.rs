@@ -9,10 +9,13 @@
 
 pub mod clip;
 pub mod config;
+pub mod controlnet;
 pub mod denoiser;
 pub mod flux;
+pub mod image_projection;
 pub mod layers;
 pub mod mmdit;
+pub mod t2i_adapter;
 pub mod t5;
 pub mod unet;
 pub mod upscaler;

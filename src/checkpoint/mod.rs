@@ -381,7 +381,7 @@ fn what_folder(path: &Path) -> String {
     if let Some(class) = class.or_else(|| scheduler.then(|| "scheduler".to_owned())) {
         if class.contains("ControlNet") {
             return format!(
-                "this is a ControlNet ({class}), which is not a base model and not supported yet; give a base model"
+                "this is a ControlNet ({class}), which is not a base model; give a base model with --model, and this with --controlnet"
             );
         }
         return format!(

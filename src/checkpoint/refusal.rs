@@ -126,7 +126,7 @@ fn advice(family: Family) -> &'static str {
         }
         Family::Vae => "not a base model; give a base model with --model, and the VAE with --vae",
         Family::ControlNet | Family::T2iAdapter => {
-            "not a base model; give a base model with --model, and this with --controlnet (not built yet)"
+            "not a base model; give a base model with --model, and this with --controlnet"
         }
         Family::Embedding => {
             "not a base model; give a base model with --model, and this with --embedding"
@@ -140,7 +140,10 @@ fn advice(family: Family) -> &'static str {
         Family::Hypernetwork => {
             "not a base model, and hypernetworks are not supported; give a base model with --model, and a LoRA that was trained for the same with --lora"
         }
-        Family::IpAdapter | Family::MotionModule => {
+        Family::IpAdapter => {
+            "not a base model; give a base model with --model, and this with --ip-adapter"
+        }
+        Family::MotionModule => {
             "not a base model, and not supported yet; give a base model with --model"
         }
         Family::TextEncoder | Family::T5 => {

@@ -6,6 +6,13 @@ pub use image::ImageArgs;
 mod upscale;
 mod adapters;
 pub(super) mod guidance;
+mod control;
+mod image_prompt;
+
+pub use control::{ControlArgs, ControlMapArgs};
+pub use image_prompt::ImagePromptArgs;
+
+pub(super) use control::value_name;
 
 use std::path::PathBuf;
 
@@ -58,6 +65,8 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// List, fetch, check and remove models
     Models(ModelsArgs),
+    /// Show what a ControlNet or T2I-Adapter would see of a picture
+    Control(ControlMapArgs),
     /// Change a model's form: single file, folder, GGUF; its type; merge it
     Convert(Box<ConvertArgs>),
     /// Make pictures larger with a network of the ESRGAN family
@@ -310,6 +319,12 @@ pub struct GenerateArgs {
     /// Less work for nearly the same picture
     #[command(flatten)]
     pub shortcuts: ShortcutArgs,
+    /// Pictures that steer
+    #[command(flatten)]
+    pub control: ControlArgs,
+    /// Pictures beside the prompt
+    #[command(flatten)]
+    pub image_prompt: ImagePromptArgs,
     /// The prompts' language
     #[arg(long, value_enum, default_value_t)]
     pub prompt_syntax: Syntax,

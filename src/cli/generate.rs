@@ -8,7 +8,7 @@ use candle_core::Tensor;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
-use super::args::GenerateArgs;
+use super::args::{GenerateArgs, value_name};
 use super::embedding::{Learned, Used};
 use super::args::guidance::{infotext, record};
 use super::fetch::{open_model, open_part};
@@ -16,13 +16,15 @@ use super::lora::{self, Worn};
 use super::picture;
 use super::{interrupt, print_line, set_threads};
 use crate::adapters::DoraNorm;
+use crate::control::Resize;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::memory::peak_resident;
 use crate::output::{self, NoiseSource, Parameters, Target};
 use crate::picture::Picture;
 use crate::pipeline::{
-    Batch, Control, Engine, Event, Place, Plan, Request, Rng, SizeConditioning, SkipLayers,
+    Batch, Control, ControlMode, ControlRequest, Engine, Event, Place, Plan, Request, Rng,
+    SizeConditioning, SkipLayers,
 };
 use crate::spec::Others;
 
@@ -38,6 +40,8 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     let worn = lora::wear(args)?;
     let request = Request {
         prompt: worn.prompt.clone(),
+        controls: args.control.requests()?,
+        images: args.image_prompt.requests()?,
         ..request(args)?
     };
     let device = device::open(args.device)?;
@@ -79,12 +83,21 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
         let refiner = learned.teach_refiner(refiner)?;
         engine = engine.with_refiner(refiner, args.refiner_switch)?;
     }
+    let controls = args.control.open(&args.library, args.no_mmap)?;
+    engine = engine.with_controls(controls.iter().map(|control| &control.checkpoint))?;
+    let adapters = args.image_prompt.open(&args.library, args.no_mmap)?;
+    engine = engine.with_image_prompts(adapters.iter().map(|(_, files)| files))?;
     let mut session = Session {
         args,
         model: &model.name,
         vae: vae.as_ref().map(|vae| vae.name.as_str()),
         text: text_names.iter().map(String::as_str).collect(),
         refiner: refiner_name.as_deref(),
+        controls: controls
+            .iter()
+            .map(|control| control.name.as_str())
+            .collect(),
+        ip_adapters: adapters.iter().map(|(name, _)| name.as_str()).collect(),
         engine: &engine,
         worn: &worn,
         embeddings: &embeddings,
@@ -111,6 +124,8 @@ struct Session<'a> {
     vae: Option<&'a str>,
     text: Vec<&'a str>,
     refiner: Option<&'a str>,
+    controls: Vec<&'a str>,
+    ip_adapters: Vec<&'a str>,
     engine: &'a Engine,
     worn: &'a Worn,
     embeddings: &'a Used,
@@ -272,6 +287,8 @@ fn request(args: &GenerateArgs) -> Result<Request> {
             target: args.negative_target_size,
             aesthetic_score: args.negative_aesthetic_score,
         },
+        controls: Vec::new(),
+        images: Vec::new(),
         dtype: args.dtype,
         force: args.force || args.dry_run,
     })
@@ -321,6 +338,41 @@ fn show(bar: &ProgressBar, event: Event) {
             bar.suspend(|| tracing::info!("decoding"));
         }
     }
+}
+
+/// What a picture's second text chunk says of a network that steered it.
+fn control_json(name: &str, control: &ControlRequest) -> Value {
+    json!({
+        "model": name,
+        "preprocessor": value_name(control.preprocessor),
+        "resize": value_name(control.resize),
+        "mode": value_name(control.mode),
+        "scale": control.scale,
+        "start": control.span.0,
+        "end": control.span.1,
+        "type": control.kind,
+    })
+}
+
+/// A1111's words for what steered a picture.
+fn control_infotext(name: &str, control: &ControlRequest) -> String {
+    let mode = match control.mode {
+        ControlMode::Balanced => "Balanced",
+        ControlMode::Prompt => "My prompt is more important",
+        ControlMode::Control | ControlMode::Guess => "ControlNet is more important",
+    };
+    let resize = match control.resize {
+        Resize::Stretch => "Just Resize",
+        Resize::Crop => "Crop and Resize",
+        Resize::Fill => "Resize and Fill",
+    };
+    format!(
+        "Module: {}, Model: {name}, Weight: {}, Resize Mode: {resize}, Guidance Start: {}, Guidance End: {}, Control Mode: {mode}",
+        value_name(control.preprocessor),
+        control.scale,
+        control.span.0,
+        control.span.1
+    )
 }
 
 impl Job<'_> {
@@ -439,6 +491,17 @@ impl Job<'_> {
                 let switch = json!(self.session.args.refiner_switch);
                 fields.insert("refiner_switch".to_owned(), switch);
             }
+            if !self.session.controls.is_empty() {
+                let controls = self.session.controls.iter().zip(&self.request.controls);
+                let controls = controls.map(|(name, control)| control_json(name, control));
+                fields.insert("controls".to_owned(), controls.collect());
+            }
+            if !self.session.ip_adapters.is_empty() {
+                let adapters = self.session.ip_adapters.iter().zip(&self.request.images);
+                let adapters =
+                    adapters.map(|(name, image)| json!({ "model": name, "scale": image.scale }));
+                fields.insert("ip_adapters".to_owned(), adapters.collect());
+            }
             if let Some(slg) = &self.plan.skip_layers {
                 fields.insert(
                     "skip_layer_guidance".to_owned(),
@@ -514,6 +577,11 @@ impl Job<'_> {
             pairs.push(("Refiner switch at".to_owned(), switch));
         }
         pairs.extend(picture::pairs(self.request, self.plan));
+        let controls = self.session.controls.iter().zip(&self.request.controls);
+        for (i, (name, control)) in controls.enumerate() {
+            let text = control_infotext(name, control);
+            pairs.push((format!("ControlNet {i}"), text));
+        }
         if let Some(hashes) = &self.session.worn.hashes {
             pairs.push(("Lora hashes".to_owned(), hashes.clone()));
         }

@@ -212,6 +212,7 @@ fn record(config: &Value, latent: usize) -> Result<Graph> {
         guidance: None,
         label: None,
         reference: None,
+        steering: unet::Steering::default(),
     })?;
     Ok(graph)
 }

@@ -2,6 +2,7 @@
 
 pub mod args;
 mod bench;
+mod control;
 mod convert;
 mod doctor;
 mod embedding;
@@ -34,6 +35,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Bench(args) => bench::run(&args, cli.quiet),
         Command::Doctor(args) => doctor::run(stdout, args.json),
         Command::Models(args) => models::run(&args),
+        Command::Control(args) => control::run(&args),
         Command::Convert(args) => convert::run(&args, cli.quiet),
         Command::Upscale(args) => upscale::run(&args, cli.quiet),
     }

@@ -26,12 +26,16 @@ pub(super) struct Ask {
     pub(super) turn: usize,
     pub(super) texts: Vec<Text>,
     pub(super) variant: Variant,
+    /// Which of the pictures that steer act.
+    pub(super) acting: Vec<bool>,
 }
 
 /// What is asked at one call.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Asks {
     pub(super) main: Ask,
+    /// The texts that are not to be seen, where a picture steers only what the others predict.
+    pub(super) apart: Option<Ask>,
     /// The network without some layers.
     pub(super) lacking: Option<Ask>,
     /// The network with perturbed attention, and the scale.
@@ -40,11 +44,19 @@ pub(super) struct Asks {
     pub(super) degraded: Option<Ask>,
 }
 
+impl Text {
+    /// Whether it says what is to be seen.
+    pub(super) fn is_positive(self) -> bool {
+        matches!(self, Self::Prompt | Self::Region(_))
+    }
+}
+
 impl Asks {
     /// Every plan that is used.
     pub(super) fn all(&self) -> impl Iterator<Item = &Ask> {
         let perturbed = self.perturbed.iter().map(|(ask, _)| ask);
-        let others = self.lacking.iter().chain(perturbed).chain(&self.degraded);
+        let others = self.apart.iter().chain(&self.lacking).chain(perturbed);
+        let others = others.chain(&self.degraded);
         std::iter::once(&self.main).chain(others)
     }
 
@@ -126,10 +138,22 @@ impl Asks {
             free_u: guidance.free_u,
             ..Variant::default()
         };
+        // a refiner is not steered
+        let controls = plan.controls.iter();
+        let acts = |calls: &Vec<bool>| turn == 0 && calls.get(index).is_some_and(|acts| *acts);
+        let acting: Vec<bool> = controls.clone().map(|one| acts(&one.calls)).collect();
+        let both: Vec<bool> = controls
+            .zip(&acting)
+            .map(|(one, acts)| *acts && !one.acting.one_sided)
+            .collect();
         let ask = |texts: &[Text], variant| Ask {
             turn,
             texts: texts.to_vec(),
             variant,
+            acting: match texts.iter().any(|text| text.is_positive()) {
+                true => acting.clone(),
+                false => both.clone(),
+            },
         };
         let lacking = plan
             .skip_layers
@@ -142,15 +166,19 @@ impl Asks {
             true => &[Text::Negative],
             false => positive.as_slice(),
         };
+        let tapped = Variant {
+            taps: if sag { vec![Tap::Mass] } else { Vec::new() },
+            ..whole.clone()
+        };
+        let (mut main, mut apart) = (ask(&texts, tapped), None);
+        if guided && acting != both {
+            let (seen, unseen): (Vec<_>, Vec<_>) = texts.iter().partition(|t| t.is_positive());
+            main.texts = seen;
+            apart = Some(ask(&unseen, whole.clone()));
+        }
         Ok(Self {
-            main: Ask {
-                turn,
-                texts,
-                variant: Variant {
-                    taps: if sag { vec![Tap::Mass] } else { Vec::new() },
-                    ..whole.clone()
-                },
-            },
+            main,
+            apart,
             lacking: lacking.map(|slg| {
                 let variant = Variant {
                     skipped: slg.layers.clone(),

@@ -3,6 +3,9 @@
 use candle_core::{DType, Tensor};
 use sd_models::denoiser;
 
+use super::control::Acting;
+use super::image_prompt::ActingImage;
+
 use crate::error::Result;
 use crate::text::{Conditioning, Encoded};
 
@@ -31,6 +34,10 @@ pub struct Conditions {
     pub reference: Option<Tensor>,
     /// The row of the picture's class, `[b, width]`, f32, where the network has classes.
     pub label: Option<Tensor>,
+    /// Pictures that steer.
+    pub(super) controls: Vec<Acting>,
+    /// Pictures beside the text.
+    pub(super) images: Vec<ActingImage>,
 }
 
 /// What of a picture the network is given.
@@ -136,13 +143,27 @@ impl Conditions {
             rows.transpose()
         };
         Ok(Self {
-            context,
             added,
             guidance,
             extra: rows(&given.extra)?,
             reference: rows(&given.reference)?,
             label: rows(&given.label)?,
+            ..Self::of_text(context)
         })
+    }
+
+    /// Text alone: states `[b, t, width]`.
+    pub fn of_text(context: Tensor) -> Self {
+        Self {
+            context,
+            added: None,
+            guidance: None,
+            extra: None,
+            reference: None,
+            label: None,
+            controls: Vec::new(),
+            images: Vec::new(),
+        }
     }
 
     pub(super) fn to_dtype(&self, dtype: DType) -> Result<Self> {
@@ -154,6 +175,8 @@ impl Conditions {
             extra: convert(&self.extra)?,
             reference: convert(&self.reference)?,
             label: convert(&self.label)?,
+            controls: self.controls.clone(),
+            images: self.images.clone(),
         })
     }
 

@@ -4,12 +4,14 @@ mod adapted;
 mod asks;
 mod begin;
 mod conditions;
+mod control;
 mod coverage;
 mod decode;
 mod denoise;
 mod event;
 mod extend;
 mod guidance;
+mod image_prompt;
 mod known;
 mod learned;
 mod memory;
@@ -27,6 +29,7 @@ mod tower;
 
 pub use adapted::bind_adapters;
 pub use conditions::{Conditions, Given, Told};
+pub use control::{ControlMode, ControlRequest};
 pub use coverage::Coverage;
 pub use event::{Control, Event, Listener};
 pub use extend::{Extend, ExtendFill, Margins};
@@ -34,6 +37,7 @@ pub use guidance::{
     FreeU, FreeUVersion, Guidance, Measure, Mimic, Perturbed, Projected, Rule, ScaleSchedule,
     ScaleShape, SkipLayers,
 };
+pub use image_prompt::ImageRequest;
 pub use networks::{Configs, Need, Networks, Posterior};
 pub use plan::Plan;
 pub use regions::{Place, Region, Regions};
@@ -54,7 +58,7 @@ use crate::checkpoint::{self, Checkpoint};
 use crate::error::{Error, Result};
 use crate::output::Image;
 use crate::sampling::{Call, Generator};
-use crate::spec::{ModelSpec, Others};
+use crate::spec::{ControlSpec, ImagePromptSpec, ModelSpec, Others};
 use crate::text::{
     self, Behind, Conditioning, Encoded, LongSpeaker, LongTower, Readers, Speaker, Texts,
     Tokenizers,
@@ -62,6 +66,7 @@ use crate::text::{
 use asks::{Ask, Text};
 use begin::{Begin, Beginning};
 use denoise::BatchNoise;
+use image_prompt::ImageTokens;
 use networks::Denoiser;
 use relay::Relay;
 
@@ -224,6 +229,60 @@ impl Engine {
         Ok(self)
     }
 
+    /// Adds networks that steer this model's UNet by pictures, behind those that it has.
+    ///
+    /// # Errors
+    /// When a file is none, or was made for another family.
+    pub fn with_controls<'a>(
+        mut self,
+        controls: impl IntoIterator<Item = &'a Checkpoint>,
+    ) -> Result<Self> {
+        let start = Instant::now();
+        let scale = self.spec.vae.config.scale();
+        for checkpoint in controls {
+            let unet = self.spec.unet.config.unet().ok_or_else(|| {
+                Error::Unsupported(format!(
+                    "--controlnet steers a UNet, and this is {}, which has a transformer; models of Stable Diffusion 1, 2 and XL take it",
+                    self.spec.family.phrase()
+                ))
+            })?;
+            let control = ControlSpec::read(checkpoint, unet)?;
+            let added = self.networks.add_control(&control, scale);
+            added.map_err(|e| match e {
+                Error::Weights(reason) | Error::Usage(reason) => {
+                    Error::bad_model(checkpoint.path(), reason)
+                }
+                other => other,
+            })?;
+            self.warnings.extend(checkpoint.warnings().iter().cloned());
+        }
+        self.load_time += start.elapsed();
+        Ok(self)
+    }
+
+    /// Adds IP-Adapters, each with the picture tower that it reads, behind those that it has.
+    ///
+    /// # Errors
+    /// When a file is none, or was made for another family.
+    pub fn with_image_prompts<'a>(
+        mut self,
+        adapters: impl IntoIterator<Item = &'a [Checkpoint; 2]>,
+    ) -> Result<Self> {
+        let start = Instant::now();
+        for [adapter, encoder] in adapters {
+            let spec = ImagePromptSpec::read(adapter, encoder)?;
+            let added = self.networks.add_image_prompt(&spec);
+            added.map_err(|e| match e {
+                Error::Weights(reason) | Error::Usage(reason) => {
+                    Error::bad_model(adapter.path(), reason)
+                }
+                other => other,
+            })?;
+        }
+        self.load_time += start.elapsed();
+        Ok(self)
+    }
+
     /// What the model is.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
@@ -270,6 +329,11 @@ impl Engine {
         if let Some(refiner) = &self.refiner {
             encodings.push(refiner.engine.encode_all(request, plan)?);
         }
+        let images = self.networks.image_prompts().iter().zip(&request.images);
+        let images = images
+            .enumerate()
+            .map(|(i, (adapter, wanted))| adapter.encode(i, wanted, self.networks.device()));
+        let images: Vec<ImageTokens> = images.collect::<Result<_>>()?;
         let text_time = start.elapsed();
         let warnings = encodings.first();
         let warnings = warnings.map(|first| first.conditioning.warnings.clone());
@@ -279,7 +343,8 @@ impl Engine {
         event::send(listener, Event::Encoded)?;
         let source = request.source.as_ref();
         for index in 0..plan.count {
-            let mut batch = self.batch((plan, source), index, &encodings, listener)?;
+            let told = (encodings.as_slice(), images.as_slice());
+            let mut batch = self.batch((plan, source, index), told, listener)?;
             batch.timings.text = text_time;
             finish(batch)?;
         }
@@ -337,7 +402,7 @@ impl Engine {
         &self,
         plan: &Plan,
         (size, ask): ([usize; 4], &Ask),
-        (encodings, given): (&Encodings, &Given),
+        (encodings, given, images): (&Encodings, &Given, &[ImageTokens]),
         timesteps: &[f64],
     ) -> Result<Denoiser<'_>> {
         let [negative, positive] = plan.numbers(&self.spec);
@@ -354,7 +419,14 @@ impl Engine {
         });
         let texts = texts.collect::<Result<Vec<_>>>()?;
         let (n, scale) = (plan.batch_size, plan.cfg_scale);
-        let conditions = Conditions::of_texts(&self.spec.unet.config, &texts, (n, scale), given)?;
+        let mut conditions =
+            Conditions::of_texts(&self.spec.unet.config, &texts, (n, scale), given)?;
+        let prompted: Vec<bool> = ask.texts.iter().map(|text| text.is_positive()).collect();
+        let images = images.iter().map(|image| image.for_texts(n, &prompted));
+        conditions.images = images.collect::<Result<_>>()?;
+        let acting = plan.controls.iter().zip(&ask.acting);
+        let acting = acting.filter(|(_, acts)| **acts);
+        conditions.controls = acting.map(|(planned, _)| planned.acting.clone()).collect();
         self.networks
             .denoiser(size, &conditions, timesteps, &ask.variant)
     }
@@ -404,9 +476,8 @@ impl Engine {
 
     fn batch(
         &self,
-        (plan, source): (&Plan, Option<&Source>),
-        index: usize,
-        encodings: &[Encodings],
+        (plan, source, index): (&Plan, Option<&Source>, usize),
+        (encodings, images): (&[Encodings], &[ImageTokens]),
         listener: &mut Listener<'_>,
     ) -> Result<Batch> {
         let seeds: Vec<u64> = (0..plan.batch_size)
@@ -440,7 +511,7 @@ impl Engine {
             known,
             given,
         } = begin.run(&mut noise)?;
-        let mut relay = Relay::new(self, plan, size, (encodings, given))?;
+        let mut relay = Relay::new((self, plan), size, encodings, (given, images))?;
         let mut model = |sample: &Tensor, call: &Call| relay.predict(sample, call);
         let progress = (
             index * plan.trajectory.steps,

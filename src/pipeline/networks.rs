@@ -1,5 +1,6 @@
 //! The networks of a model, loaded and ready.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -8,20 +9,22 @@ use sd_kernels::cpu::Level;
 use sd_kernels::plan::{Feed, Options, Plan, Precision, Store};
 use sd_kernels::{Graph, Source, Weights, ops};
 use sd_models::clip::{self, TextEncoder};
-use sd_models::denoiser::{self, Denoiser as Network, Inputs};
+use sd_models::denoiser::{self, Denoiser as Network, Inputs, Steering};
 use sd_models::t5::{self, T5Encoder};
 use sd_models::vae::{self, AnyDecoder, Encoder, TinyConfig};
 use sd_models::variant::{Outputs, Variant};
 
 use super::adapted::bind_adapters;
 use super::conditions::{ADDED, CONTEXT, Conditions, DEEP, EXTRA, GUIDANCE, LABEL, REFERENCE};
+use super::control::{Acting, LoadedControl, input_names, steer, values};
 use super::coverage::{Coverage, ENCODER, T5, TEXT, UNET, VAE, named, source};
+use super::image_prompt::{ActingImage, LoadedImagePrompt, image_input, prompts};
 use super::tower::{LoadedT5, LoadedTower, Runner};
 use crate::adapters::{Adapters, Bound, Owner, Strength};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::memory::Memory;
-use crate::spec::ModelSpec;
+use crate::spec::{ControlSpec, ImagePromptSpec, ModelSpec};
 use crate::weights::RandomSource;
 
 /// Text encoders, UNet and picture decoder on a device.
@@ -30,9 +33,12 @@ pub struct Networks {
     t5: Option<LoadedT5>,
     tokens: usize,
     unet: Network,
+    unet_source: Arc<dyn Source>,
     config: denoiser::Config,
     /// Where the denoising network's weights come from; the eager executor holds them.
     unet_weights: Weights,
+    controls: Vec<LoadedControl>,
+    image_prompts: Vec<LoadedImagePrompt>,
     vae: AnyDecoder,
     vae_source: Arc<dyn Source>,
     encoder: EncoderParts,
@@ -278,7 +284,10 @@ impl Networks {
             tokens: configs.tokens,
             unet,
             unet_weights,
+            unet_source: sources.unet,
             config: configs.unet.clone(),
+            controls: Vec::new(),
+            image_prompts: Vec::new(),
             vae,
             vae_source: sources.vae,
             encoder: EncoderParts {
@@ -291,6 +300,60 @@ impl Networks {
             adapters: Arc::default(),
             planned,
         })
+    }
+
+    /// Adds a network that steers the UNet by a picture, of a model whose latents are `scale` pixels wide.
+    ///
+    /// # Errors
+    /// [`Error::Weights`] that lists what is missing; [`Error::Usage`] when it was made for another family.
+    pub(super) fn add_control(&mut self, control: &ControlSpec, scale: usize) -> Result<()> {
+        let Some(unet) = self.config.unet() else {
+            return Err(Error::Unsupported(format!(
+                "a {} steers a UNet, and this model has a transformer; models of Stable Diffusion 1, 2 and XL take it",
+                control.title()
+            )));
+        };
+        let loaded = LoadedControl::load(
+            control,
+            self.controls.len(),
+            (unet, scale),
+            &self.unet_source,
+            (self.dtype, &self.device),
+        )?;
+        if self.planned.is_none() {
+            loaded.finish()?;
+        }
+        self.weight_bytes += loaded.bytes();
+        self.controls.push(loaded);
+        Ok(())
+    }
+
+    /// Adds an IP-Adapter.
+    ///
+    /// # Errors
+    /// As [`Networks::add_control`].
+    pub(super) fn add_image_prompt(&mut self, spec: &ImagePromptSpec) -> Result<()> {
+        let Some(unet) = self.config.unet() else {
+            return Err(Error::Unsupported(
+                "an IP-Adapter is for a UNet, and this model has a transformer; models of Stable Diffusion 1, 2 and XL take it".to_owned(),
+            ));
+        };
+        let eager = self.planned.is_none().then_some(self.dtype);
+        let how = (&self.device, self.dtype, eager);
+        let loaded = LoadedImagePrompt::load(spec, self.image_prompts.len(), unet, how)?;
+        self.weight_bytes += loaded.bytes();
+        self.image_prompts.push(loaded);
+        Ok(())
+    }
+
+    /// IP-Adapters.
+    pub(super) fn image_prompts(&self) -> &[LoadedImagePrompt] {
+        &self.image_prompts
+    }
+
+    /// Networks that steer the UNet.
+    pub(super) fn controls(&self) -> &[LoadedControl] {
+        &self.controls
     }
 
     /// What adapters change in them.
@@ -401,6 +464,10 @@ impl Networks {
                 how: How::Eager(conditions.to_dtype(self.dtype)?, variant.clone()),
             });
         };
+        let beside = Beside {
+            controls: &conditions.controls,
+            images: &conditions.images,
+        };
         let work = Work {
             size: (w, h),
             batch,
@@ -413,8 +480,8 @@ impl Networks {
                 None => None,
             },
         };
-        let (graph, outputs) = self.record(&work, variant)?;
-        let options = self.unet_options(batch / n.max(1), (&graph, &outputs.prediction))?;
+        let (graph, outputs) = self.record(&work, beside, variant)?;
+        let options = self.unet_options(batch / n.max(1), beside, (&graph, &outputs.prediction))?;
         let outputs = (&outputs.prediction, outputs.taps.as_slice());
         let mut plan = Plan::compile_tapped(&graph, outputs, &options, &planned.unet)?;
         let mut distinct: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
@@ -426,10 +493,27 @@ impl Networks {
             repeat: batch / n.max(1),
             how: How::Planned {
                 plan: Box::new(plan),
-                constants: conditions.named()?,
+                constants: self.constants(conditions, n)?,
                 out: Vec::new(),
             },
         })
+    }
+
+    /// What stays the same during a run of `n` pictures, by the names of a plan's inputs.
+    fn constants(
+        &self,
+        conditions: &Conditions,
+        n: usize,
+    ) -> Result<Vec<(Cow<'static, str>, Vec<f32>)>> {
+        let own = conditions.named()?.into_iter();
+        let own = own.map(|(name, values)| (Cow::from(name), values));
+        let steering = values(&self.controls, &conditions.controls, n)?;
+        let images = conditions.images.iter().map(|image| {
+            let tokens = image.tokens.flatten_all()?.to_vec1()?;
+            Ok((image_input(image.index), tokens))
+        });
+        let images = images.collect::<Result<Vec<_>>>()?;
+        Ok(own.chain(steering).chain(images).collect())
     }
 
     /// Latents `[b, c, h, w]` → pictures `[b, 3, H, W]`, computed in `dtype`.
@@ -551,11 +635,27 @@ impl Networks {
             tokens,
             reference: None,
         };
-        let (graph, outputs) = self.record(&work, &Variant::default())?;
+        let controls = self.stand_ins();
+        let beside = Beside {
+            controls: &controls,
+            ..Beside::default()
+        };
+        let (graph, outputs) = self.record(&work, beside, &Variant::default())?;
         Ok((graph, outputs.prediction))
     }
 
-    fn record(&self, work: &Work, variant: &Variant) -> Result<(Graph, Outputs)> {
+    /// All networks that steer, as far as sizes go.
+    fn stand_ins(&self) -> Vec<Acting> {
+        let controls = self.controls.iter().enumerate();
+        controls.map(|(i, control)| control.stand_in(i)).collect()
+    }
+
+    fn record(
+        &self,
+        work: &Work,
+        beside: Beside<'_>,
+        variant: &Variant,
+    ) -> Result<(Graph, Outputs)> {
         let Work {
             size: (w, h),
             batch,
@@ -566,7 +666,7 @@ impl Networks {
         let config = &self.config;
         let latents = graph.input("sample", &[batch, config.latent_channels(), h, w]);
         let sample = match config.extra_channels() {
-            0 => latents,
+            0 => latents.clone(),
             more => ops::concat(&latents, &graph.input(EXTRA, &[batch, more, h, w]))?,
         };
         let timestep = graph.input("timestep", &[batch]);
@@ -586,6 +686,25 @@ impl Networks {
             guidance: guidance.as_ref(),
             label: label.as_ref(),
             reference: reference.as_ref(),
+            steering: Steering::default(),
+        };
+        // a ControlNet sees the latents alone
+        let bare = Inputs {
+            sample: &latents,
+            ..inputs
+        };
+        let give = |name: &str, shape: &[usize]| Ok(graph.input(name, shape));
+        let (residuals, features) = steer(&self.controls, beside.controls, &bare, &give)?;
+        let images = beside.images.iter();
+        let tokens = images.map(|one| graph.input(&image_input(one.index), one.tokens.dims()));
+        let tokens: Vec<sd_kernels::Tensor> = tokens.collect();
+        let inputs = Inputs {
+            steering: Steering {
+                residuals: residuals.as_ref(),
+                features: &features,
+                images: &prompts(&self.image_prompts, beside.images, &tokens),
+            },
+            ..inputs
         };
         let deep = match config.unet().and_then(|unet| unet.levels.first()) {
             Some(first) if variant.shallow => {
@@ -625,6 +744,11 @@ impl Networks {
         (batch, texts): (usize, &[usize]),
         reference: Option<(usize, usize)>,
     ) -> Result<Need> {
+        let controls = self.stand_ins();
+        let beside = Beside {
+            controls: &controls,
+            ..Beside::default()
+        };
         let record = |texts: usize| {
             let work = Work {
                 size,
@@ -632,7 +756,7 @@ impl Networks {
                 tokens: self.tokens,
                 reference,
             };
-            self.record(&work, &Variant::default())
+            self.record(&work, beside, &Variant::default())
         };
         let (vae, picture) = self.record_vae(size, 1)?;
         if self.planned.is_none() {
@@ -649,7 +773,7 @@ impl Networks {
         for &texts in texts {
             let (unet, outputs) = record(texts)?;
             let noise = outputs.prediction;
-            let options = self.unet_options(texts, (&unet, &noise))?;
+            let options = self.unet_options(texts, beside, (&unet, &noise))?;
             let unet = Plan::sizes(&unet, &noise, &options)?;
             weights = unet.weights.max(weights);
             buffers += unet.buffers + unet.transient;
@@ -666,18 +790,22 @@ impl Networks {
     fn unet_options(
         &self,
         texts: usize,
+        beside: Beside<'_>,
         (graph, output): (&Graph, &sd_kernels::Tensor),
     ) -> Result<Options> {
         /// The part of what is free that weights may take.
         const SHARE: f64 = 0.8;
+        let pictures = || {
+            let controls = beside.controls.iter();
+            controls.flat_map(|one| input_names(one.index))
+        };
+        let images = beside.images.iter().map(|one| image_input(one.index));
+        let constant = [CONTEXT, ADDED, GUIDANCE, EXTRA, REFERENCE, LABEL].map(Cow::from).into_iter();
+        let halved = std::iter::once(Cow::from("sample")).chain(pictures());
         let options = Options {
             timestep: Some("timestep"),
-            constant: vec![CONTEXT, ADDED, GUIDANCE, EXTRA, REFERENCE, LABEL],
-            halved: if texts > 1 {
-                vec!["sample"]
-            } else {
-                Vec::new()
-            },
+            constant: constant.chain(pictures()).chain(images).collect(),
+            halved: halved.filter(|_| texts > 1).collect(),
             copies: texts,
             ..Options::new(Level::current(), precision(self.dtype))
         };
@@ -696,6 +824,15 @@ impl Networks {
             false => options,
         })
     }
+}
+
+/// What a denoising network is run with or without, beside its inputs.
+#[derive(Clone, Copy, Default)]
+struct Beside<'a> {
+    /// Pictures that steer.
+    controls: &'a [Acting],
+    /// Pictures beside the text.
+    images: &'a [ActingImage],
 }
 
 /// How plans of the decoder are made: one picture after another reads every weight once each, and to pack them again costs less than the memory
@@ -735,7 +872,7 @@ enum How {
     Planned {
         plan: Box<Plan>,
         /// What does not change from call to call; until the first one.
-        constants: Vec<(&'static str, Vec<f32>)>,
+        constants: Vec<(Cow<'static, str>, Vec<f32>)>,
         out: Vec<f32>,
     },
 }
@@ -761,6 +898,8 @@ impl Denoiser<'_> {
     ) -> Result<(Tensor, Vec<Tensor>)> {
         let Networks {
             unet,
+            controls,
+            image_prompts,
             device,
             dtype,
             ..
@@ -768,6 +907,7 @@ impl Denoiser<'_> {
         match &mut self.how {
             How::Eager(conditions, variant) => {
                 let mut sample = Tensor::cat(&vec![sample; self.repeat], 0)?.to_dtype(*dtype)?;
+                let latents = sd_kernels::Tensor::from(sample.clone());
                 if let Some(extra) = &conditions.extra {
                     sample = Tensor::cat(&[&sample, extra], 1)?;
                 }
@@ -778,14 +918,42 @@ impl Denoiser<'_> {
                     (node_of(&conditions.added), node_of(&conditions.guidance));
                 let (label, reference) =
                     (node_of(&conditions.label), node_of(&conditions.reference));
+                let (batch, sample) = (sample.dim(0)?, sample.into());
                 let inputs = Inputs {
-                    sample: &sample.into(),
+                    sample: &sample,
                     timestep: &timestep.into(),
                     context: &node(&conditions.context),
                     added: added.as_ref(),
                     guidance: guidance.as_ref(),
                     label: label.as_ref(),
                     reference: reference.as_ref(),
+                    steering: Steering::default(),
+                };
+                let given = values(controls, &conditions.controls, batch)?;
+                let give = |name: &str, shape: &[usize]| {
+                    let found = given.iter().find(|(own, _)| own == name);
+                    let values = found.map(|(_, values)| values.clone()).unwrap_or_default();
+                    let values = Tensor::from_vec(values, shape, device)?;
+                    Ok(values.to_dtype(*dtype)?.into())
+                };
+                let bare = Inputs {
+                    sample: &latents,
+                    ..inputs
+                };
+                let acting = &conditions.controls;
+                let (residuals, features) = steer(controls, acting, &bare, &give)?;
+                let images = &conditions.images;
+                let tokens = images
+                    .iter()
+                    .map(|one| Ok(one.tokens.to_dtype(*dtype)?.into()));
+                let tokens = tokens.collect::<Result<Vec<sd_kernels::Tensor>>>()?;
+                let inputs = Inputs {
+                    steering: Steering {
+                        residuals: residuals.as_ref(),
+                        features: &features,
+                        images: &prompts(image_prompts, images, &tokens),
+                    },
+                    ..inputs
                 };
                 let deep = deep.map(|deep| deep.to_dtype(*dtype)).transpose()?;
                 let deep = deep.as_ref().map(node);

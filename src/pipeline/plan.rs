@@ -3,6 +3,7 @@
 use sd_models::unet::Mid;
 
 use super::asks::Asks;
+use super::control::{Planned, acting_calls};
 use super::guidance::{Guidance, SkipLayers};
 use super::request::{Request, Rng};
 use super::begin::Role;
@@ -67,6 +68,8 @@ pub struct Plan {
     pub shortcuts: Shortcuts,
     /// The weight of each prompt at each latent, that of the whole picture first; empty without regions.
     pub regions: Vec<Vec<f32>>,
+    /// Pictures that steer, and when.
+    pub(super) controls: Vec<Planned>,
     /// What SDXL is told of sizes, with the negative prompt and with the prompt.
     pub sizes: (SizeConditioning, SizeConditioning),
     /// Bytes at the peak, estimated.
@@ -194,6 +197,7 @@ impl Plan {
             true => Vec::new(),
             false => request.regions.weights(latent, scale)?,
         };
+        let controls = plan_controls(engine, request, &chosen.trajectory, (width, height))?;
         let mut plan = Self {
             width,
             height,
@@ -218,6 +222,7 @@ impl Plan {
             guidance: request.guidance.clone(),
             shortcuts: request.shortcuts,
             regions,
+            controls,
             sizes: (request.negative_sizes, request.sizes),
             memory: 0,
             warnings,
@@ -276,6 +281,13 @@ fn check_guidance(engine: &Engine, request: &Request, guided: bool) -> Result<Op
                 .to_owned(),
         ));
     }
+    let steered = !request.controls.is_empty() || !request.images.is_empty();
+    if shortcuts.deep_cache > 1 && steered {
+        return Err(Error::Usage(
+            "--deep-cache does not go with --controlnet and --ip-adapter; use one of them"
+                .to_owned(),
+        ));
+    }
     let silent = guidance.needs_negative();
     if guided || silent.is_empty() {
         return Ok(None);
@@ -285,6 +297,46 @@ fn check_guidance(engine: &Engine, request: &Request, guided: bool) -> Result<Op
         silent.join(", "),
         if silent.len() == 1 { "has" } else { "have" }
     )))
+}
+
+/// The request's pictures, each for the network in its place.
+fn plan_controls(
+    engine: &Engine,
+    request: &Request,
+    trajectory: &Trajectory,
+    size: (usize, usize),
+) -> Result<Vec<Planned>> {
+    let adapters = engine.networks().image_prompts().len();
+    if adapters != request.images.len() {
+        return Err(Error::Usage(format!(
+            "there are {adapters} of --ip-adapter and {} of --ip-image, expected one picture for each",
+            request.images.len()
+        )));
+    }
+    if let Some(image) = request.images.iter().find(|image| !image.scale.is_finite()) {
+        return Err(Error::Usage(format!(
+            "--ip-scale is {}, expected a number",
+            image.scale
+        )));
+    }
+    let loaded = engine.networks().controls();
+    if loaded.len() != request.controls.len() {
+        return Err(Error::Usage(format!(
+            "there are {} of --controlnet and {} of --control-image, expected one picture for each",
+            loaded.len(),
+            request.controls.len()
+        )));
+    }
+    let by_calls = is_own(engine, request);
+    let pairs = loaded.iter().zip(&request.controls).enumerate();
+    pairs
+        .map(|(i, (control, wanted))| {
+            Ok(Planned {
+                acting: control.resolve(wanted, i, size)?,
+                calls: acting_calls(trajectory, wanted.span, by_calls),
+            })
+        })
+        .collect()
 }
 
 /// Whether there are two predictions to choose between. A scale of 1 takes the prompt's alone, and so does 0, diffusers' word for it; a folder's

@@ -7,6 +7,7 @@ use candle_core::Tensor;
 use super::asks::{Ask, Asks, Text};
 use super::conditions::Given;
 use super::guidance::{Guide, Predictions, blurred};
+use super::image_prompt::ImageTokens;
 use super::networks::Denoiser;
 use super::regions::averaged;
 use super::{Encodings, Engine, Plan};
@@ -22,6 +23,8 @@ pub(super) struct Relay<'a> {
     encodings: &'a [Encodings],
     /// What of a picture the model is given.
     given: Given,
+    /// Pictures beside the prompt, for the model alone.
+    images: &'a [ImageTokens],
     asks: Vec<Asks>,
     /// The call that comes next.
     next: usize,
@@ -35,10 +38,10 @@ pub(super) struct Relay<'a> {
 
 impl<'a> Relay<'a> {
     pub(super) fn new(
-        engine: &'a Engine,
-        plan: &'a Plan,
+        (engine, plan): (&'a Engine, &'a Plan),
         size: [usize; 4],
-        (encodings, given): (&'a [Encodings], Given),
+        encodings: &'a [Encodings],
+        (given, images): (Given, &'a [ImageTokens]),
     ) -> Result<Self> {
         let mut relay = Self {
             engine,
@@ -46,6 +49,7 @@ impl<'a> Relay<'a> {
             size,
             encodings,
             given,
+            images,
             asks: Asks::of(engine, plan)?,
             next: 0,
             ready: Vec::new(),
@@ -86,6 +90,13 @@ impl<'a> Relay<'a> {
         let deep = self.deep.take();
         let (all, mut taps) = self.ask(&asks.main, (sample, call), deep.as_ref())?;
         let mut predictions = self.sorted(&asks.main, &all)?;
+        if let Some(ask) = &asks.apart {
+            let (all, _) = self.ask(ask, (sample, call), None)?;
+            let apart = self.sorted(ask, &all)?;
+            predictions.negative = apart.negative;
+            predictions.unseen = apart.unseen;
+            predictions.empty = apart.empty;
+        }
         let mass = match asks.degraded {
             Some(_) => taps.drain(..1).next(),
             None => None,
@@ -155,7 +166,8 @@ impl<'a> Relay<'a> {
         // a refiner takes latents alone
         let nothing = Given::default();
         let given = if ask.turn == 0 { &self.given } else { &nothing };
-        let told = (encodings, given);
+        let images = if ask.turn == 0 { self.images } else { &[] };
+        let told = (encodings, given, images);
         let denoiser = engine.denoiser(self.plan, (self.size, ask), told, &timesteps)?;
         self.ready.push((ask.clone(), denoiser));
         self.later_load += start.elapsed();

@@ -1,6 +1,8 @@
 //! What was asked for: plain data, nothing resolved. The command line and every other door end here.
 
+use super::control::ControlRequest;
 use super::guidance::{Guidance, SkipLayers};
+use super::image_prompt::ImageRequest;
 use super::regions::Regions;
 use super::shortcuts::Shortcuts;
 use super::sizes::SizeConditioning;
@@ -63,6 +65,10 @@ pub struct Request {
     pub sizes: SizeConditioning,
     /// What it is told with the negative prompt; those of the prompt where absent.
     pub negative_sizes: SizeConditioning,
+    /// Pictures that steer, one for each network of [`super::Engine::with_controls`].
+    pub controls: Vec<ControlRequest>,
+    /// Pictures beside the prompt, one for each IP-Adapter of [`super::Engine::with_image_prompts`].
+    pub images: Vec<ImageRequest>,
     /// The compute type.
     pub dtype: DtypeChoice,
     /// Begin even when the memory estimate says that it will not fit.

@@ -46,6 +46,11 @@ impl Runner {
         }
     }
 
+    /// Lets go of the weights.
+    pub(super) fn release(&self) {
+        self.weights.release();
+    }
+
     /// Token ids `[rows, length]`.
     fn ids(&self, ids: &[u32], rows: usize, vocabulary: usize) -> Result<Tensor> {
         if let Some(id) = ids.iter().find(|&&id| id as usize >= vocabulary) {
@@ -57,8 +62,13 @@ impl Runner {
         Ok(Tensor::from_slice(ids, (rows, length), &self.device)?)
     }
 
+    /// Numbers in the type that the tower computes in.
+    pub(super) fn convert(&self, input: &Tensor) -> Result<Tensor> {
+        Ok(input.to_dtype(self.eager.unwrap_or(DType::F32))?)
+    }
+
     /// Runs a part of the tower on one input.
-    fn run(
+    pub(super) fn run(
         &self,
         input: &Tensor,
         part: &dyn Fn(&sd_kernels::Tensor) -> sd_kernels::Result<sd_kernels::Tensor>,

@@ -2,6 +2,8 @@
 //! Presets are in `table.rs`.
 
 mod autoencoder;
+mod control;
+mod image_prompt;
 mod single;
 mod table;
 mod text;
@@ -16,6 +18,8 @@ use crate::sampling::{Class, Flow, NoiseSchedule, Prediction, SchedulerConfig};
 use crate::weights::Layout;
 use autoencoder::Autoencoder;
 pub(crate) use autoencoder::SINGLE_VAE;
+pub use control::{CONTROL, ControlSpec};
+pub use image_prompt::{IMAGE_ENCODER, ImagePromptSpec};
 use sd_models::config::ConfigResult;
 use sd_models::vae::TinyConfig;
 use sd_models::{clip, denoiser, unet, vae};

@@ -23,9 +23,9 @@ pub(crate) const TIME: &[Inner] = &[inner("linear_1", "0"), inner("linear_2", "2
 /// Group norms of CompVis' code always have 32 groups.
 const GROUPS: usize = 32;
 /// Width of the sinusoids of a size in SDXL.
-const NUMBER_WIDTH: usize = 256;
+pub(super) const NUMBER_WIDTH: usize = 256;
 /// More blocks than any network has.
-const MAX_BLOCKS: usize = 256;
+pub(super) const MAX_BLOCKS: usize = 256;
 
 /// The shapes of the file, by stored name.
 pub(crate) type Shapes<'a> = dyn Fn(&str) -> Option<Vec<usize>> + 'a;
@@ -52,6 +52,18 @@ struct Reader<'a> {
 /// # Errors
 /// A sentence that says what is missing or cannot be.
 pub(crate) fn read(prefix: &str, shapes: &Shapes<'_>) -> Result<(Config, Layout), String> {
+    read_any(prefix, shapes, true)
+}
+
+/// The same of the half that a ControlNet has: no way up, nothing behind it.
+///
+/// # Errors
+/// As [`read`].
+pub(crate) fn read_half(prefix: &str, shapes: &Shapes<'_>) -> Result<(Config, Layout), String> {
+    read_any(prefix, shapes, false)
+}
+
+fn read_any(prefix: &str, shapes: &Shapes<'_>, whole: bool) -> Result<(Config, Layout), String> {
     let mut reader = Reader {
         prefix,
         shapes,
@@ -59,10 +71,15 @@ pub(crate) fn read(prefix: &str, shapes: &Shapes<'_>) -> Result<(Config, Layout)
         transformer: None,
     };
     let (first, in_channels, conv_in_kernel) = reader.conv("input_blocks.0.0.weight")?;
-    let (out_channels, _, conv_out_kernel) = reader.conv("out.2.weight")?;
+    let (out_channels, _, conv_out_kernel) = match whole {
+        true => reader.conv("out.2.weight")?,
+        false => (in_channels, first, conv_in_kernel),
+    };
     reader.down()?;
     let mid = reader.middle();
-    reader.up()?;
+    if whole {
+        reader.up()?;
+    }
     let (time_output, time_input) = match reader.shape("time_embed.0.weight").as_deref() {
         Some(&[output, input]) => (output, input),
         _ => return Err(reader.missing("time_embed.0.weight")),
@@ -179,7 +196,7 @@ pub(crate) fn layout(prefix: &str, config: &Config) -> Layout {
 
 /// Stable Diffusion 1 has eight heads at every level; Stable Diffusion 2 (linear projections) has heads 64 wide. Shapes do not tell:
 /// where the rule does not divide the channels, the nearest count that does is taken.
-fn heads(channels: usize, linear: bool) -> usize {
+pub(super) fn heads(channels: usize, linear: bool) -> usize {
     let wanted = if linear { (channels / 64).max(1) } else { 8 };
     (1..=wanted)
         .rev()

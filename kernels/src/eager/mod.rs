@@ -99,6 +99,12 @@ pub fn run(op: &Op, inputs: &[&Tensor]) -> Result<Tensor> {
         Op::Multiply => (x * inputs[1])?,
         Op::Tokens { first, count } => x.narrow(1, *first, *count)?.contiguous()?,
         Op::Upsample { h, w } => x.contiguous()?.upsample_nearest2d(*h, *w)?,
+        Op::AveragePool => {
+            let (_, _, h, w) = x.dims4()?;
+            // the mean of a pixel and its copy is the pixel
+            let x = x.pad_with_same(2, 0, h % 2)?.pad_with_same(3, 0, w % 2)?;
+            x.contiguous()?.avg_pool2d(2)?
+        }
         Op::Flatten => x.flatten_from(2)?.transpose(1, 2)?.contiguous()?,
         Op::Unflatten { h, w } => {
             let (b, _, c) = x.dims3()?;

@@ -374,6 +374,7 @@ impl<'a> Fuser<'a> {
                 source: self.ready(x)?,
                 first: *first,
             },
+            Op::AveragePool => Work::AveragePool(self.view(x)?),
             Op::Patchify { patch } => Work::Patchify {
                 source: self.view(x)?,
                 patch: *patch,

@@ -225,6 +225,7 @@ pub(super) enum Work {
         h: usize,
         w: usize,
     },
+    AveragePool(View),
     Sinusoid {
         source: ValueId,
         flip_sin_to_cos: bool,
@@ -282,6 +283,7 @@ impl Work {
             | Self::Activate(source, _) => vec![*source],
             Self::Upsample { source, .. }
             | Self::LowFrequencies { source, .. }
+            | Self::AveragePool(source)
             | Self::Patchify { source, .. }
             | Self::Unpatchify { source, .. } => vec![source.value],
         }

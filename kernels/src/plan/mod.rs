@@ -23,6 +23,8 @@ mod store;
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Cow;
+
 use ir::{Form, Part, Program, Rate};
 pub use store::Store;
 
@@ -55,13 +57,13 @@ pub struct Options {
     /// The input that is the same for the whole batch and known before a run: the timestep.
     pub timestep: Option<&'static str>,
     /// Inputs that stay the same during a run: the text.
-    pub constant: Vec<&'static str>,
+    pub constant: Vec<Cow<'static, str>>,
     /// Whether weights are packed each time they are needed, and let go of: for a network that runs seldom.
     pub transient: bool,
     /// The most bytes of packed weights that are kept; the others are packed each time, as all are that the file keeps compressed.
     pub keep: usize,
     /// Inputs whose second half equals the first, as guidance has it; they are given by half. With more [`Options::copies`] a smaller part.
-    pub halved: Vec<&'static str>,
+    pub halved: Vec<Cow<'static, str>>,
     /// How often what those inputs hold is in a batch.
     pub copies: usize,
 }
@@ -87,12 +89,12 @@ impl Options {
         if self.timestep == Some(name) {
             return (Rate::Timestep, 1);
         }
-        let rate = if self.constant.contains(&name) {
+        let rate = if self.constant.iter().any(|constant| constant == name) {
             Rate::Run
         } else {
             Rate::Call
         };
-        let copies = match self.halved.contains(&name) && batch.is_multiple_of(self.copies) {
+        let copies = match self.halved.iter().any(|halved| halved == name) && batch.is_multiple_of(self.copies) {
             true => self.copies.max(1),
             false => 1,
         };

@@ -174,6 +174,7 @@ impl Memory<'_> {
                     at(x, row * wide + place)
                 });
             }
+            (Work::AveragePool(source), _) => self.average_pool(*source, c, out),
             (Work::Upsample { source, h, w }, _) => self.upsample(*source, (*h, *w), c, out),
             (
                 Work::Sinusoid {
@@ -276,6 +277,21 @@ impl Memory<'_> {
             _ => return self.feature(work, id, out),
         }
         Ok(())
+    }
+
+    fn average_pool(&self, source: View, c: usize, out: NumbersMut<'_>) {
+        let x = self.read(source.value);
+        let (h, w) = (source.h.div_ceil(2), source.w.div_ceil(2));
+        fill(out, c, |row, j| {
+            let (picture, y, column) = (row / (h * w), 2 * (row % (h * w) / w), 2 * (row % w));
+            let (rows, columns) = ((source.h - y).min(2), (source.w - column).min(2));
+            let pixels =
+                (y..y + rows).flat_map(|y| (column..column + columns).map(move |x| (y, x)));
+            let sum: f32 = pixels
+                .map(|(y, column)| at(x, ((picture * source.h + y) * source.w + column) * c + j))
+                .sum();
+            sum / (rows * columns) as f32
+        });
     }
 
     fn upsample(&self, source: View, (h, w): (usize, usize), c: usize, out: NumbersMut<'_>) {

@@ -4,8 +4,10 @@
 //! In: token ids `[b, s]`. Out: text states `[b, s, width]`.
 
 mod config;
+mod vision;
 
 pub use config::Config;
+pub use vision::{VisionConfig, VisionEncoder};
 
 use sd_kernels::{Activation, Result, Tensor, Weights, ops};
 
@@ -34,7 +36,7 @@ impl TextEncoder {
             tokens: table("token_embedding", config.vocabulary),
             positions: table("position_embedding", config.positions),
             layers: (0..config.layers)
-                .map(|i| Layer::load(&weights.at("encoder.layers").at(i), config))
+                .map(|i| Layer::load(&weights.at("encoder.layers").at(i), config, true))
                 .collect(),
             final_norm: LayerNorm::load(&weights.at("final_layer_norm"), config.width, config.eps),
             projection: config.projection.map(|output| {
@@ -99,7 +101,7 @@ impl TextEncoder {
     }
 }
 
-/// Causal self-attention and a plain feed-forward, each behind a norm and around a residual.
+/// Self-attention, causal in texts, and a plain feed-forward, each behind a norm and around a residual.
 struct Layer {
     norm1: LayerNorm,
     q_proj: Linear,
@@ -107,6 +109,7 @@ struct Layer {
     v_proj: Linear,
     out_proj: Linear,
     heads: usize,
+    causal: bool,
     norm2: LayerNorm,
     fc1: Linear,
     activation: Activation,
@@ -114,7 +117,7 @@ struct Layer {
 }
 
 impl Layer {
-    fn load(weights: &Weights, config: &Config) -> Self {
+    fn load(weights: &Weights, config: &Config, causal: bool) -> Self {
         let c = config.width;
         let norm = |name| LayerNorm::load(&weights.at(name), c, config.eps);
         let project = |name| Linear::load(&weights.at("self_attn").at(name), c, c);
@@ -126,6 +129,7 @@ impl Layer {
             v_proj: project("v_proj"),
             out_proj: project("out_proj"),
             heads: config.heads,
+            causal,
             norm2: norm("layer_norm2"),
             fc1: Linear::load(&mlp.at("fc1"), c, config.intermediate),
             activation: config.activation,
@@ -141,7 +145,7 @@ impl Layer {
             self.k_proj.forward(&h)?,
             self.v_proj.forward(&h)?,
         );
-        let h = ops::attention(&q, &k, &v, self.heads, true)?;
+        let h = ops::attention(&q, &k, &v, self.heads, self.causal)?;
         let x = ops::add(x, &self.out_proj.forward(&h)?)?;
         let h = self.fc1.forward(&self.norm2.forward(&x)?)?;
         let h = self.fc2.forward(&ops::activate(&h, self.activation)?)?;

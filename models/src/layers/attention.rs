@@ -38,11 +38,24 @@ impl Attention {
     /// # Errors
     /// When the shapes do not fit or the executor fails.
     pub fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+        self.forward_also(x, context, &|_, seen, _| Ok(seen))
+    }
+
+    /// The same, where `also` adds to what was seen, by the queries and the number of heads, before the last projection.
+    ///
+    /// # Errors
+    /// When the shapes do not fit or the executor fails.
+    pub fn forward_also(
+        &self,
+        x: &Tensor,
+        context: &Tensor,
+        also: &dyn Fn(&Tensor, Tensor, usize) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let q = self.to_q.forward(x)?; // [b, s, width]
         let k = self.to_k.forward(context)?; // [b, t, width]
         let v = self.to_v.forward(context)?; // [b, t, width]
         let y = ops::attention(&q, &k, &v, self.heads, false)?;
-        self.to_out.forward(&y)
+        self.to_out.forward(&also(&q, y, self.heads)?)
     }
 
     /// The same when every place sees itself alone.

@@ -248,6 +248,23 @@ impl TimeEmbedding {
     }
 }
 
+/// Every channel's mean over `x [b, c, h, w]`: `[b, 1, c]`.
+///
+/// # Errors
+/// When the executor fails.
+pub fn mean(x: &Tensor) -> Result<Tensor> {
+    /// Channels of a head; any will do that kernels are good at.
+    const WIDTH: usize = 64;
+    let x = ops::flatten(x)?; // [b, h · w, c]
+    let channels = x.shape().last().copied().unwrap_or(1);
+    let heads = (1..=channels.div_ceil(WIDTH))
+        .rev()
+        .find(|n| channels.is_multiple_of(*n));
+    // a query of zeros finds all pixels equally good
+    let query = ops::affine(&ops::tokens(&x, 0, 1)?, 0.0, 0.0)?;
+    ops::attention(&query, &x, &x, heads.unwrap_or(1), false)
+}
+
 /// The words for a missing or superfluous input.
 pub(crate) fn given(there: bool) -> &'static str {
     if there {

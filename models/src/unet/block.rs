@@ -82,18 +82,29 @@ impl DownBlock {
         }
     }
 
+    /// `feature` is a T2I-Adapter's. diffusers adds it to the last layer's result where the block attends, else to what leaves the block; the
+    /// skip there has it as well.
     pub(super) fn forward(
         &self,
         mut x: Tensor,
-        given: &Given<'_>,
+        (given, feature): (&Given<'_>, Option<&Tensor>),
         skips: &mut Vec<Tensor>,
     ) -> Result<Tensor> {
-        for layer in &self.layers {
+        let attends = self.layers.iter().any(|layer| layer.transformer.is_some());
+        let inside = feature.filter(|_| attends || self.downsample.is_none());
+        let behind = feature.filter(|_| inside.is_none());
+        for (i, layer) in self.layers.iter().enumerate() {
             x = layer.forward(&x, given)?;
+            if let Some(feature) = inside.filter(|_| i + 1 == self.layers.len()) {
+                x = ops::add(&x, feature)?;
+            }
             skips.push(x.clone());
         }
         if let Some(downsample) = &self.downsample {
             x = downsample.forward(&x)?;
+            if let Some(feature) = behind {
+                x = ops::add(&x, feature)?;
+            }
             skips.push(x.clone());
         }
         Ok(x)

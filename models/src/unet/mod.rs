@@ -7,32 +7,47 @@
 
 mod block;
 mod config;
+mod image_prompt;
 mod transformer;
+mod trunk;
 
 pub(crate) use config::activation;
 pub use config::{Added, Config, Level, Mid};
+pub use image_prompt::{ImageLayers, ImagePrompt};
+
+pub(crate) use transformer::Context;
+pub(crate) use trunk::Trunk;
 
 use std::cell::RefCell;
 
-use block::{DownBlock, MidBlock, UpBlock};
-use sd_kernels::{Activation, Error, Padding, Param, Result, Tensor, Weights, ops};
+use block::UpBlock;
+use sd_kernels::{Error, Padding, Result, Tensor, Weights, ops};
 
-pub use crate::denoiser::Inputs;
-use crate::layers::{Conv2d, Embedding, GroupNorm, TimeEmbedding, given};
+pub use crate::denoiser::{Inputs, Residuals, Steering};
+use crate::layers::{Conv2d, GroupNorm};
 use crate::variant::{Outputs, Tap, Variant};
 
 /// What every block is given beside its input.
-struct Given<'a> {
+pub(crate) struct Given<'a> {
     /// The embedded timestep.
     temb: &'a Tensor,
-    /// Text states `[b, t, context]`.
-    context: &'a Tensor,
+    /// What cross-attention looks at.
+    context: Context<'a>,
     variant: &'a Variant,
     /// What entered the last layer of the block on the way up that was computed last.
     deep: RefCell<Option<Tensor>>,
 }
 
-impl Given<'_> {
+impl<'a> Given<'a> {
+    pub(crate) fn new(temb: &'a Tensor, context: Context<'a>, variant: &'a Variant) -> Self {
+        Self {
+            temb,
+            context,
+            variant,
+            deep: RefCell::default(),
+        }
+    }
+
     fn note_deep(&self, x: &Tensor) {
         *self.deep.borrow_mut() = Some(x.clone());
     }
@@ -41,12 +56,7 @@ impl Given<'_> {
 /// The network.
 pub struct UNet {
     config: Config,
-    conv_in: Conv2d,
-    time_embedding: TimeEmbedding,
-    add_embedding: Option<Embedding>,
-    class_embedding: Option<Param>,
-    down: Vec<DownBlock>,
-    mid: Option<MidBlock>,
+    trunk: Trunk,
     up: Vec<UpBlock>,
     norm_out: GroupNorm,
     conv_out: Conv2d,
@@ -56,34 +66,9 @@ impl UNet {
     /// Asks for every weight of the network; [`Weights::finish`] tells whether all were there.
     pub fn load(weights: &Weights, config: &Config) -> Self {
         let first = config.levels[0].channels;
-        let conv = |name: &str, channels, kernel: usize| {
-            let padding = Padding::same(kernel.saturating_sub(1) / 2);
-            Conv2d::load(&weights.at(name), channels, kernel, 1, padding)
-        };
         let count = config.levels.len();
         Self {
-            conv_in: conv(
-                "conv_in",
-                (config.in_channels, first),
-                config.conv_in_kernel,
-            ),
-            time_embedding: TimeEmbedding::load(&weights.at("time_embedding"), &config.time),
-            // diffusers gives this embedding SiLU, whatever the config's activation
-            add_embedding: config.added.map(|added| {
-                Embedding::load(
-                    &weights.at("add_embedding"),
-                    (added.input, config.time.output),
-                    Activation::Silu,
-                )
-            }),
-            class_embedding: config.classes.map(|classes| {
-                let weights = weights.at("class_embedding");
-                weights.param("weight", &[classes, config.time.output])
-            }),
-            down: (0..count)
-                .map(|i| DownBlock::load(&weights.at("down_blocks").at(i), config, i))
-                .collect(),
-            mid: MidBlock::load(&weights.at("mid_block"), config),
+            trunk: Trunk::load(weights, config),
             up: (0..count)
                 .map(|i| UpBlock::load(&weights.at("up_blocks").at(i), config, count - 1 - i))
                 .collect(),
@@ -94,10 +79,12 @@ impl UNet {
                 config.eps,
                 Some(config.activation),
             ),
-            conv_out: conv(
-                "conv_out",
+            conv_out: Conv2d::load(
+                &weights.at("conv_out"),
                 (first, config.out_channels),
                 config.conv_out_kernel,
+                1,
+                Padding::same(config.conv_out_kernel.saturating_sub(1) / 2),
             ),
             config: config.clone(),
         }
@@ -113,12 +100,7 @@ impl UNet {
     /// # Errors
     /// When the table cannot be read.
     pub fn label(&self, class: usize) -> Result<Option<Vec<f32>>> {
-        let Some(table) = &self.class_embedding else {
-            return Ok(None);
-        };
-        let width = self.config.time.output;
-        let rows = table.numbers()?;
-        Ok(rows.chunks_exact(width.max(1)).nth(class).map(<[f32]>::to_vec))
+        self.trunk.label(class)
     }
 
     /// One prediction `[b, out_channels, h, w]`.
@@ -132,10 +114,9 @@ impl UNet {
 
     /// The names of the self-attentions, as diffusers has them.
     pub fn self_attentions(&self) -> Vec<&str> {
-        let down = self.down.iter().flat_map(DownBlock::transformers);
-        let mid = self.mid.iter().flat_map(MidBlock::transformers);
+        let before = self.trunk.transformers();
         let up = self.up.iter().flat_map(UpBlock::transformers);
-        let all = down.chain(mid).chain(up);
+        let all = before.chain(up);
         all.flat_map(|transformer| transformer.self_attentions())
             .collect()
     }
@@ -150,84 +131,48 @@ impl UNet {
         variant: &Variant,
         deep: Option<&Tensor>,
     ) -> Result<Outputs> {
-        let Inputs {
-            sample,
-            timestep,
-            context,
-            added,
-            guidance,
-            label,
-            reference: _,
-        } = *inputs;
+        let Steering {
+            residuals,
+            features,
+            images,
+        } = inputs.steering;
         // 1. time, and what is embedded beside it
-        let temb = self.time_embedding.forward(timestep, guidance)?; // [b, time width]
-        let temb = match (&self.class_embedding, label) {
-            (None, None) => temb,
-            (Some(_), Some(label)) => ops::add(&temb, label)?,
-            (table, _) => {
-                return Err(Error::Shape {
-                    op: "class_embedding",
-                    expected: given(table.is_some()).to_owned(),
-                    got: given(table.is_none()).to_owned(),
-                });
-            }
-        };
-        let temb = match (&self.add_embedding, added) {
-            (None, None) => temb,
-            (Some(embedding), Some(added)) => ops::add(&temb, &embedding.forward(added)?)?,
-            (embedding, _) => {
-                return Err(Error::Shape {
-                    op: "add_embedding",
-                    expected: given(embedding.is_some()).to_owned(),
-                    got: given(embedding.is_none()).to_owned(),
-                });
-            }
-        };
-        let temb = match self.config.time_activation {
-            Some(activation) => ops::activate(&temb, activation)?,
-            None => temb,
-        };
+        let temb = self.trunk.embed(inputs, None)?; // [b, time width]
+        let given = Given::new(&temb, Context::new(inputs.context, images), variant);
 
         // 2. in
-        let sample = if self.config.center_input {
-            ops::affine(sample, 2.0, -1.0)?
-        } else {
-            sample.clone()
-        };
-        let mut x = self.conv_in.forward(&sample)?; // [b, c0, h, w]
-
-        let given = Given {
-            temb: &temb,
-            context,
-            variant,
-            deep: RefCell::default(),
-        };
-        let mut skips = vec![x.clone()];
+        let mut x = self.trunk.enter(inputs.sample)?; // [b, c0, h, w]
         let mut mass = None;
         if let (true, Some(deep), Some(last)) = (variant.shallow, deep, self.up.last()) {
-            // 3. to 5. in an earlier call, but for the last layer
-            x = last.last(deep, &given, &mut skips)?;
+            // 3. to 6. in an earlier call, but for the last layer
+            x = last.last(deep, &given, &mut vec![x])?;
         } else {
             // 3. down: every resnet and every downsampler leaves a skip
-            for block in &self.down {
-                x = block.forward(x, &given, &mut skips)?;
-            }
+            let (below, mut skips) = self.trunk.descend(x, &given, features)?;
 
             // 4. middle
-            if let Some(mid) = &self.mid {
-                if variant.taps.contains(&Tap::Mass) {
-                    mass = mid.mass(&x, &given)?;
-                }
-                x = mid.forward(&x, &given)?;
+            if variant.taps.contains(&Tap::Mass) {
+                mass = self.trunk.mass(&below, &given)?;
+            }
+            x = self.trunk.turn(below, &given)?;
+            // an adapter has a feature more than there are levels where it has one for the middle, too
+            if let Some(feature) = features.get(self.config.levels.len()) {
+                x = ops::add(&x, feature)?;
             }
 
-            // 5. up: every resnet takes a skip; each level ends at the size of the next skip
+            // 5. what ControlNets add
+            if let Some(residuals) = residuals {
+                (skips, x) = residuals.add_to(&skips, &x)?;
+            }
+
+            // 6. up: every resnet takes a skip; each level ends at the size of the next skip
             for block in &self.up {
                 x = block.forward(x, &given, &mut skips)?;
             }
+            given.context.finish()?;
         }
 
-        // 6. out
+        // 7. out
         let prediction = self.conv_out.forward(&self.norm_out.forward(&x)?)?;
         let taps = variant.taps.iter().map(|tap| {
             let value = match tap {
@@ -244,5 +189,21 @@ impl UNet {
             taps: taps.collect::<Result<_>>()?,
             prediction,
         })
+    }
+}
+
+impl Residuals {
+    /// The skips and the middle with these on them.
+    fn add_to(&self, skips: &[Tensor], mid: &Tensor) -> Result<(Vec<Tensor>, Tensor)> {
+        if self.down.len() != skips.len() {
+            return Err(Error::Shape {
+                op: "residuals",
+                expected: format!("one for each of {} skips", skips.len()),
+                got: self.down.len().to_string(),
+            });
+        }
+        let sums = skips.iter().zip(&self.down);
+        let sums = sums.map(|(skip, residual)| ops::add(skip, residual));
+        Ok((sums.collect::<Result<_>>()?, ops::add(mid, &self.mid)?))
     }
 }

@@ -1,15 +1,59 @@
 //! The spatial transformer: pixels look at each other and at the text (diffusers `Transformer2DModel`, `BasicTransformerBlock`).
 
-use sd_kernels::{Result, Tensor, Weights, ops};
+use std::cell::Cell;
+
+use sd_kernels::{Error, Result, Tensor, Weights, ops};
 
 use super::Given;
 use super::config::Level;
+use super::image_prompt::ImagePrompt;
 use crate::layers::{Attention, FeedForward, GroupNorm, LayerNorm, Linear};
 
 /// Epsilon of the group norm in front, whatever the network's own.
 const GROUP_EPS: f64 = 1e-6;
 /// Epsilon of the layer norms.
 const LAYER_EPS: f64 = 1e-5;
+
+/// What cross-attention looks at.
+pub(crate) struct Context<'a> {
+    /// `[b, t, context]`.
+    text: &'a Tensor,
+    images: &'a [ImagePrompt<'a>],
+    /// Cross-attentions that have looked at the images.
+    seen: Cell<usize>,
+}
+
+impl<'a> Context<'a> {
+    pub(crate) fn new(text: &'a Tensor, images: &'a [ImagePrompt<'a>]) -> Self {
+        Self {
+            text,
+            images,
+            seen: Cell::new(0),
+        }
+    }
+
+    /// What the next cross-attention, in the order of the way through the network, sees by `queries [b, s, c]`; on top of the text in `seen`.
+    fn images(&self, queries: &Tensor, seen: Tensor, heads: usize) -> Result<Tensor> {
+        let index = self.seen.replace(self.seen.get() + 1);
+        self.images.iter().try_fold(seen, |seen, image| {
+            let more = image.attend(index, queries, heads)?;
+            ops::add(&seen, &ops::affine(&more, image.scale, 0.0)?)
+        })
+    }
+
+    /// Fails when the images have layers that nobody has used.
+    pub(crate) fn finish(&self) -> Result<()> {
+        let seen = self.seen.get();
+        match self.images.iter().find(|image| image.layers.len() != seen) {
+            Some(image) => Err(Error::Shape {
+                op: "image prompt",
+                expected: format!("a layer for each of {seen} cross-attentions"),
+                got: image.layers.len().to_string(),
+            }),
+            None => Ok(()),
+        }
+    }
+}
 
 /// norm, linear in, blocks, linear out, plus the input. Files keep the two projections as linear layers or as 1×1 convolutions:
 /// the same arithmetic.
@@ -102,16 +146,18 @@ impl Block {
     /// `x [b, s, c]` → `[b, s, c]`.
     fn forward(&self, x: &Tensor, given: &Given<'_>) -> Result<Tensor> {
         let h = self.norm1.forward(x)?;
-        let context = given.context;
+        let context = &given.context;
         let seen = if self.only_cross_attention {
-            self.attn1.forward(&h, context)?
+            self.attn1.forward(&h, context.text)?
         } else if given.variant.identities.contains(&self.attn1_name) {
             self.attn1.identity(&h)?
         } else {
             self.attn1.forward(&h, &h)?
         };
         let x = ops::add(&seen, x)?;
-        let x = ops::add(&self.attn2.forward(&self.norm2.forward(&x)?, context)?, &x)?;
+        let h = self.norm2.forward(&x)?;
+        let also = |q: &Tensor, seen, heads| context.images(q, seen, heads);
+        let x = ops::add(&self.attn2.forward_also(&h, context.text, &also)?, &x)?;
         ops::add(&self.feed_forward.forward(&self.norm3.forward(&x)?)?, &x)
     }
 }

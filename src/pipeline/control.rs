@@ -1,0 +1,473 @@
+//! Pictures that steer: ControlNets and T2I-Adapters beside the UNet. What is asked of them, what of it acts at which call, and how they are
+//! recorded into the UNet's graph.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use candle_core::{DType, Device};
+use sd_kernels::{Source, Tensor, Weights, ops};
+use sd_models::controlnet::{self, ControlNet, Hint, Ramp, Strength};
+use sd_models::denoiser::{Inputs, Residuals};
+use sd_models::t2i_adapter::{self, T2iAdapter};
+use sd_models::unet;
+
+use super::coverage::{named, source};
+use crate::control::{Preprocessor, Resize, hint};
+use crate::error::{Error, Result};
+use crate::picture::{Grey, Picture};
+use crate::sampling::Trajectory;
+use crate::spec::{Component, ControlSpec};
+use crate::weights::{ControlLoraSource, below};
+
+/// A picture for one ControlNet or T2I-Adapter of an engine; the n-th belongs to the n-th.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ControlRequest {
+    /// The picture.
+    pub picture: Picture,
+    /// What is not to be seen of it, for networks that fill in: from 128 on is hidden.
+    pub mask: Option<Grey>,
+    /// What is made of it first.
+    pub preprocessor: Preprocessor,
+    /// How it gets the size of the result.
+    pub resize: Resize,
+    /// How much the network has to say; 1 is what it was trained for.
+    pub scale: f64,
+    /// Between which parts of the steps it has a say, 0 to 1.
+    pub span: (f64, f64),
+    /// Who matters more, picture or prompt.
+    pub mode: ControlMode,
+    /// For networks of several kinds of pictures: which one this is.
+    pub kind: Option<usize>,
+}
+
+impl ControlRequest {
+    /// The picture as it is, with everything else as usual.
+    pub fn new(picture: Picture) -> Self {
+        Self {
+            picture,
+            mask: None,
+            preprocessor: Preprocessor::None,
+            resize: Resize::default(),
+            scale: 1.0,
+            span: (0.0, 1.0),
+            mode: ControlMode::default(),
+            kind: None,
+        }
+    }
+}
+
+/// Who matters more, picture or prompt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum ControlMode {
+    /// Both alike
+    #[default]
+    Balanced,
+    /// The prompt: the less, the larger the picture's parts are that a residual is about (A1111's soft weights)
+    Prompt,
+    /// The picture: the same, and it steers only what the prompt predicts, not what the negative prompt does
+    Control,
+    /// diffusers' guess mode: as `control`, growing from 0.1 to 1
+    Guess,
+}
+
+impl ControlMode {
+    fn ramp(self) -> Ramp {
+        match self {
+            Self::Balanced => Ramp::Flat,
+            Self::Prompt | Self::Control => Ramp::Soft,
+            Self::Guess => Ramp::Guess,
+        }
+    }
+
+    /// Whether only the prompt's prediction is steered.
+    fn is_one_sided(self) -> bool {
+        matches!(self, Self::Control | Self::Guess)
+    }
+}
+
+/// A network that steers, loaded.
+pub(super) struct LoadedControl {
+    network: Network,
+    weights: Weights,
+    /// Pixels that a latent is wide.
+    scale: usize,
+}
+
+enum Network {
+    Net(Box<ControlNet>),
+    Adapter(T2iAdapter),
+}
+
+/// A request resolved: what acts in a plan.
+#[derive(Debug, Clone)]
+pub(super) struct Acting {
+    /// Which of the engine's.
+    pub(super) index: usize,
+    pub(super) strength: Strength,
+    pub(super) one_sided: bool,
+    kind: Option<usize>,
+    /// `[c, h, w]` as the network wants it.
+    hint: Arc<Vec<f32>>,
+}
+
+/// A request resolved, for a whole run.
+#[derive(Debug, Clone)]
+pub(super) struct Planned {
+    pub(super) acting: Acting,
+    /// For each network call whether it acts.
+    pub(super) calls: Vec<bool>,
+}
+
+/// Where weights and inputs of a network that steers are found: its place in the engine.
+fn label(index: usize) -> String {
+    format!("control {index}")
+}
+
+/// What a control is to the plan: an input by this name, the same during a run and for all pictures of a batch.
+pub(super) fn input_names(index: usize) -> [Cow<'static, str>; 2] {
+    ["hint", "kind"].map(|what| Cow::from(format!("{} {what}", label(index))))
+}
+
+/// Makes the tensor that stands for an input: a node or data.
+pub(super) type Give<'a> = dyn Fn(&str, &[usize]) -> Result<Tensor> + 'a;
+
+impl LoadedControl {
+    /// Builds a network over a model's UNet; `base` are that one's weights.
+    ///
+    /// # Errors
+    /// [`Error::Weights`] that lists what is missing; [`Error::Usage`] when it was made for another family.
+    pub(super) fn load(
+        spec: &ControlSpec,
+        index: usize,
+        (unet, scale): (&unet::Config, usize),
+        base: &Arc<dyn Source>,
+        (dtype, device): (DType, &Device),
+    ) -> Result<Self> {
+        let source: Arc<dyn Source> = match spec {
+            ControlSpec::Net(component) => source(component),
+            ControlSpec::Adapter(component) => source(component),
+            ControlSpec::Lora(component) => Arc::new(ControlLoraSource {
+                own: source(component),
+                base: Arc::clone(base),
+            }),
+        };
+        let weights = below(&label(index), source, dtype, device);
+        let network = match spec {
+            ControlSpec::Net(Component { config, .. })
+            | ControlSpec::Lora(Component { config, .. }) => {
+                fits(config, (unet, scale))?;
+                Network::Net(Box::new(ControlNet::load(&weights, config)))
+            }
+            ControlSpec::Adapter(component) => {
+                adapter_fits(&component.config, unet)?;
+                Network::Adapter(T2iAdapter::load(&weights, &component.config))
+            }
+        };
+        named(spec.title(), weights.check())?;
+        Ok(Self {
+            network,
+            weights,
+            scale,
+        })
+    }
+
+    /// Reads all weights, for the eager executor.
+    ///
+    /// # Errors
+    /// Whatever reading gives.
+    pub(super) fn finish(&self) -> Result<()> {
+        self.weights.finish()?;
+        Ok(())
+    }
+
+    /// Bytes of its weights as the eager executor holds them.
+    pub(super) fn bytes(&self) -> u64 {
+        self.weights.bytes()
+    }
+
+    /// Channels of the hint, and how many pixels of a side become channels.
+    fn hint_form(&self) -> (usize, usize) {
+        match &self.network {
+            Network::Net(net) => (net.config().hint_channels, 1),
+            Network::Adapter(adapter) => (adapter.config().hint_channels, adapter.config().factor),
+        }
+    }
+
+    /// The kinds of pictures that it tells apart.
+    fn kinds(&self) -> Option<usize> {
+        match &self.network {
+            Network::Net(net) => net.config().union.map(|union| union.kinds),
+            Network::Adapter(_) => None,
+        }
+    }
+
+    fn pools(&self) -> bool {
+        matches!(&self.network, Network::Net(net) if net.config().pools)
+    }
+
+    /// One that acts as far as sizes go: for estimates.
+    pub(super) fn stand_in(&self, index: usize) -> Acting {
+        Acting {
+            index,
+            strength: Strength {
+                scale: 1.0,
+                ramp: Ramp::Flat,
+            },
+            one_sided: false,
+            kind: self.kinds().map(|_| 0),
+            hint: Arc::default(),
+        }
+    }
+
+    /// Resolves a request for a picture of `size` (width, height) in pixels.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for values out of range and sizes that do not fit.
+    pub(super) fn resolve(
+        &self,
+        request: &ControlRequest,
+        index: usize,
+        (width, height): (usize, usize),
+    ) -> Result<Acting> {
+        let parts = [request.span.0, request.span.1];
+        if !request.scale.is_finite() || parts.iter().any(|part| !(0.0..=1.0).contains(part)) {
+            return Err(Error::Usage(format!(
+                "--control-scale is {}, --control-start {} and --control-end {}, expected a number and parts of the steps from 0 to 1",
+                request.scale, request.span.0, request.span.1
+            )));
+        }
+        let kind = match (self.kinds(), request.kind) {
+            (None, None) => None,
+            (None, Some(_)) => {
+                return Err(Error::Usage(
+                    "--control-type is for ControlNets of several kinds (union); leave it out"
+                        .to_owned(),
+                ));
+            }
+            (Some(kinds), Some(kind)) if kind < kinds => Some(kind),
+            (Some(kinds), _) => {
+                return Err(Error::Usage(format!(
+                    "this ControlNet is for {kinds} kinds of pictures; say which one this is with --control-type, 0 to {}",
+                    kinds.saturating_sub(1)
+                )));
+            }
+        };
+        let (channels, factor) = self.hint_form();
+        if !width.is_multiple_of(factor) || !height.is_multiple_of(factor) {
+            return Err(Error::Usage(format!(
+                "the picture is {width}x{height}, and this T2I-Adapter wants multiples of {factor}"
+            )));
+        }
+        let bgr = matches!(&self.network, Network::Net(net) if net.config().bgr);
+        let hint = hint(
+            (&request.picture, request.mask.as_ref()),
+            (request.preprocessor, request.resize),
+            (width, height),
+            (channels, bgr),
+        )?;
+        Ok(Acting {
+            index,
+            strength: Strength {
+                scale: request.scale,
+                ramp: match &self.network {
+                    Network::Net(_) => request.mode.ramp(),
+                    Network::Adapter(_) => Ramp::Flat,
+                },
+            },
+            one_sided: request.mode.is_one_sided() || self.pools(),
+            kind,
+            hint: Arc::new(unshuffled(hint, (channels, width, height), factor)),
+        })
+    }
+
+    /// The shape of the hint for latents `[b, _, h, w]`.
+    fn hint_shape(&self, batch: usize, (w, h): (usize, usize)) -> Vec<usize> {
+        let (channels, factor) = self.hint_form();
+        let side = |latents: usize| latents * self.scale / factor.max(1);
+        vec![batch, channels * factor * factor, side(h), side(w)]
+    }
+}
+
+/// What networks add to a UNet that takes `inputs`, those of `acting`.
+///
+/// # Errors
+/// When the shapes do not fit.
+pub(super) fn steer(
+    loaded: &[LoadedControl],
+    acting: &[Acting],
+    inputs: &Inputs<'_>,
+    give: &Give<'_>,
+) -> Result<(Option<Residuals>, Vec<Tensor>)> {
+    let (batch, _, h, w) = inputs.sample.dims4()?;
+    let mut residuals: Option<Residuals> = None;
+    let mut features: Vec<Tensor> = Vec::new();
+    for one in acting {
+        let Some(control) = loaded.get(one.index) else {
+            return Err(Error::Numeric("a control network is missing".to_owned()));
+        };
+        let [hint_name, kind_name] = input_names(one.index);
+        let picture = give(&hint_name, &control.hint_shape(batch, (w, h)))?;
+        match &control.network {
+            Network::Net(net) => {
+                let config = net.config();
+                let width = config.union.map_or(0, |union| union.kinds * union.number);
+                let sinusoids = match one.kind {
+                    Some(kind) => Some((kind, give(&kind_name, &[batch, width])?)),
+                    None => None,
+                };
+                // a ControlNet has half the UNet's inputs only where it has the layers for them
+                let inputs = Inputs {
+                    added: inputs.added.filter(|_| config.trunk.added.is_some()),
+                    guidance: inputs
+                        .guidance
+                        .filter(|_| config.trunk.time.condition.is_some()),
+                    ..*inputs
+                };
+                let hint = Hint {
+                    picture: &picture,
+                    kind: sinusoids.as_ref().map(|(kind, x)| (*kind, x)),
+                };
+                let more = net.forward(&inputs, hint, one.strength)?;
+                residuals = Some(match residuals {
+                    Some(residuals) => residuals.plus(&more)?,
+                    None => more,
+                });
+            }
+            Network::Adapter(adapter) => {
+                let more = adapter.forward(&picture, one.strength.scale)?;
+                features = match features.len() {
+                    0 => more,
+                    count if count == more.len() => {
+                        let sums = features.iter().zip(&more).map(|(a, b)| ops::add(a, b));
+                        sums.collect::<sd_kernels::Result<_>>()?
+                    }
+                    _ => {
+                        return Err(Error::Usage(
+                            "the T2I-Adapters have different numbers of features; they are not for one family"
+                                .to_owned(),
+                        ));
+                    }
+                };
+            }
+        }
+    }
+    Ok((residuals, features))
+}
+
+/// Numbers of the inputs of `acting` for `n` pictures.
+///
+/// # Errors
+/// When the executor fails.
+pub(super) fn values(
+    loaded: &[LoadedControl],
+    acting: &[Acting],
+    n: usize,
+) -> Result<Vec<(Cow<'static, str>, Vec<f32>)>> {
+    let mut all = Vec::new();
+    for one in acting {
+        let [hint, kind] = input_names(one.index);
+        all.push((hint, one.hint.repeat(n)));
+        let network = loaded.get(one.index).map(|control| &control.network);
+        if let (Some(Network::Net(net)), Some(which)) = (network, one.kind)
+            && let Some(sinusoids) = net.embed_kind(which)?
+        {
+            let sinusoids: Vec<f32> = sinusoids.into_data()?.flatten_all()?.to_vec1()?;
+            all.push((kind, sinusoids.repeat(n)));
+        }
+    }
+    Ok(all)
+}
+
+/// For each call of a run whether what has `span` acts: by the part of the calls, as diffusers counts, or of the steps, as A1111 does.
+pub(super) fn acting_calls(trajectory: &Trajectory, span: (f64, f64), by_calls: bool) -> Vec<bool> {
+    let count = trajectory.calls.len() as f64;
+    let calls = trajectory.calls.iter().enumerate();
+    calls
+        .map(|(i, call)| {
+            if by_calls {
+                let i = i as f64;
+                i / count >= span.0 && (i + 1.0) / count <= span.1
+            } else {
+                let part = call.step as f64 / trajectory.steps.max(1) as f64;
+                (span.0..=span.1).contains(&part)
+            }
+        })
+        .collect()
+}
+
+/// `[c, h, w]` with squares of `factor` pixels as channels: `[c · f · f, h/f, w/f]`, as `torch.nn.PixelUnshuffle`.
+fn unshuffled(
+    planar: Vec<f32>,
+    (channels, width, height): (usize, usize, usize),
+    factor: usize,
+) -> Vec<f32> {
+    if factor <= 1 {
+        return planar;
+    }
+    let (w, h) = (width / factor, height / factor);
+    let mut out = Vec::with_capacity(planar.len());
+    for plane in planar.chunks_exact(width * height).take(channels) {
+        for (dy, dx) in (0..factor).flat_map(|dy| (0..factor).map(move |dx| (dy, dx))) {
+            for y in 0..h {
+                let row = &plane[(y * factor + dy) * width..][..width];
+                out.extend((0..w).map(|x| row[x * factor + dx]));
+            }
+        }
+    }
+    out
+}
+
+/// Whether a ControlNet was made for this UNet, and pictures of latents `scale` pixels wide.
+fn fits(config: &controlnet::Config, (unet, scale): (&unet::Config, usize)) -> Result<()> {
+    let widths = |config: &unet::Config| {
+        let levels = config.levels.iter();
+        let levels = levels.map(|level| (level.channels, level.down.len()));
+        (levels.collect::<Vec<_>>(), config.mid != unet::Mid::None)
+    };
+    if widths(&config.trunk) != widths(unet) {
+        return Err(Error::Usage(format!(
+            "the ControlNet has levels of {:?} channels and residual blocks, and the model {:?}; give one that was made for this family",
+            widths(&config.trunk).0,
+            widths(unet).0
+        )));
+    }
+    if config.trunk.context_width() != unet.context_width() {
+        return Err(Error::Usage(format!(
+            "the ControlNet reads text {} wide, and the model's is {}; give one that was made for this family",
+            config.trunk.context_width(),
+            unet.context_width()
+        )));
+    }
+    if config.trunk.in_channels != unet.in_channels {
+        return Err(Error::Usage(format!(
+            "the ControlNet takes latents of {} channels, and the model's UNet {}; they do not go together",
+            config.trunk.in_channels, unet.in_channels
+        )));
+    }
+    if let Some(added) = config.trunk.added
+        && unet.added.map(|added| added.input) != Some(added.input)
+    {
+        return Err(Error::Usage(
+            "the ControlNet is told sizes beside the time that the model's UNet is not; give one that was made for this family".to_owned(),
+        ));
+    }
+    if config.hint_scale() != scale {
+        return Err(Error::Usage(format!(
+            "the ControlNet wants pictures {} times as large as latents, and the model's are {scale} times as large",
+            config.hint_scale()
+        )));
+    }
+    Ok(())
+}
+
+fn adapter_fits(config: &t2i_adapter::Config, unet: &unet::Config) -> Result<()> {
+    let wanted: Vec<usize> = unet.levels.iter().map(|level| level.channels).collect();
+    let common = config.channels.len().min(wanted.len());
+    if config.channels[..common] != wanted[..common] || config.channels.len() > wanted.len() + 1 {
+        return Err(Error::Usage(format!(
+            "the T2I-Adapter makes features of {:?} channels, and the model's levels have {wanted:?}; give one that was made for this family",
+            config.channels
+        )));
+    }
+    Ok(())
+}
