@@ -58,7 +58,9 @@ fn open(kind: &str, size: (usize, usize)) -> Picture {
 
 /// A choice by its name on the command line.
 fn word<T: ValueEnum + Default>(run: &Value, key: &str) -> T {
-    let word = run[key].as_str().map(|name| T::from_str(name, true).unwrap());
+    let word = run[key]
+        .as_str()
+        .map(|name| T::from_str(name, true).unwrap());
     word.unwrap_or_default()
 }
 
@@ -82,12 +84,18 @@ fn request(record: &Value, run: &Value) -> Request {
         source.noise_level = usize::try_from(level).unwrap();
     }
     source.own_size = run.get("_auto_resize").is_some();
-    source.whose = run["like"].as_str().map(|name| Whose::from_str(name, true).unwrap());
+    source.whose = run["like"]
+        .as_str()
+        .map(|name| Whose::from_str(name, true).unwrap());
     // one that needs no picture has no strength
-    let begins = run.get("strength").is_none_or(|strength| !strength.is_null());
+    let begins = run
+        .get("strength")
+        .is_none_or(|strength| !strength.is_null());
     let output = run.get("output").map(pair);
     let absent = run.get("negative").is_some_and(Value::is_null)
-        || run["pipeline"].as_str().is_some_and(|name| name.starts_with("Latent"));
+        || run["pipeline"]
+            .as_str()
+            .is_some_and(|name| name.starts_with("Latent"));
     Request {
         prompt: text(&record["prompt"]).to_owned(),
         negative_prompt: (!absent).then(|| text(&record["negative"]).to_owned()),
@@ -166,7 +174,11 @@ fn outside_is_untouched(name: &str, request: &Request, image: &Image) {
     };
     let reach = reach(request);
     let picture = &source.picture;
-    assert_eq!((image.width, image.height), (picture.width(), picture.height()), "{name}");
+    assert_eq!(
+        (image.width, image.height),
+        (picture.width(), picture.height()),
+        "{name}"
+    );
     let (mut kept, mut painted) = (0, 0);
     for (i, &mask) in masking.mask.values().iter().enumerate() {
         let same = image.rgb[3 * i..][..3] == picture.rgb()[3 * i..][..3];
@@ -177,15 +189,25 @@ fn outside_is_untouched(name: &str, request: &Request, image: &Image) {
             painted += 1;
         }
     }
-    assert!(painted > 100 && (kept > 100 || reach > 0), "{name}: {kept} kept, {painted} painted");
+    assert!(
+        painted > 100 && (kept > 100 || reach > 0),
+        "{name}: {kept} kept, {painted} painted"
+    );
 }
 
 /// Pixels by which a mask's blur reaches outside.
 fn reach(request: &Request) -> usize {
-    let masking = request.source.as_ref().and_then(|source| source.masking.as_ref());
+    let masking = request
+        .source
+        .as_ref()
+        .and_then(|source| source.masking.as_ref());
     let named = request.sampler.is_some();
     let like = request.source.as_ref().and_then(|source| source.whose);
-    let usual = if named && like != Some(Whose::ComfyUi) { 4.0 } else { 0.0 };
+    let usual = if named && like != Some(Whose::ComfyUi) {
+        4.0
+    } else {
+        0.0
+    };
     masking.map_or(0, |m| (2.5 * m.blur.unwrap_or(usual) + 0.5) as usize)
 }
 

@@ -23,10 +23,10 @@ mod control;
 mod convert;
 /// Stable Diffusion 3 and FLUX: transformers, T5, what their single files are called inside.
 mod dit;
-/// Runs that begin at a picture, against diffusers.
-mod from_picture;
 /// Textual inversions against diffusers and transformers.
 mod embeddings;
+/// Runs that begin at a picture, against diffusers.
+mod from_picture;
 /// Guidance of special kinds, regions and shortcuts against diffusers and DeepCache.
 mod guidance;
 /// The Hub's client and the models folder, against a Hub on this machine that behaves and misbehaves.

@@ -1,26 +1,22 @@
 //! What can be typed. Nothing is resolved here; see `docs` of each command for what it does.
 
-mod image;
-
-pub use image::ImageArgs;
-mod upscale;
 mod adapters;
-pub(super) mod guidance;
 mod control;
+pub(super) mod guidance;
+mod image;
 mod image_prompt;
-
-pub use control::{ControlArgs, ControlMapArgs};
-pub use image_prompt::ImagePromptArgs;
-
-pub(super) use control::value_name;
+mod upscale;
 
 use std::path::PathBuf;
-
-pub use upscale::UpscaleArgs;
 
 use clap::{Args, Parser, Subcommand};
 
 pub use adapters::{EmbeddingArgs, LoraArgs};
+pub(super) use control::value_name;
+pub use control::{ControlArgs, ControlMapArgs};
+pub use image::ImageArgs;
+pub use image_prompt::ImagePromptArgs;
+pub use upscale::UpscaleArgs;
 
 use crate::adapters::DoraNorm;
 use crate::convert::Dtype;

@@ -8,9 +8,9 @@ use candle_core::Tensor;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
+use super::args::guidance::{infotext, record};
 use super::args::{GenerateArgs, value_name};
 use super::embedding::{Learned, Used};
-use super::args::guidance::{infotext, record};
 use super::fetch::{open_model, open_part};
 use super::lora::{self, Worn};
 use super::picture;
@@ -217,7 +217,11 @@ impl Session<'_> {
             return Ok(());
         };
         let size = first.dims()[1..].to_vec();
-        if self.latents.iter().any(|latents| latents.dims()[1..] != size) {
+        if self
+            .latents
+            .iter()
+            .any(|latents| latents.dims()[1..] != size)
+        {
             return Err(Error::Usage(
                 "--save-latents takes latents of one size, and the pictures have several; give --width and --height".to_owned(),
             ));
@@ -412,7 +416,10 @@ impl Job<'_> {
                     .to_string(),
             );
         }
-        tracing::info!("seed {seed}: {:.2} s", self.session.start.elapsed().as_secs_f64());
+        tracing::info!(
+            "seed {seed}: {:.2} s",
+            self.session.start.elapsed().as_secs_f64()
+        );
         print_line(&format!("{} (seed {seed})", path.display()))
     }
 
@@ -513,7 +520,10 @@ impl Job<'_> {
                 fields.insert("from_picture".to_owned(), from);
             }
             if !self.session.embeddings.names.is_empty() {
-                fields.insert("embeddings".to_owned(), json!(self.session.embeddings.names));
+                fields.insert(
+                    "embeddings".to_owned(),
+                    json!(self.session.embeddings.names),
+                );
             }
             let (guidance, shortcuts) = (&self.plan.guidance, &self.plan.shortcuts);
             fields.extend(record(guidance, shortcuts, &self.request.regions));

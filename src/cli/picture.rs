@@ -27,7 +27,9 @@ pub(super) fn files(args: &ImageArgs) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(path).map_err(|source| Error::disk(path, "read", source))?;
     let mut files = Vec::new();
     for entry in entries {
-        let file = entry.map_err(|source| Error::disk(path, "read", source))?.path();
+        let file = entry
+            .map_err(|source| Error::disk(path, "read", source))?
+            .path();
         let ending = file.extension().map(|e| e.to_string_lossy().to_lowercase());
         let known = ["png", "jpg", "jpeg", "webp"];
         if ending.is_some_and(|ending| known.contains(&ending.as_str())) {
@@ -53,9 +55,7 @@ fn check(args: &ImageArgs) -> Result<()> {
     ];
     for (given, flag) in alone {
         if given && !masked {
-            return Err(Error::Usage(format!(
-                "{flag} needs --mask or --mask-box"
-            )));
+            return Err(Error::Usage(format!("{flag} needs --mask or --mask-box")));
         }
     }
     if args.extend.is_some() && args.only_masked.is_some() {
@@ -137,7 +137,13 @@ fn mask(args: &ImageArgs, picture: &Picture) -> Result<Option<Grey>> {
     if !args.mask_box.is_empty() {
         mask = Some(boxes(&args.mask_box, mask, picture)?);
     }
-    Ok(mask.map(|mask| if args.invert_mask { mask.invert() } else { mask }))
+    Ok(mask.map(|mask| {
+        if args.invert_mask {
+            mask.invert()
+        } else {
+            mask
+        }
+    }))
 }
 
 /// White boxes over a mask.
@@ -176,7 +182,11 @@ pub(super) fn pairs(request: &Request, plan: &Plan) -> Vec<(String, String)> {
     if let Some(scale) = plan.image_cfg_scale {
         add("Image CFG scale", scale.to_string());
     }
-    let Some(masking) = request.source.as_ref().and_then(|source| source.masking.as_ref()) else {
+    let Some(masking) = request
+        .source
+        .as_ref()
+        .and_then(|source| source.masking.as_ref())
+    else {
         return pairs;
     };
     if let Some(blur) = masking.blur {

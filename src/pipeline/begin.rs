@@ -157,11 +157,17 @@ impl Begin<'_> {
     }
 
     /// The network is given the picture itself, with noise that is drawn before the latents', and is told how much that is.
-    fn enlarged(&self, (source, scene): (&Source, &Scene), noise: &mut BatchNoise) -> Result<Beginning> {
+    fn enlarged(
+        &self,
+        (source, scene): (&Source, &Scene),
+        noise: &mut BatchNoise,
+    ) -> Result<Beginning> {
         let picture = &scene.picture;
         let (w, h) = (picture.width() as usize, picture.height() as usize);
         let level = source.noise_level;
-        let bar = self.low_res.and_then(|schedule| schedule.alphas_cumprod.get(level));
+        let bar = self
+            .low_res
+            .and_then(|schedule| schedule.alphas_cumprod.get(level));
         let (Some(bar), Some(label)) = (bar, self.networks.label(level)?) else {
             return Err(Error::Usage(format!(
                 "--noise-level is {level}, and the model knows fewer levels; 20 is usual"
@@ -186,12 +192,7 @@ impl Begin<'_> {
 
     /// diffusers draws the sample of the picture's distribution, then the noise, then the sample of what is left by the mask, which it draws
     /// even where nobody is given it.
-    fn as_diffusers(
-        &self,
-        scene: &Scene,
-        role: Role,
-        noise: &mut BatchNoise,
-    ) -> Result<Beginning> {
+    fn as_diffusers(&self, scene: &Scene, role: Role, noise: &mut BatchNoise) -> Result<Beginning> {
         let masked = scene.mask.is_some();
         // pipelines of transformers encode the picture even where nothing of it is left
         let begins_at_picture =
@@ -243,13 +244,24 @@ impl Begin<'_> {
     ) -> Result<Beginning> {
         let drawn = noise.draw()?;
         let b = drawn.dim(0)?;
-        let mode = self.networks.scale_latents(&self.encode(scene, None)?.mode())?;
+        let mode = self
+            .networks
+            .scale_latents(&self.encode(scene, None)?.mode())?;
         let mut latents = self.resized(&mode)?.repeat((b, 1, 1, 1))?;
         let edges = source.masking.as_ref().map_or(Edges::Hard, |m| m.edges);
+        // latents of unit variance are those of samplers that go by timesteps
+        let first = self.trajectory.calls.first();
+        let by_timesteps = self.networks.config().unet().is_some()
+            && first.is_some_and(|call| call.now.0 != 1.0);
+        let denoised = if by_timesteps {
+            Blend::Seen
+        } else {
+            Blend::Denoised
+        };
         let (how, blend) = match self.whose {
             Whose::ComfyUi => (Resample::Bilinear, Blend::BeforeAndDenoised),
-            _ if edges == Edges::Hard => (Resample::RoundedBicubic, Blend::Denoised),
-            _ => (Resample::Bicubic, Blend::Denoised),
+            _ if edges == Edges::Hard => (Resample::RoundedBicubic, denoised),
+            _ => (Resample::Bicubic, denoised),
         };
         let Some(mask) = self.latent_mask(scene, how)? else {
             let extra = match role {
@@ -361,7 +373,13 @@ impl Begin<'_> {
                 };
                 let small = mask.resize(w, h, Filter::Bicubic)?;
                 let rounded = how == Resample::RoundedBicubic;
-                let value = |v: &u8| if rounded { unit(*v).round_ties_even() } else { unit(*v) };
+                let value = |v: &u8| {
+                    if rounded {
+                        unit(*v).round_ties_even()
+                    } else {
+                        unit(*v)
+                    }
+                };
                 small.values().iter().map(value).collect()
             }
         };
@@ -387,17 +405,16 @@ impl Begin<'_> {
                 }
             }
         }
-        Ok(Tensor::from_vec(values, (1, 1, h, w), self.networks.device())?)
+        Ok(Tensor::from_vec(
+            values,
+            (1, 1, h, w),
+            self.networks.device(),
+        )?)
     }
 
     /// What a network for inpainting is given: the mask and the latents of what is left, `[b, extra, h, w]`. A transformer is given every pixel
     /// of the mask, and last.
-    fn inpainting(
-        &self,
-        pixels: Option<&Grey>,
-        mask: &Tensor,
-        rest: &Tensor,
-    ) -> Result<Tensor> {
+    fn inpainting(&self, pixels: Option<&Grey>, mask: &Tensor, rest: &Tensor) -> Result<Tensor> {
         let [c, h, w] = self.shape;
         let b = rest.dim(0)?;
         let extra = self.networks.config().extra_channels();
@@ -423,7 +440,9 @@ impl Begin<'_> {
         let device: &Device = self.networks.device();
         let pixels = Tensor::from_vec(pixels, (h, scale, w, scale), device)?;
         let pixels = pixels.permute((1, 3, 0, 2))?.contiguous()?;
-        let pixels = pixels.reshape((1, scale * scale, h, w))?.repeat((b, 1, 1, 1))?;
+        let pixels = pixels
+            .reshape((1, scale * scale, h, w))?
+            .repeat((b, 1, 1, 1))?;
         Ok(Tensor::cat(&[rest, &pixels], 1)?)
     }
 

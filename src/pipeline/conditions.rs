@@ -65,7 +65,9 @@ pub struct Told<'a> {
 /// What is given of a picture, for every part of a batch.
 fn rows_of(given: &Tensor, texts: &[Told<'_>]) -> Result<Tensor> {
     let unseen = given.zeros_like()?;
-    let rows = texts.iter().map(|told| if told.unseen { &unseen } else { given });
+    let rows = texts
+        .iter()
+        .map(|told| if told.unseen { &unseen } else { given });
     Ok(Tensor::cat(&rows.collect::<Vec<_>>(), 0)?)
 }
 

@@ -78,7 +78,15 @@ impl Extend {
             wide(picture.height(), top, bottom),
         );
         let inner = (picture.width() as usize, picture.height() as usize);
-        let at = |x: u32, y: u32| self.source((i64::from(x) - i64::from(left), i64::from(y) - i64::from(top)), inner);
+        let at = |x: u32, y: u32| {
+            self.source(
+                (
+                    i64::from(x) - i64::from(left),
+                    i64::from(y) - i64::from(top),
+                ),
+                inner,
+            )
+        };
         // a canvas that is too large is refused before it is filled
         Grey::new(width, 1, vec![0; width as usize])?;
         Grey::new(1, height, vec![0; height as usize])?;
@@ -90,7 +98,10 @@ impl Extend {
                 let (px, py) = at(x, y);
                 let pixel = 3 * (py * inner.0 + px);
                 rgb.extend_from_slice(&picture.rgb()[pixel..pixel + 3]);
-                let place = (i64::from(x) - i64::from(left), i64::from(y) - i64::from(top));
+                let place = (
+                    i64::from(x) - i64::from(left),
+                    i64::from(y) - i64::from(top),
+                );
                 let old = mask.map_or(0, |mask| mask.values()[py * inner.0 + px]);
                 let cover = self.cover(place, inner);
                 outside.push(if cover.is_none() { 255 } else { 0 });
@@ -108,11 +119,14 @@ impl Extend {
 
     /// The pixel of the old picture that stands at a place, counted from its corner.
     fn source(&self, (x, y): (i64, i64), (width, height): (usize, usize)) -> (usize, usize) {
-        let clamped = |place: i64, side: usize| {
-            usize::try_from(place.clamp(0, side as i64 - 1)).unwrap_or(0)
-        };
+        let clamped =
+            |place: i64, side: usize| usize::try_from(place.clamp(0, side as i64 - 1)).unwrap_or(0);
         let near = (clamped(x, width), clamped(y, height));
-        let inside = near == (usize::try_from(x).unwrap_or(usize::MAX), usize::try_from(y).unwrap_or(usize::MAX));
+        let inside = near
+            == (
+                usize::try_from(x).unwrap_or(usize::MAX),
+                usize::try_from(y).unwrap_or(usize::MAX),
+            );
         match self.fill {
             _ if inside => near,
             ExtendFill::Edge | ExtendFill::Blur => near,
@@ -125,7 +139,10 @@ impl Extend {
                     let offset = (random % (2 * BAND + 1)) as i64 - BAND as i64;
                     mirrored(place as i64 + offset, side)
                 };
-                (shift(near.0, width, random), shift(near.1, height, random >> 32))
+                (
+                    shift(near.0, width, random),
+                    shift(near.1, height, random >> 32),
+                )
             }
         }
     }

@@ -12,6 +12,8 @@ pub(super) enum Blend {
     AfterStep,
     /// Into what the call says of the clean latents (A1111).
     Denoised,
+    /// Without noise into what the call sees (A1111's DDIM, PLMS and UniPC).
+    Seen,
     /// With noise into what the call sees, and into what it says of the clean latents (ComfyUI).
     BeforeAndDenoised,
 }
@@ -54,12 +56,12 @@ impl Known {
 
     /// What the network is to see in the place of `input`.
     pub(super) fn before(&self, input: &Tensor, call: &Call, progress: f64) -> Result<Tensor> {
-        if self.blend != Blend::BeforeAndDenoised {
-            return Ok(input.clone());
-        }
-        let mask = self.mask_at(progress)?;
-        let known = (self.noised(call.now)? * call.scale)?;
-        Self::mix(&mask, input, &known)
+        let known = match self.blend {
+            Blend::AfterStep | Blend::Denoised => return Ok(input.clone()),
+            Blend::Seen => self.latents.clone(),
+            Blend::BeforeAndDenoised => (self.noised(call.now)? * call.scale)?,
+        };
+        Self::mix(&self.mask_at(progress)?, input, &known)
     }
 
     /// The prediction by which the sampler, which has `input`, arrives at clean latents of which the known ones are the picture's; `output` is
@@ -71,7 +73,7 @@ impl Known {
         call: &Call,
         progress: f64,
     ) -> Result<Tensor> {
-        if self.blend == Blend::AfterStep {
+        if matches!(self.blend, Blend::AfterStep | Blend::Seen) {
             return Ok(output);
         }
         let (of_input, of_output) = call.denoised;
@@ -96,7 +98,7 @@ impl Known {
     pub(super) fn at_end(&self, sample: &Tensor) -> Result<Tensor> {
         match self.blend {
             Blend::AfterStep => Ok(sample.clone()),
-            Blend::Denoised | Blend::BeforeAndDenoised => {
+            Blend::Denoised | Blend::Seen | Blend::BeforeAndDenoised => {
                 Self::mix(&self.mask, sample, &self.latents)
             }
         }

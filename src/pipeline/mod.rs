@@ -28,6 +28,7 @@ mod source;
 mod tower;
 
 pub use adapted::bind_adapters;
+pub use begin::Role;
 pub use conditions::{Conditions, Given, Told};
 pub use control::{ControlMode, ControlRequest};
 pub use coverage::Coverage;
@@ -42,7 +43,6 @@ pub use networks::{Configs, Need, Networks, Posterior};
 pub use plan::Plan;
 pub use regions::{Place, Region, Regions};
 pub use request::{Request, Rng};
-pub use begin::Role;
 pub use scene::Scene;
 pub use shortcuts::Shortcuts;
 pub use sizes::SizeConditioning;

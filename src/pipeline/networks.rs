@@ -676,8 +676,7 @@ impl Networks {
         let guidance = vector(GUIDANCE, config.guidance_width());
         let label = vector(LABEL, config.label_width());
         let channels = config.latent_channels();
-        let reference =
-            reference.map(|(w, h)| graph.input(REFERENCE, &[batch, channels, h, w]));
+        let reference = reference.map(|(w, h)| graph.input(REFERENCE, &[batch, channels, h, w]));
         let inputs = Inputs {
             sample: &sample,
             timestep: &timestep,
@@ -800,7 +799,9 @@ impl Networks {
             controls.flat_map(|one| input_names(one.index))
         };
         let images = beside.images.iter().map(|one| image_input(one.index));
-        let constant = [CONTEXT, ADDED, GUIDANCE, EXTRA, REFERENCE, LABEL].map(Cow::from).into_iter();
+        let constant = [CONTEXT, ADDED, GUIDANCE, EXTRA, REFERENCE, LABEL]
+            .map(Cow::from)
+            .into_iter();
         let halved = std::iter::once(Cow::from("sample")).chain(pictures());
         let options = Options {
             timestep: Some("timestep"),
@@ -914,8 +915,7 @@ impl Denoiser<'_> {
                 let timestep = Tensor::full(timestep as f32, sample.dim(0)?, device)?;
                 let node = |x: &Tensor| sd_kernels::Tensor::from(x.clone());
                 let node_of = |x: &Option<Tensor>| x.as_ref().map(node);
-                let (added, guidance) =
-                    (node_of(&conditions.added), node_of(&conditions.guidance));
+                let (added, guidance) = (node_of(&conditions.added), node_of(&conditions.guidance));
                 let (label, reference) =
                     (node_of(&conditions.label), node_of(&conditions.reference));
                 let (batch, sample) = (sample.dim(0)?, sample.into());

@@ -3,10 +3,10 @@
 use sd_models::unet::Mid;
 
 use super::asks::Asks;
+use super::begin::Role;
 use super::control::{Planned, acting_calls};
 use super::guidance::{Guidance, SkipLayers};
 use super::request::{Request, Rng};
-use super::begin::Role;
 use super::scene::Scene;
 use super::shortcuts::Shortcuts;
 use super::sizes::{self, SizeConditioning};
@@ -393,7 +393,9 @@ fn start(source: Option<&Source>, (role, whose): (Role, Whose), spec: &ModelSpec
     let count = match whose {
         Whose::Diffusers if anew => return Start::Noise,
         // the pipelines of consistency models that embed the guidance
-        Whose::Diffusers if spec.unet.config.unet().is_some() && spec.unet.config.guides_itself() => {
+        Whose::Diffusers
+            if spec.unet.config.unet().is_some() && spec.unet.config.guides_itself() =>
+        {
             StepCount::Distilled
         }
         Whose::Diffusers => StepCount::Diffusers,
@@ -442,8 +444,14 @@ fn own_size(
     if role == Role::Reference {
         return Some(source.looked_at(patch));
     }
-    let part = source.masking.as_ref().is_some_and(|m| m.only_masked.is_some());
-    let size = (source.picture.width() as usize, source.picture.height() as usize);
+    let part = source
+        .masking
+        .as_ref()
+        .is_some_and(|m| m.only_masked.is_some());
+    let size = (
+        source.picture.width() as usize,
+        source.picture.height() as usize,
+    );
     (!part).then_some(size)
 }
 

@@ -44,7 +44,11 @@ pub(super) fn resize(
             out.extend((0..size.1).map(|x| weighed(taps, |y| wide[y * size.1 + x])));
         }
     }
-    Ok(Tensor::from_vec(out, (b, c, size.0, size.1), latents.device())?)
+    Ok(Tensor::from_vec(
+        out,
+        (b, c, size.0, size.1),
+        latents.device(),
+    )?)
 }
 
 /// Bilinear, without a filter against aliasing.

@@ -147,11 +147,7 @@ impl Scene {
     }
 
     /// All of a picture of any size is computed, with some more pixels at the right and below, which are cut off in the end.
-    fn drawn_out(
-        (picture, mask): (Picture, Grey),
-        size: (u32, u32),
-        whose: Whose,
-    ) -> Result<Self> {
+    fn drawn_out((picture, mask): (Picture, Grey), size: (u32, u32), whose: Whose) -> Result<Self> {
         let own = (picture.width(), picture.height());
         let picture = fit::drawn_out(&picture, size)?;
         let mask = fit::drawn_out(&mask.to_picture(), size)?.to_luma();
@@ -225,7 +221,9 @@ fn prepared(mask: Grey, masking: &Masking, whose: Whose) -> Result<Grey> {
         (true, true) => mask.map(|value| if value > 128 { 255 } else { 0 }),
         _ => mask,
     };
-    let blur = masking.blur.unwrap_or(if is_a1111 { A1111_BLUR } else { 0.0 });
+    let blur = masking
+        .blur
+        .unwrap_or(if is_a1111 { A1111_BLUR } else { 0.0 });
     if blur == 0.0 {
         return Ok(mask);
     }

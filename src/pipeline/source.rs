@@ -142,7 +142,10 @@ impl Source {
     /// The size, in pixels, in which a network looks at the picture: that of its training whose proportions are nearest, or the picture's own, cut
     /// to whole patches of so many pixels.
     pub(super) fn looked_at(&self, patch: usize) -> (usize, usize) {
-        let own = (self.picture.width() as usize, self.picture.height() as usize);
+        let own = (
+            self.picture.width() as usize,
+            self.picture.height() as usize,
+        );
         if self.own_size {
             let cut = |side: usize| (side / patch.max(1)).max(1) * patch;
             return (cut(own.0), cut(own.1));

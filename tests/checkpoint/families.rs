@@ -212,17 +212,9 @@ fn channels_tell_the_variant() {
         input,
         ..Sizes::sd1()
     };
-    let found = refused(
-        &sd1(&with(9)),
-        Family::Sd1,
-        "needs a picture and a mask, which this version does not take yet",
-    );
+    let found = taken(&sd1(&with(9)), Family::Sd1, "inpainting");
     assert_eq!(found.variant, Variant::Inpainting);
-    let found = refused(
-        &sd1(&with(8)),
-        Family::Sd1,
-        "needs an input picture, which this version does not take yet",
-    );
+    let found = taken(&sd1(&with(8)), Family::Sd1, "pix2pix");
     assert_eq!(found.variant, Variant::Pix2Pix);
     let mut posed = sd1(&with(8));
     posed.add("cc_projection.weight", &[768, 772]);

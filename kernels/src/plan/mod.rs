@@ -94,7 +94,9 @@ impl Options {
         } else {
             Rate::Call
         };
-        let copies = match self.halved.iter().any(|halved| halved == name) && batch.is_multiple_of(self.copies) {
+        let copies = match self.halved.iter().any(|halved| halved == name)
+            && batch.is_multiple_of(self.copies)
+        {
             true => self.copies.max(1),
             false => 1,
         };

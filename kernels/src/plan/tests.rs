@@ -552,7 +552,7 @@ fn features_of_whole_pictures() {
                 run: features,
             };
             let options = Options {
-                halved: vec!["x"],
+                halved: vec!["x".into()],
                 copies,
                 ..Options::new(Level::current(), Precision::F32)
             };

@@ -2,9 +2,9 @@
 
 use sd_kernels::{Activation, Error, Padding, Param, Result, Tensor, Weights, ops};
 
+use super::Given;
 use super::block::{DownBlock, MidBlock};
 use super::config::Config;
-use super::Given;
 use super::transformer::Transformer;
 use crate::denoiser::Inputs;
 use crate::layers::{Conv2d, Embedding, TimeEmbedding, given};

@@ -4,7 +4,14 @@ use crate::error::Result;
 use crate::picture::{Grey, Picture};
 
 /// Radius in pixels and how often it is laid over, from the widest.
-const LAYERS: [(f32, usize); 6] = [(256.0, 1), (64.0, 1), (16.0, 2), (4.0, 4), (2.0, 2), (0.0, 1)];
+const LAYERS: [(f32, usize); 6] = [
+    (256.0, 1),
+    (64.0, 1),
+    (16.0, 2),
+    (4.0, 4),
+    (2.0, 2),
+    (0.0, 1),
+];
 
 /// The picture with blurred surroundings where the mask is white.
 pub(in super::super) fn around(picture: &Picture, mask: &Grey) -> Result<Picture> {

@@ -148,7 +148,12 @@ pub(super) fn around(mask: &Grey, around: usize, size: (u32, u32)) -> Rect {
         (x1, x2) = widened((x1, x2), (high * wanted - wide) as i64, all.0);
     }
     // within the picture, whose sides are 32 bits
-    let part = |first: i64, last: i64| (first.unsigned_abs() as u32, (last - first).unsigned_abs() as u32);
+    let part = |first: i64, last: i64| {
+        (
+            first.unsigned_abs() as u32,
+            (last - first).unsigned_abs() as u32,
+        )
+    };
     let ((left, width), (top, height)) = (part(x1, x2), part(y1, y2));
     Rect {
         left,
