@@ -78,20 +78,24 @@ fn a_picture_of_a_batch_is_the_picture_alone() {
 fn stochastic_noise_of_a_batch_is_the_noise_alone() {
     let dir = Dir::new();
     let latents = |name: &str, more: &[&str]| {
-        let sampler = ["--sampler", "DPM++ SDE", "--save-latents", name];
+        let (kept, pictures) = (
+            format!("{name}.safetensors"),
+            format!("{name}-{{seed}}.png"),
+        );
+        let sampler = ["--sampler", "DPM++ SDE", "--save-latents", &kept];
         let small = ["generate", "-p", "a red circle", "-W", "64", "-H", "64"];
-        let rest = ["--steps", "3", "-o", "p.png"];
+        let rest = ["--steps", "3", "-o", &pictures];
         dir.ok(&[&small[..], &rest, &sampler, more].concat());
-        let file = candle_core::safetensors::load(dir.path(name), &candle_core::Device::Cpu);
+        let file = candle_core::safetensors::load(dir.path(&kept), &candle_core::Device::Cpu);
         let tensor = file.unwrap()["latents"].flatten_from(1).unwrap();
         tensor.to_vec2::<f32>().unwrap()
     };
     for rng in ["cpu", "nv"] {
         let both = latents(
-            "both.safetensors",
+            &format!("{rng}-both"),
             &["-b", "2", "--seed", "3", "--rng", rng],
         );
-        let alone = latents("alone.safetensors", &["--seed", "4", "--rng", rng]);
+        let alone = latents(&format!("{rng}-alone"), &["--seed", "4", "--rng", rng]);
         let apart = |a: &[f32], b: &[f32]| {
             let off = a.iter().zip(b).map(|(a, b)| (a - b).abs());
             off.fold(0.0, f32::max)
