@@ -348,9 +348,9 @@ fn show(bar: &ProgressBar, event: Event) {
 fn control_json(name: &str, control: &ControlRequest) -> Value {
     json!({
         "model": name,
-        "preprocessor": value_name(control.preprocessor),
-        "resize": value_name(control.resize),
-        "mode": value_name(control.mode),
+        "preprocessor": value_name(&control.preprocessor),
+        "resize": value_name(&control.resize),
+        "mode": value_name(&control.mode),
         "scale": control.scale,
         "start": control.span.0,
         "end": control.span.1,
@@ -372,7 +372,7 @@ fn control_infotext(name: &str, control: &ControlRequest) -> String {
     };
     format!(
         "Module: {}, Model: {name}, Weight: {}, Resize Mode: {resize}, Guidance Start: {}, Guidance End: {}, Control Mode: {mode}",
-        value_name(control.preprocessor),
+        value_name(&control.preprocessor),
         control.scale,
         control.span.0,
         control.span.1
