@@ -42,13 +42,12 @@ impl Filter {
         };
         let away = x.abs();
         match self {
-            Self::Nearest => 0.0,
             Self::Box => f64::from(u8::from(x > -0.5 && x <= 0.5)),
             Self::Bilinear => (1.0 - away).max(0.0),
             Self::Bicubic if away < 1.0 => ((A + 2.0) * away - (A + 3.0)) * away * away + 1.0,
             Self::Bicubic if away < 2.0 => (((away - 5.0) * away + 8.0) * away - 4.0) * A,
             Self::Lanczos if (-3.0..3.0).contains(&x) => sinc(x) * sinc(x / 3.0),
-            Self::Bicubic | Self::Lanczos => 0.0,
+            Self::Nearest | Self::Bicubic | Self::Lanczos => 0.0,
         }
     }
 }
