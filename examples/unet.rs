@@ -43,7 +43,7 @@ fn main() -> Result<()> {
         added: inputs.get("added").cloned(),
         guidance: inputs.get("guidance").cloned(),
     };
-    let mut denoiser = networks.denoiser(size, &conditions, &[timestep], &[])?;
+    let mut denoiser = networks.denoiser(size, &conditions, &[timestep], Default::default())?;
     let out = denoiser.predict(sample, timestep)?;
     safetensors::save(&HashMap::from([("prediction", out)]), prediction)?;
     Ok(())

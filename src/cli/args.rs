@@ -1,8 +1,14 @@
 //! What can be typed. Nothing is resolved here; see `docs` of each command for what it does.
 
+mod canvas;
+mod hires;
 mod image;
+mod preview;
 
+pub use canvas::{Axes, CanvasArgs};
+pub use hires::{HiresArgs, pairs as hires_pairs};
 pub use image::ImageArgs;
+pub use preview::{PreviewArgs, PreviewHow};
 
 use std::path::PathBuf;
 
@@ -164,6 +170,15 @@ pub struct GenerateArgs {
     /// The picture to begin at
     #[command(flatten)]
     pub image: ImageArgs,
+    /// The second pass
+    #[command(flatten)]
+    pub hires: HiresArgs,
+    /// Tiles and textures
+    #[command(flatten)]
+    pub canvas: CanvasArgs,
+    /// Previews
+    #[command(flatten)]
+    pub preview: PreviewArgs,
     /// What not to show
     #[arg(short, long, allow_hyphen_values = true)]
     pub negative_prompt: Option<String>,

@@ -134,7 +134,7 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
     let sample = Tensor::randn(0f32, 1.0, (1, channels, latent, latent), &device)?;
     let begin = Instant::now();
     let mut denoiser =
-        networks.denoiser([1, channels, latent, latent], &conditions, &[500.0], &[])?;
+        networks.denoiser([1, channels, latent, latent], &conditions, &[500.0], Default::default())?;
     let load = load + begin.elapsed();
     let mut steps = Vec::new();
     let mut times = BTreeMap::new();

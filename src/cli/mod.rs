@@ -13,6 +13,7 @@ mod kernels;
 mod lora;
 mod models;
 mod picture;
+mod preview;
 
 use std::io::Write;
 

@@ -9,16 +9,19 @@ mod denoise;
 mod event;
 mod extend;
 mod guidance;
+mod hires;
 mod known;
 mod memory;
 mod networks;
 mod plan;
+mod preview;
 mod relay;
 mod request;
 mod resize;
 mod scene;
 mod sizes;
 mod source;
+mod tiling;
 mod tower;
 
 pub use adapted::bind_adapters;
@@ -27,13 +30,16 @@ pub use coverage::Coverage;
 pub use event::{Control, Event, Listener};
 pub use extend::{Extend, ExtendFill, Margins};
 pub use guidance::SkipLayers;
+pub use hires::{Hires, HiresSize, SecondPass, Upscaler};
 pub use networks::{Configs, Need, Networks, Posterior};
 pub use plan::Plan;
+pub use preview::{Preview, PreviewKind};
 pub use request::{Request, Rng};
 pub use begin::Role;
 pub use scene::Scene;
 pub use sizes::SizeConditioning;
 pub use source::{Edges, Fill, Fit, IMAGE_CFG_SCALE, Masking, Source, Whose};
+pub use tiling::{Surface, TileNorm, Tiling, TilingMode};
 pub use tower::LoadedTower;
 
 use std::time::{Duration, Instant};
@@ -52,6 +58,7 @@ use crate::text::{
 use begin::{Begin, Beginning};
 use denoise::BatchNoise;
 use networks::Denoiser;
+use preview::{Previewer, TinyPreview};
 use relay::Relay;
 
 /// A loaded model.
@@ -62,6 +69,7 @@ pub struct Engine {
     load_time: Duration,
     warnings: Vec<String>,
     refiner: Option<Refiner>,
+    tiny: Option<TinyPreview>,
 }
 
 /// A second model that takes over where little noise is left (Podell et al., "SDXL", arXiv 2307.01952, section 2.5; Balaji et al., eDiff-I,
@@ -156,6 +164,7 @@ impl Engine {
             load_time: start.elapsed(),
             warnings,
             refiner: None,
+            tiny: None,
         })
     }
 
@@ -189,6 +198,15 @@ impl Engine {
             engine: Box::new(refiner),
             switch,
         });
+        Ok(self)
+    }
+
+    /// Takes a TAESD, which makes the previews that [`PreviewKind::Tiny`] asks for.
+    ///
+    /// # Errors
+    /// [`Error::BadModel`] when the checkpoint holds none of this model's latents.
+    pub fn with_preview_decoder(mut self, checkpoint: &Checkpoint) -> Result<Self> {
+        self.tiny = Some(TinyPreview::open(checkpoint, &self.spec)?);
         Ok(self)
     }
 
@@ -245,8 +263,19 @@ impl Engine {
         }
         event::send(listener, Event::Encoded)?;
         let source = request.source.as_ref();
+        let previewer = request.preview.map(|preview| Previewer {
+            preview,
+            rgb: self.spec.rgb(),
+            tiny: self.tiny.as_ref(),
+        });
         for index in 0..plan.count {
-            let mut batch = self.batch((plan, source), index, &conditionings, listener)?;
+            let pass = Pass {
+                plan,
+                conditionings: &conditionings,
+                progress: (index * plan.all_steps(), plan.count * plan.all_steps()),
+                previewer: previewer.as_ref(),
+            };
+            let mut batch = self.batch((&pass, source), index, listener)?;
             batch.timings.text = text_time;
             finish(batch)?;
         }
@@ -256,7 +285,7 @@ impl Engine {
     /// Prompt and negative prompt as this model reads them.
     fn encode(&self, request: &Request, plan: &Plan) -> Result<Conditioning> {
         // T5 is the larger part of the work: nobody reads what it says of a negative prompt that has no say
-        let unheard = self.networks.t5().is_some() && !plan.guided;
+        let unheard = self.networks.t5().is_some() && !plan.is_guided();
         text::encode(
             &self.readers(),
             Texts {
@@ -297,7 +326,7 @@ impl Engine {
         let timesteps: Vec<f64> = calls.map(|call| call.timestep).collect();
         let skipped = skipped.unwrap_or_default();
         self.networks
-            .denoiser(size, &conditions, &timesteps, skipped)
+            .denoiser(size, &conditions, &timesteps, (skipped, plan.surface.wrap))
     }
 
     fn readers(&self) -> Readers<'_> {
@@ -327,26 +356,16 @@ impl Engine {
 
     fn batch(
         &self,
-        (plan, source): (&Plan, Option<&Source>),
+        (pass, source): (&Pass<'_>, Option<&Source>),
         index: usize,
-        conditionings: &[Conditioning],
         listener: &mut Listener<'_>,
     ) -> Result<Batch> {
+        let plan = pass.plan;
         let seeds: Vec<u64> = (0..plan.batch_size)
             .map(|i| plan.seed.wrapping_add((index * plan.batch_size + i) as u64))
             .collect();
-        let scale = self.spec.vae.config.scale();
-        let shape = [
-            self.spec.vae.config.latent_channels,
-            plan.height / scale,
-            plan.width / scale,
-        ];
-        let generators = seeds.iter().map(|&seed| match plan.rng {
-            Rng::Cpu => Generator::torch(seed),
-            Rng::Nv => Generator::philox(seed),
-        });
-        let mut noise = BatchNoise::new(generators.collect(), shape, self.networks.device());
-        let size = [seeds.len(), shape[0], shape[1], shape[2]];
+        let shape = self.latents_of(plan);
+        let mut noise = self.noise(plan, &seeds, shape);
         let begin = Begin {
             networks: &self.networks,
             role: Role::of(&self.spec),
@@ -356,36 +375,47 @@ impl Engine {
             whose: plan.whose,
             scaled: self.spec.scales_instructions,
             shape,
+            surface: plan.surface,
         };
-        let Beginning {
-            sample,
-            known,
-            given,
-        } = begin.run(&mut noise)?;
-        let mut relay = Relay::new(self, plan, size, (conditionings, given))?;
-        let mut model = |sample: &Tensor, call: &Call| relay.predict(sample, call);
-        let progress = (
-            index * plan.trajectory.steps,
-            plan.count * plan.trajectory.steps,
-        );
-
-        let start = Instant::now();
-        let run = denoise::Run {
-            trajectory: &plan.trajectory,
-            known: known.as_ref(),
-            progress,
-        };
-        let (latents, steps) = run.go(sample, &mut noise, &mut model, listener)?;
-        let denoise = start.elapsed().saturating_sub(relay.later_load_time());
-
-        let load = relay.load_time();
-        drop(relay); // its buffers make room for the decoder's
+        let beginning = begin.run(&mut noise)?;
+        let mut timings = Timings::default();
+        let mut latents = self.pass(pass, beginning, &mut noise, (&mut timings, listener))?;
+        if let Some(second) = &plan.hires {
+            let pass = Pass {
+                plan: &second.plan,
+                progress: (pass.progress.0 + plan.trajectory.steps, pass.progress.1),
+                ..*pass
+            };
+            let start = Instant::now();
+            let mut warnings = Vec::new();
+            let networks = &self.networks;
+            let enlarged = second.enlarge(networks, &latents, &plan.surface, &mut warnings)?;
+            for warning in warnings {
+                event::send(listener, Event::Warning(warning))?;
+            }
+            timings.decode += start.elapsed();
+            // A1111 begins the generators anew
+            let mut noise = self.noise(plan, &seeds, self.latents_of(&second.plan));
+            let trajectory = &second.plan.trajectory;
+            let drawn = (noise.draw()? * trajectory.init_noise_sigma)?;
+            let beginning = Beginning {
+                sample: ((enlarged * trajectory.init_latents)? + drawn)?,
+                known: None,
+                given: Given::default(),
+            };
+            latents = self.pass(&pass, beginning, &mut noise, (&mut timings, listener))?;
+        }
         event::send(listener, Event::Decoding)?;
         let start = Instant::now();
         let mut pictures = Vec::with_capacity(seeds.len());
         for (i, seed) in seeds.into_iter().enumerate() {
             let mut warnings = Vec::new();
-            let image = decode::decode(&self.networks, &latents.narrow(0, i, 1)?, &mut warnings)?;
+            let image = decode::decode(
+                &self.networks,
+                &latents.narrow(0, i, 1)?,
+                &plan.surface,
+                &mut warnings,
+            )?;
             for warning in warnings {
                 event::send(listener, Event::Warning(warning))?;
             }
@@ -395,16 +425,74 @@ impl Engine {
             };
             pictures.push(Picture { image, seed });
         }
+        timings.decode += start.elapsed();
         Ok(Batch {
             pictures,
             latents,
-            timings: Timings {
-                load,
-                text: Duration::ZERO,
-                denoise,
-                steps,
-                decode: start.elapsed(),
-            },
+            timings,
         })
     }
+
+    /// `[c, h, w]` of a plan's latents.
+    fn latents_of(&self, plan: &Plan) -> [usize; 3] {
+        let config = &self.spec.vae.config;
+        let scale = config.scale();
+        [config.latent_channels, plan.height / scale, plan.width / scale]
+    }
+
+    /// Every image's generator, at its beginning.
+    fn noise(&self, plan: &Plan, seeds: &[u64], shape: [usize; 3]) -> BatchNoise {
+        let generators = seeds.iter().map(|&seed| match plan.rng {
+            Rng::Cpu => Generator::torch(seed),
+            Rng::Nv => Generator::philox(seed),
+        });
+        BatchNoise::new(generators.collect(), shape, self.networks.device())
+    }
+
+    /// All steps from a beginning, to latents.
+    fn pass(
+        &self,
+        pass: &Pass<'_>,
+        beginning: Beginning,
+        noise: &mut BatchNoise,
+        (timings, listener): (&mut Timings, &mut Listener<'_>),
+    ) -> Result<Tensor> {
+        let Pass {
+            plan,
+            conditionings,
+            progress,
+            previewer,
+        } = *pass;
+        let Beginning {
+            sample,
+            known,
+            given,
+        } = beginning;
+        let (b, c, h, w) = sample.dims4()?;
+        // its buffers are let go of at the end, and make room for the decoder's
+        let mut relay = Relay::new(self, plan, [b, c, h, w], (conditionings, given))?;
+        let mut model = |sample: &Tensor, call: &Call| relay.predict(sample, call);
+        let start = Instant::now();
+        let run = denoise::Run {
+            trajectory: &plan.trajectory,
+            known: known.as_ref(),
+            progress,
+            previewer,
+        };
+        let (latents, steps) = run.go(sample, noise, &mut model, listener)?;
+        timings.denoise += start.elapsed().saturating_sub(relay.later_load_time());
+        timings.steps.extend(steps);
+        timings.load += relay.load_time();
+        Ok(latents)
+    }
+}
+
+/// One pass over the steps of a plan.
+#[derive(Clone, Copy)]
+struct Pass<'a> {
+    plan: &'a Plan,
+    conditionings: &'a [Conditioning],
+    /// Steps before it, and of all passes of all batches.
+    progress: (usize, usize),
+    previewer: Option<&'a Previewer<'a>>,
 }

@@ -1,11 +1,13 @@
 //! The networks of a model, loaded and ready.
 
+mod tiled;
+
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use sd_kernels::cpu::Level;
 use sd_kernels::plan::{Feed, Options, Plan, Precision, Store};
-use sd_kernels::{Graph, Source, Weights, ops};
+use sd_kernels::{Graph, Source, Weights, Wrap, ops};
 use sd_models::clip::{self, TextEncoder};
 use sd_models::denoiser::{self, Denoiser as Network, Inputs};
 use sd_models::t5::{self, T5Encoder};
@@ -14,6 +16,7 @@ use sd_models::vae::{self, AnyDecoder, Encoder, TinyConfig};
 use super::adapted::bind_adapters;
 use super::conditions::{ADDED, CONTEXT, Conditions, EXTRA, GUIDANCE, REFERENCE};
 use super::coverage::{Coverage, ENCODER, T5, TEXT, UNET, VAE, named, source};
+use super::tiling::Surface;
 use super::tower::{LoadedT5, LoadedTower, Runner};
 use crate::adapters::{Adapters, Bound, Owner};
 use crate::checkpoint::Checkpoint;
@@ -331,7 +334,7 @@ impl Networks {
     }
 
     /// The UNet for latents of one size under conditions of batch n or 2n, of which the first half is the unconditional one if there are two.
-    /// `timesteps` are those that will be asked for, `skipped` the layers that are left out.
+    /// `timesteps` are those that will be asked for, `skipped` the layers that are left out, and `wrap` the axes along which pictures have no edges.
     ///
     /// # Errors
     /// When a weight cannot be read or memory is short.
@@ -340,13 +343,14 @@ impl Networks {
         [n, _, h, w]: [usize; 4],
         conditions: &Conditions,
         timesteps: &[f64],
-        skipped: &[usize],
+        (skipped, wrap): (&[usize], Wrap),
     ) -> Result<Denoiser<'_>> {
         let (batch, tokens, _) = conditions.context.dims3()?;
         let Some(planned) = &self.planned else {
             return Ok(Denoiser {
                 networks: self,
                 repeat: batch / n.max(1),
+                wrap,
                 how: How::Eager(conditions.to_dtype(self.dtype)?, skipped.to_vec()),
             });
         };
@@ -362,7 +366,7 @@ impl Networks {
                 None => None,
             },
         };
-        let (graph, output) = self.record(&work, skipped)?;
+        let (graph, output) = ops::wrapped(wrap, || self.record(&work, skipped))?;
         let options = self.unet_options(batch == 2 * n, (&graph, &output))?;
         let mut plan = Plan::compile(&graph, &output, &options, &planned.unet)?;
         let mut distinct: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
@@ -372,6 +376,7 @@ impl Networks {
         Ok(Denoiser {
             networks: self,
             repeat: batch / n.max(1),
+            wrap,
             how: How::Planned {
                 plan: Box::new(plan),
                 constants: conditions.named()?,
@@ -422,10 +427,15 @@ impl Networks {
     /// # Errors
     /// [`Error::Weights`] when the encoder is not whole; when the shapes do not fit or the executor fails.
     pub fn encode(&self, pictures: &Tensor, dtype: DType) -> Result<Posterior> {
+        Posterior::new(&self.moments(pictures, dtype)?)
+    }
+
+    /// Means of the latents, and logarithms of their variances.
+    fn moments(&self, pictures: &Tensor, dtype: DType) -> Result<Tensor> {
         let EncoderParts { config, source } = &self.encoder;
         let weights = Weights::new(Arc::clone(source), dtype, &self.device);
         let encoder = Encoder::load(&weights, config);
-        let moments = if self.planned.is_some() {
+        if self.planned.is_some() {
             named(ENCODER, weights.check())?;
             let graph = Graph::new();
             let output = encoder.moments(&graph.input("pictures", pictures.dims()))?;
@@ -440,26 +450,25 @@ impl Networks {
             };
             let mut moments = Vec::new();
             plan.run(&[feed], &mut moments)?;
-            Tensor::from_vec(moments, plan.output_shape(), &self.device)?
+            Ok(Tensor::from_vec(moments, plan.output_shape(), &self.device)?)
         } else {
             named(ENCODER, weights.finish())?;
             let pictures = pictures.to_dtype(dtype)?;
             let moments = encoder.moments(&pictures.into())?.into_data()?;
-            moments.to_dtype(DType::F32)?
-        };
-        Posterior::new(&moments)
+            Ok(moments.to_dtype(DType::F32)?)
+        }
     }
 
     /// The same in the run's type, or in f32 where that leaves the numbers.
     ///
     /// # Errors
     /// As [`Networks::encode`], and [`Error::Numeric`] when the result is not finite even then.
-    pub fn encode_safely(&self, pictures: &Tensor) -> Result<Posterior> {
-        let posterior = self.encode(pictures, self.dtype)?;
+    pub fn encode_safely(&self, pictures: &Tensor, surface: &Surface) -> Result<Posterior> {
+        let posterior = self.encode_as(pictures, self.dtype, surface)?;
         if posterior.is_finite()? {
             return Ok(posterior);
         }
-        let posterior = self.encode(pictures, DType::F32)?;
+        let posterior = self.encode_as(pictures, DType::F32, surface)?;
         if posterior.is_finite()? {
             return Ok(posterior);
         }
@@ -553,7 +562,8 @@ impl Networks {
         Ok((graph, output))
     }
 
-    /// What a run for `batch` latents of `size` (width, height), perhaps with a picture's beside them, holds at its peak.
+    /// What a run for `batch` latents of `size` (width, height), perhaps with a picture's beside them, holds at its peak where `free` bytes are to be
+    /// had.
     ///
     /// # Errors
     /// When the networks cannot take the size.
@@ -562,6 +572,7 @@ impl Networks {
         size: (usize, usize),
         (batch, guided): (usize, bool),
         reference: Option<(usize, usize)>,
+        (surface, free): (&Surface, Option<u64>),
     ) -> Result<Need> {
         let work = Work {
             size,
@@ -570,21 +581,24 @@ impl Networks {
             reference,
         };
         let (unet, noise) = self.record(&work, &[])?;
-        let (vae, picture) = self.record_vae(size, 1)?;
+        let decoding = |weights: u64| -> Result<u64> {
+            let free = free.map(|free| free.saturating_sub(weights));
+            Ok(self.decoding(size, self.dtype, surface, free)?.1)
+        };
         if self.planned.is_none() {
-            let elements = unet.peak_elements().max(vae.peak_elements());
+            let denoising = unet.peak_elements() * self.dtype.size_in_bytes() as u64;
             return Ok(Need {
                 weights: self.weight_bytes,
-                buffers: elements * self.dtype.size_in_bytes() as u64,
+                buffers: denoising.max(decoding(self.weight_bytes)?),
             });
         }
         let options = self.unet_options(guided, (&unet, &noise))?;
         let unet = Plan::sizes(&unet, &noise, &options)?;
-        let vae = Plan::sizes(&vae, &picture, &vae_options(self.dtype))?;
-        let decoding = vae.buffers + vae.transient;
+        let weights = unet.weights as u64;
+        let denoising = (unet.buffers + unet.transient) as u64;
         Ok(Need {
-            weights: unet.weights as u64,
-            buffers: decoding.max(unet.buffers + unet.transient) as u64,
+            weights,
+            buffers: denoising.max(decoding(weights)?),
         })
     }
 
@@ -647,6 +661,7 @@ pub struct Denoiser<'a> {
     networks: &'a Networks,
     /// How often the sample is in a batch: 2 with guidance, 3 where a picture guides as well.
     repeat: usize,
+    wrap: Wrap,
     how: How,
 }
 
@@ -693,7 +708,8 @@ impl Denoiser<'_> {
                     guidance: guidance.as_ref(),
                     reference: reference.as_ref(),
                 };
-                let out = unet.forward_without(&inputs, skipped)?;
+                let network = || unet.forward_without(&inputs, skipped);
+                let out = ops::wrapped(self.wrap, network)?;
                 Ok(out.into_data()?.to_dtype(DType::F32)?)
             }
             How::Planned {

@@ -1,8 +1,11 @@
 //! What was asked for: plain data, nothing resolved. The command line and every other door end here.
 
 use super::guidance::SkipLayers;
+use super::hires::Hires;
+use super::preview::Preview;
 use super::sizes::SizeConditioning;
 use super::source::Source;
+use super::tiling::Surface;
 use crate::device::DtypeChoice;
 use crate::text::Syntax;
 
@@ -49,12 +52,18 @@ pub struct Request {
     pub rng: Rng,
     /// The picture that is begun at.
     pub source: Option<Source>,
+    /// A second pass over the enlarged picture.
+    pub hires: Option<Hires>,
+    /// Pictures that are wanted while the run goes.
+    pub preview: Option<Preview>,
     /// Guidance away from a network that skips layers.
     pub skip_layers: Option<SkipLayers>,
     /// The sizes that SDXL is told.
     pub sizes: SizeConditioning,
     /// What it is told with the negative prompt; those of the prompt where absent.
     pub negative_sizes: SizeConditioning,
+    /// What pictures are to convolutions, and how the autoencoder divides them.
+    pub surface: Surface,
     /// The compute type.
     pub dtype: DtypeChoice,
     /// Begin even when the memory estimate says that it will not fit.

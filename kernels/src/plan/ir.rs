@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::cpu::winograd;
 use crate::op::{PatchOrder, Relative, Turns};
-use crate::{Activation, Padding, Param};
+use crate::{Activation, Padding, Param, Window, Wrap};
 
 /// The place of a value in [`Program::values`].
 pub(super) type ValueId = usize;
@@ -87,6 +87,7 @@ pub(super) struct Part {
     pub kernel: (usize, usize),
     pub stride: usize,
     pub padding: Padding,
+    pub wrap: Wrap,
 }
 
 /// How a product is computed.
@@ -122,6 +123,13 @@ pub(super) enum Work {
         groups: usize,
         eps: f64,
         activation: Option<Activation>,
+        /// Means and variances, where they are not those of the picture itself.
+        given: Option<ValueId>,
+    },
+    Statistics {
+        source: View,
+        groups: usize,
+        part: Window,
     },
     LayerNorm {
         source: ValueId,
@@ -222,7 +230,9 @@ impl Work {
                     .chain(product.residual)
                     .collect()
             }
-            Self::GroupNorm { sources, .. } => sources.clone(),
+            Self::GroupNorm { sources, given, .. } => {
+                sources.iter().copied().chain(*given).collect()
+            }
             Self::Attention { q, k, v, .. } => vec![*q, *k, *v],
             Self::Add(a, b)
             | Self::AddChannels(a, b)
@@ -244,6 +254,7 @@ impl Work {
             | Self::Geglu(source)
             | Self::Activate(source, _) => vec![*source],
             Self::Upsample { source, .. }
+            | Self::Statistics { source, .. }
             | Self::Patchify { source, .. }
             | Self::Unpatchify { source, .. } => vec![source.value],
         }
