@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use crate::models::{CALL, RUN, close, flat, list, text};
 use crate::support::Dir;
-use crate::support::weights::{Case, FolderForm, Stored, Values, read, uniform};
+use crate::support::weights::{Case, FolderForm, Law, Stored, Values, read, uniform};
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/canvas")
@@ -43,12 +43,17 @@ fn engine(model: &str) -> Engine {
     let dir = Dir::new();
     let folder = dir.path("model");
     Case::load(model).write_folder(&folder, &FolderForm::default());
-    Engine::load(&Checkpoint::open(&folder).unwrap(), &Device::Cpu, DType::F32).unwrap()
+    Engine::load(
+        &Checkpoint::open(&folder).unwrap(),
+        &Device::Cpu,
+        DType::F32,
+    )
+    .unwrap()
 }
 
 /// A tensor that `make.py` made by the same name.
 fn made(name: &str, shape: [usize; 4], scale: f32) -> Tensor {
-    let values = uniform(name, &shape, (scale, 0.0).into());
+    let values = uniform(name, &shape, Law { scale, offset: 0.0 });
     Tensor::from_vec(values, &shape, &Device::Cpu).unwrap()
 }
 
@@ -85,7 +90,10 @@ fn tiled(tile: usize, norm: TileNorm, wrap: Wrap) -> Surface {
 }
 
 fn both_moments(engine: &Engine, surface: &Surface) -> Tensor {
-    let posterior = engine.networks().encode_as(&picture(), DType::F32, surface).unwrap();
+    let posterior = engine
+        .networks()
+        .encode_as(&picture(), DType::F32, surface)
+        .unwrap();
     let one = posterior.mode().ones_like().unwrap();
     let spread = (posterior.sample(&one).unwrap() - posterior.mode()).unwrap();
     Tensor::cat(&[posterior.mode(), spread], 1).unwrap()
@@ -107,7 +115,9 @@ fn tiles_of_their_own_are_diffusers() {
     let (engine, expected) = (engine("sd1-odd"), expected());
     for tile in [8, 12] {
         let surface = tiled(tile, TileNorm::Own, Wrap::default());
-        let got = engine.networks().decode_as(&latents(&engine), DType::F32, &surface);
+        let got = engine
+            .networks()
+            .decode_as(&latents(&engine), DType::F32, &surface);
         let what = format!("tiles-{tile}");
         close(&what, &thin(&got.unwrap()), &expected[&what], CALL);
         let what = format!("moments-{tile}");
@@ -122,15 +132,22 @@ fn tiles_with_shared_norms_are_the_whole() {
     let (engine, expected) = (engine("sd1-odd"), expected());
     for tile in [8, 12, 16, 20, 64] {
         let surface = tiled(tile, TileNorm::Shared, Wrap::default());
-        let got = engine.networks().decode_as(&latents(&engine), DType::F32, &surface);
+        let got = engine
+            .networks()
+            .decode_as(&latents(&engine), DType::F32, &surface);
         close("whole", &thin(&got.unwrap()), &expected["whole"], CALL);
         let want = deviations(&expected["moments"]);
         close("moments", &both_moments(&engine, &surface), &want, CALL);
     }
     let own = tiled(8, TileNorm::Own, Wrap::default());
-    let own = engine.networks().decode_as(&latents(&engine), DType::F32, &own);
+    let own = engine
+        .networks()
+        .decode_as(&latents(&engine), DType::F32, &own);
     let own = flat(&thin(&own.unwrap()));
-    let far = own.iter().zip(&expected["whole"].data).map(|(a, b)| (a - b).abs());
+    let far = own
+        .iter()
+        .zip(&expected["whole"].data)
+        .map(|(a, b)| (a - b).abs());
     assert!(far.fold(0.0, f32::max) > 0.05, "own norms are to be seen");
 }
 
@@ -266,7 +283,9 @@ fn previews() {
     let values = flat(&latents.narrow(0, 1, 1).unwrap());
     let factors = engine.spec().rgb().unwrap().factors;
     for colour in 0..3 {
-        let sum: f32 = (0..4).map(|c| values[c * 12 * 20] * factors[c][colour]).sum();
+        let sum: f32 = (0..4)
+            .map(|c| values[c * 12 * 20] * factors[c][colour])
+            .sum();
         let byte = ((sum + 1.0) / 2.0).clamp(0.0, 1.0) * 255.0;
         assert!((f32::from(images[1].rgb[3 * 20 + colour]) - byte).abs() <= 1.0);
     }
@@ -274,7 +293,8 @@ fn previews() {
 
 #[test]
 fn a_tiny_decoder_makes_previews() {
-    let taesd = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/taesd/original.safetensors");
+    let taesd =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/taesd/original.safetensors");
     let options = sd_rs::checkpoint::ReadOptions::default();
     let taesd = Checkpoint::open_part(&taesd, "vae", &options).unwrap();
     let engine = engine("sd1-odd").with_preview_decoder(&taesd).unwrap();
@@ -293,7 +313,10 @@ fn a_tiny_decoder_makes_previews() {
         _ => None,
     });
     let sizes: Vec<_> = images.collect();
-    assert!(sizes.len() >= 2 && sizes.iter().all(|&size| size.0 > 20 && size.1 > 12), "{sizes:?}");
+    assert!(
+        sizes.len() >= 2 && sizes.iter().all(|&size| size.0 > 20 && size.1 > 12),
+        "{sizes:?}"
+    );
     let error = Engine::with_preview_decoder(
         self::engine("sd1-odd"),
         &Checkpoint::open_part(
@@ -344,7 +367,9 @@ fn what_cannot_be_is_refused() {
         });
         assert!(error.contains(word), "{size:?}: {error}");
     }
-    let error = "R-ESRGAN 4x+".parse::<sd_rs::pipeline::Upscaler>().unwrap_err();
+    let error = "R-ESRGAN 4x+"
+        .parse::<sd_rs::pipeline::Upscaler>()
+        .unwrap_err();
     assert!(error.contains("not built"), "{error}");
 }
 
@@ -352,12 +377,44 @@ fn what_cannot_be_is_refused() {
 fn the_command_line() {
     let dir = Dir::new();
     let out = dir.ok(&[
-        "generate", "-p", "a", "--steps", "2", "--seed", "3", "-W", "64", "-H", "64", "--sampler", "Euler", "--tile", "xy",
-        "--hires-scale", "1.5", "--hires-steps", "3", "--hires-upscaler", "Latent (bicubic)", "--vae-tiling", "on",
-        "--vae-tile", "8", "--preview", "latent", "--preview-file", "p.png", "-o", "a.png", "--json",
+        "generate",
+        "-p",
+        "a",
+        "--steps",
+        "2",
+        "--seed",
+        "3",
+        "-W",
+        "64",
+        "-H",
+        "64",
+        "--sampler",
+        "Euler",
+        "--tile",
+        "xy",
+        "--hires-scale",
+        "1.5",
+        "--hires-steps",
+        "3",
+        "--hires-upscaler",
+        "Latent (bicubic)",
+        "--vae-tiling",
+        "on",
+        "--vae-tile",
+        "8",
+        "--preview",
+        "latent",
+        "--preview-file",
+        "p.png",
+        "-o",
+        "a.png",
+        "--json",
     ]);
     let told: Value = serde_json::from_str(out.trim()).unwrap();
-    assert_eq!((told["width"].as_u64(), told["height"].as_u64()), (Some(96), Some(96)));
+    assert_eq!(
+        (told["width"].as_u64(), told["height"].as_u64()),
+        (Some(96), Some(96))
+    );
     let texts = sd_rs::output::png::read_text(&dir.path("a.png")).unwrap();
     let parameters = texts.get("parameters").unwrap();
     for pair in [
@@ -372,6 +429,12 @@ fn the_command_line() {
     }
     let preview = sd_rs::picture::Picture::open(&dir.path("p.png")).unwrap();
     assert_eq!((preview.width(), preview.height()), (12, 12));
-    let error = dir.fails(&["generate", "-p", "a", "--preview", "taesd", "--steps", "1"], 4);
-    assert!(error.contains("taesd_decoder") && error.contains("--preview-vae"), "{error}");
+    let error = dir.fails(
+        &["generate", "-p", "a", "--preview", "taesd", "--steps", "1"],
+        1,
+    );
+    assert!(
+        error.contains("taesd_decoder") && error.contains("--preview-vae"),
+        "{error}"
+    );
 }

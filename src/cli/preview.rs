@@ -12,6 +12,8 @@ use crate::pipeline::{Engine, Preview, PreviewKind};
 
 /// Pixels of the longer side on a terminal.
 const SHOWN: u32 = 384;
+/// Lines that a preview takes there.
+const LINES: usize = 16;
 
 /// What the pipeline is asked for.
 pub(super) fn wanted(args: &PreviewArgs) -> Option<Preview> {
@@ -92,28 +94,32 @@ impl Protocol {
         }
     }
 
-    /// The bytes that show a PNG.
+    /// The bytes that show a PNG at the cursor.
     fn print(self, png: &[u8]) -> String {
         let text = base64(png);
         match self {
             Self::Iterm => format!(
-                "\x1b]1337;File=inline=1;size={};preserveAspectRatio=1:{text}\x07\n",
+                "\x1b]1337;File=inline=1;size={};height={LINES};preserveAspectRatio=1:{text}\x07",
                 png.len()
             ),
             Self::Kitty => {
+                /// Names our preview among the terminal's pictures.
+                const NUMBER: u32 = 7501;
                 /// Most bytes of a chunk.
                 const CHUNK: usize = 4096;
                 let chunks: Vec<&[u8]> = text.as_bytes().chunks(CHUNK).collect();
                 let mut out = String::new();
                 for (i, chunk) in chunks.iter().enumerate() {
                     let more = u8::from(i + 1 < chunks.len());
-                    // without answers, in the place of the one before
-                    let head = if i == 0 { "f=100,a=T,q=2," } else { "" };
+                    // a PNG, shown, without answers; one of the same number takes the place of the one before
+                    let head = match i {
+                        0 => format!("f=100,a=T,q=2,i={NUMBER},r={LINES},"),
+                        _ => String::new(),
+                    };
                     out.push_str(&format!("\x1b_G{head}m={more};"));
                     out.push_str(&String::from_utf8_lossy(chunk));
                     out.push_str("\x1b\\");
                 }
-                out.push('\n');
                 out
             }
         }
@@ -128,7 +134,11 @@ fn base64(bytes: &[u8]) -> String {
         let bits = byte(0) << 16 | byte(1) << 8 | byte(2);
         for i in 0..4 {
             let digit = DIGITS[(bits >> (18 - 6 * i) & 63) as usize];
-            out.push(if i > three.len() { '=' } else { char::from(digit) });
+            out.push(if i > three.len() {
+                '='
+            } else {
+                char::from(digit)
+            });
         }
     }
     out
@@ -140,6 +150,8 @@ pub(super) struct Screen {
     protocol: Option<Protocol>,
     file: Option<PathBuf>,
     told: bool,
+    /// There are lines of one before.
+    shown: bool,
 }
 
 impl Screen {
@@ -150,6 +162,7 @@ impl Screen {
             protocol: Protocol::by(&lookup).filter(|_| terminal),
             file: args.preview_file.clone(),
             told: false,
+            shown: false,
         }
     }
 
@@ -163,14 +176,25 @@ impl Screen {
         }
     }
 
-    fn try_show(&self, image: &Image) -> Result<()> {
+    fn try_show(&mut self, image: &Image) -> Result<()> {
         if let Some(file) = &self.file {
             write(file, &png::encode(image, "", None)?)?;
         }
         if let Some(protocol) = self.protocol {
             let png = png::encode(&fitted(image)?, "", None)?;
             let mut out = std::io::stderr().lock();
-            let written = out.write_all(protocol.print(&png).as_bytes());
+            // room for it, or the room of the one before; then back to the line below
+            let room = if self.shown {
+                String::new()
+            } else {
+                "\n".repeat(LINES)
+            };
+            let picture = protocol.print(&png);
+            self.shown = true;
+            let written = write!(
+                out,
+                "{room}\x1b[{LINES}A\r\x1b7{picture}\x1b8\x1b[{LINES}B\r"
+            );
             written
                 .and_then(|()| out.flush())
                 .map_err(|source| Error::disk(Path::new("stderr"), "write to", source))?;
@@ -186,9 +210,15 @@ fn fitted(image: &Image) -> Result<Image> {
         let scaled = u64::from(pixels) * u64::from(SHOWN) / u64::from(long);
         u32::try_from(scaled.max(1)).unwrap_or(SHOWN)
     };
-    let filter = if long < SHOWN { Filter::Nearest } else { Filter::Lanczos };
+    let filter = if long < SHOWN {
+        Filter::Nearest
+    } else {
+        Filter::Lanczos
+    };
     let picture = Picture::try_from(image.clone())?;
-    Ok(picture.resize(side(image.width), side(image.height), filter)?.into_image())
+    Ok(picture
+        .resize(side(image.width), side(image.height), filter)?
+        .into_image())
 }
 
 /// Replaces a file whole, so that whoever watches it never reads half a picture.
@@ -240,6 +270,8 @@ mod tests {
     fn kitty_is_given_pieces() {
         let text = Protocol::Kitty.print(&[7; 5000]);
         assert_eq!(text.matches("\x1b_G").count(), 2);
-        assert!(text.starts_with("\x1b_Gf=100,a=T,q=2,m=1;") && text.contains("\x1b_Gm=0;"));
+        assert!(
+            text.starts_with("\x1b_Gf=100,a=T,q=2,i=7501,r=16,m=1;") && text.contains("\x1b_Gm=0;")
+        );
     }
 }

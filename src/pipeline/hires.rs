@@ -43,13 +43,21 @@ const NAMES: [(Upscaler, &str, &str); 8] = [
         "latent-antialiased",
         "Latent (antialiased)",
     ),
-    (Upscaler::LatentBicubic, "latent-bicubic", "Latent (bicubic)"),
+    (
+        Upscaler::LatentBicubic,
+        "latent-bicubic",
+        "Latent (bicubic)",
+    ),
     (
         Upscaler::LatentBicubicAntialiased,
         "latent-bicubic-antialiased",
         "Latent (bicubic antialiased)",
     ),
-    (Upscaler::LatentNearest, "latent-nearest", "Latent (nearest)"),
+    (
+        Upscaler::LatentNearest,
+        "latent-nearest",
+        "Latent (nearest)",
+    ),
     (
         Upscaler::LatentNearestExact,
         "latent-nearest-exact",
@@ -84,9 +92,9 @@ impl FromStr for Upscaler {
     type Err = String;
 
     fn from_str(text: &str) -> std::result::Result<Self, String> {
-        let known = NAMES
-            .iter()
-            .find(|(_, ours, theirs)| text.eq_ignore_ascii_case(ours) || text.eq_ignore_ascii_case(theirs));
+        let known = NAMES.iter().find(|(_, ours, theirs)| {
+            text.eq_ignore_ascii_case(ours) || text.eq_ignore_ascii_case(theirs)
+        });
         known.map(|(upscaler, ..)| *upscaler).ok_or_else(|| {
             let names: Vec<&str> = NAMES.iter().map(|(_, ours, _)| *ours).collect();
             format!(
@@ -142,6 +150,13 @@ impl Hires {
                 Ok([size, size])
             }
             HiresSize::Pixels(wide, high) => {
+                /// More pixels than any side has.
+                const MOST: usize = 1 << 16;
+                if wide.max(high) > MOST {
+                    return Err(Error::Usage(format!(
+                        "--hires-size is {wide}x{high}, expected sides of at most {MOST}"
+                    )));
+                }
                 // as wide or as high as asked for, whichever leaves more to cut
                 let wider = width * high < wide * height;
                 let enlarged = if wider {
@@ -166,7 +181,8 @@ impl Hires {
         let size = (wide.saturating_sub(cut_x), high.saturating_sub(cut_y));
         if size.0 == 0 || size.1 == 0 {
             return Err(Error::Usage(
-                "the second picture has no pixels; use a larger --hires-scale or --hires-size".to_owned(),
+                "the second picture has no pixels; use a larger --hires-scale or --hires-size"
+                    .to_owned(),
             ));
         }
         Ok(Layout {
@@ -242,7 +258,9 @@ impl SecondPass {
         let byte = |value: f32| (255.0 * ((value + 1.0) / 2.0).clamp(0.0, 1.0)) as u8;
         let plane = decoded.w * decoded.h;
         let rgb = (0..plane).flat_map(|at| (0..3).map(move |c| c * plane + at));
-        let rgb = rgb.filter_map(|at| decoded.values.get(at).copied()).map(byte);
+        let rgb = rgb
+            .filter_map(|at| decoded.values.get(at).copied())
+            .map(byte);
         let side = |pixels: usize| {
             u32::try_from(pixels)
                 .map_err(|_| Error::Usage(format!("a side of {pixels} pixels is too large")))
@@ -280,7 +298,9 @@ fn encode(
     let pixels = Tensor::from_vec(values, size, networks.device())?;
     // what is not a whole latent is not seen
     let pixels = pixels.narrow(2, 0, h * scale)?.narrow(3, 0, w * scale)?;
-    let mode = networks.encode_safely(&pixels.contiguous()?, surface)?.mode();
+    let mode = networks
+        .encode_safely(&pixels.contiguous()?, surface)?
+        .mode();
     networks.scale_latents(&mode)
 }
 

@@ -1,8 +1,8 @@
 //! Will it fit? An estimate from the recorded networks, beside what the machine has.
 
 use super::Networks;
-use crate::error::{Error, Result};
 use super::tiling::Surface;
+use crate::error::{Error, Result};
 use crate::memory::{Memory, resident};
 
 /// What is there beside weights and the values between layers: code, vocabulary, what a picture becomes on its way to the file.

@@ -52,7 +52,9 @@ impl TinyPreview {
         if got != wanted {
             return Err(Error::bad_model(
                 checkpoint.path(),
-                format!("the decoder for previews takes latents of {got} channels, and the model's have {wanted}; give one that was made for it"),
+                format!(
+                    "the decoder for previews takes latents of {got} channels, and the model's have {wanted}; give one that was made for it"
+                ),
             ));
         }
         let weights = Weights::new(source(&component), DType::F32, &candle_core::Device::Cpu);
@@ -70,7 +72,9 @@ impl TinyPreview {
         let mut values: Vec<f32> = latents.flatten_all()?.to_vec1()?;
         self.config.limit(&mut values);
         let graph = Graph::new();
-        let output = self.decoder.forward(&graph.input("latents", latents.dims()))?;
+        let output = self
+            .decoder
+            .forward(&graph.input("latents", latents.dims()))?;
         let options = Options {
             transient: true,
             ..Options::new(Level::current(), Precision::F32)

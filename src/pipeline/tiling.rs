@@ -122,7 +122,7 @@ impl Span {
     }
 }
 
-/// Tiles of at most `tile` of `size` pixels, all of one size, each with `margin` pixels about its own part wherever the picture goes on. All begin
+/// Tiles of about `tile` of `size` pixels, of which at least half are their own, all of one size, each with `margin` pixels about its own part wherever the picture goes on. All begin
 /// at multiples of `align`.
 pub(super) fn spans(
     size: usize,
@@ -137,7 +137,7 @@ pub(super) fn spans(
         }];
     }
     let margin = margin.next_multiple_of(align);
-    let most = tile.saturating_sub(2 * margin).max(align) / align * align;
+    let most = tile.saturating_sub(2 * margin).max(tile / 2).max(align) / align * align;
     let step = size.div_ceil(size.div_ceil(most)).next_multiple_of(align);
     let whole = step + 2 * margin;
     let extent = if wraps { whole } else { whole.min(size) };
@@ -269,8 +269,16 @@ impl Planes {
     /// Lets the last rows (or columns) of `before` pass into the first ones.
     fn blend(&mut self, before: &Self, most: usize, down: bool) {
         let ([c, h, w], [_, bh, bw]) = (self.shape, before.shape);
-        let extent = if down { most.min(bh).min(h) } else { most.min(bw).min(w) };
-        let (high, wide) = if down { (extent, w.min(bw)) } else { (h.min(bh), extent) };
+        let extent = if down {
+            most.min(bh).min(h)
+        } else {
+            most.min(bw).min(w)
+        };
+        let (high, wide) = if down {
+            (extent, w.min(bw))
+        } else {
+            (h.min(bh), extent)
+        };
         for plane in 0..c {
             for y in 0..high {
                 for x in 0..wide {

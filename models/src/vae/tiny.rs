@@ -54,12 +54,15 @@ impl TinyConfig {
 
     /// How far a pixel depends on the latents around it.
     pub fn reach(&self) -> usize {
-        self.layers.iter().rev().fold(0, |reach, layer| match layer {
-            TinyLayer::Conv { .. } => reach + 1,
-            TinyLayer::Block { .. } => reach + 3,
-            TinyLayer::Relu => reach,
-            TinyLayer::Upsample => reach.div_ceil(2),
-        })
+        self.layers
+            .iter()
+            .rev()
+            .fold(0, |reach, layer| match layer {
+                TinyLayer::Conv { .. } => reach + 1,
+                TinyLayer::Block { .. } => reach + 3,
+                TinyLayer::Relu => reach,
+                TinyLayer::Upsample => reach.div_ceil(2),
+            })
     }
 
     /// Keeps latents within the magnitude that the network knows; comes before [`TinyDecoder::forward`].

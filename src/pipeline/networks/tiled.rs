@@ -9,7 +9,7 @@ use candle_core::{DType, Tensor};
 use sd_kernels::graph::SharedNorms;
 use sd_kernels::op::Window;
 use sd_kernels::plan::{Feed, Options, Plan, Store};
-use sd_kernels::{Graph, Weights, ops};
+use sd_kernels::{Graph, Weights, Wrap, ops};
 use sd_models::vae::Encoder;
 
 use super::super::coverage::{ENCODER, named};
@@ -20,8 +20,10 @@ use super::{EncoderParts, Networks, Posterior, vae_options};
 use crate::error::{Error, Result};
 use crate::memory::Memory;
 
-/// Tiles that statistics are taken of; of more, only some are looked at.
-const SAMPLE: usize = 16;
+/// Pixels that statistics are taken of; of a larger picture, only some of its tiles are looked at, and no fewer than [`FEWEST`].
+const SAMPLE: usize = 2048 * 2048;
+/// See [`SAMPLE`].
+const FEWEST: usize = 16;
 /// The part of what is free that the autoencoder may take.
 const SHARE: f64 = 0.85;
 
@@ -166,6 +168,8 @@ impl Networks {
             },
             scale: Scale::Up(self.vae.scale() / scale.max(1)),
             tiles: (rows, columns),
+            // the margins hold what lies beyond an edge
+            wrap: Wrap::default(),
             record: &|x| self.vae.tail(x, depth),
             options,
             store,
@@ -199,7 +203,12 @@ impl Networks {
     ///
     /// # Errors
     /// As [`Networks::encode`]; [`Error::Unsupported`] for tiles with shared norms without plans.
-    pub fn encode_as(&self, pictures: &Tensor, dtype: DType, surface: &Surface) -> Result<Posterior> {
+    pub fn encode_as(
+        &self,
+        pictures: &Tensor,
+        dtype: DType,
+        surface: &Surface,
+    ) -> Result<Posterior> {
         let (b, _, h, w) = pictures.dims4()?;
         let (parts, _) = self.encoding((w, h), dtype, surface, budget())?;
         if parts == Parts::Whole {
@@ -213,7 +222,11 @@ impl Networks {
                 _ => self.encode_own(&picture, dtype, surface.tiling.tile)?,
             };
             let [c, h, w] = moments.shape;
-            all.push(Tensor::from_vec(moments.values, (1, c, h, w), &self.device)?);
+            all.push(Tensor::from_vec(
+                moments.values,
+                (1, c, h, w),
+                &self.device,
+            )?);
         }
         Posterior::new(&Tensor::cat(&all, 0)?)
     }
@@ -283,6 +296,7 @@ impl Networks {
             tiles: head_spans((h, w), surface, (tile, depth), &encoder),
             input,
             scale: Scale::Down(1 << depth),
+            wrap: surface.wrap,
             record: &|x| encoder.head(x, depth),
             options: options.clone(),
             store: &store,
@@ -318,15 +332,19 @@ impl Networks {
     }
 }
 
-/// The tiles of a picture down to level `depth` of an encoder.
+/// The tiles of a picture down to level `depth` of an encoder. Along an axis without edges there is one: the zeros behind the last pixel, which its
+/// strided convolutions are given, are in one place only.
 fn head_spans(
     (h, w): (usize, usize),
     surface: &Surface,
     (tile, depth): (usize, usize),
     encoder: &Encoder,
 ) -> (Vec<Span>, Vec<Span>) {
-    let how = (tile, encoder.reach(depth), 1 << depth);
-    (spans(h, how, surface.wrap.y), spans(w, how, surface.wrap.x))
+    let of = |size: usize, wraps: bool| {
+        let tile = if wraps { tile.max(size) } else { tile };
+        spans(size, (tile, encoder.reach(depth), 1 << depth), false)
+    };
+    (of(h, surface.wrap.y), of(w, surface.wrap.x))
 }
 
 /// What the way of dividing a picture depends on.
@@ -350,20 +368,22 @@ impl Choice<'_> {
     ) -> Result<(Parts, u64)> {
         let tiling = self.surface.tiling;
         let fits = |bytes: u64| self.budget.is_none_or(|budget| bytes <= budget);
-        let possible = self.depths > 0 && (self.planned || tiling.norm == TileNorm::Own);
-        if tiling.mode == TilingMode::On && !possible && !self.small {
+        let own_norms = tiling.norm == TileNorm::Own;
+        let possible = own_norms || (self.planned && self.depths > 0);
+        if tiling.mode == TilingMode::On && !self.planned && !own_norms && !self.small {
             return Err(Error::Unsupported(
-                "tiles with shared norms are for the CPU's plans; use --vae-tile-norm own".to_owned(),
+                "tiles with shared norms are for the CPU's plans; use --vae-tile-norm own"
+                    .to_owned(),
             ));
         }
-        if self.small || tiling.mode != TilingMode::On {
+        if self.small || !possible || tiling.mode != TilingMode::On {
             let bytes = whole()?;
             let off = tiling.mode == TilingMode::Off || self.small || !possible;
             if off || fits(bytes) {
                 return Ok((Parts::Whole, bytes));
             }
         }
-        if tiling.norm == TileNorm::Own {
+        if own_norms {
             return Ok((Parts::Own, own()?));
         }
         let mut least = (Parts::Shared(0), u64::MAX);
@@ -412,6 +432,8 @@ struct Local<'a> {
     scale: Scale,
     /// Along the rows and the columns of `input`.
     tiles: (Vec<Span>, Vec<Span>),
+    /// Axes along which a tile has no edges.
+    wrap: Wrap,
     record: &'a dyn Fn(&sd_kernels::Tensor) -> sd_kernels::Result<sd_kernels::Tensor>,
     options: Options,
     store: &'a Store,
@@ -465,7 +487,7 @@ impl Local<'_> {
             },
         });
         let input = graph.input("features", &[1, self.input.shape[0], h, w]);
-        let output = (self.record)(&input)?;
+        let output = ops::wrapped(self.wrap, || (self.record)(&input))?;
         Ok((graph, output))
     }
 
@@ -505,7 +527,10 @@ impl Local<'_> {
     /// Means and variances of the whole at the first norm that has none, from all tiles or a part of them that lies evenly.
     fn statistics(&self, given: &[(String, Vec<f32>)]) -> Result<Vec<f32>> {
         let across = self.tiles.1.len();
-        let every = (self.tiles.0.len() * across).div_ceil(SAMPLE);
+        let [_, h, w] = self.input.shape;
+        let pixels = (h * w).max(self.scale.of(h) * self.scale.of(w));
+        let tiles = self.tiles.0.len() * across;
+        let every = (pixels / SAMPLE).min(tiles / FEWEST).max(1);
         let skew = (every * 2).div_ceil(5);
         let (mut pooled, mut ready, mut values) = (Pooled::default(), None, Vec::new());
         for (i, (rows, columns)) in self.all().enumerate() {
