@@ -42,7 +42,12 @@ fn main() -> Result<()> {
     let mut conditions = Conditions::of_text(context.clone());
     conditions.added = inputs.get("added").cloned();
     conditions.guidance = inputs.get("guidance").cloned();
-    let mut denoiser = networks.denoiser(size, &conditions, &[timestep], &Variant::default())?;
+    let mut denoiser = networks.denoiser(
+        size,
+        &conditions,
+        &[timestep],
+        (&Variant::default(), Default::default()),
+    )?;
     let out = denoiser.predict(sample, timestep)?;
     safetensors::save(&HashMap::from([("prediction", out)]), prediction)?;
     Ok(())

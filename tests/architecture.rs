@@ -14,11 +14,13 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &["checkpoint", "weights", "sd_kernels", "candle_core"],
     ),
     ("checkpoint", &[]),
+    ("control", &["picture"]),
     (
         "cli",
         &[
             "adapters",
             "checkpoint",
+            "control",
             "convert",
             "demo",
             "device",
@@ -69,6 +71,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &[
             "adapters",
             "checkpoint",
+            "control",
             "device",
             "memory",
             "output::Image",

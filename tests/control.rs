@@ -447,8 +447,8 @@ fn single_files_are_what_folders_are() {
         ("sketch-xl", Form::Original(""), "sketch-xl"),
     ];
     for (name, form, run) in forms {
-        let runs = list(&cases.record["runs"]).iter();
-        let run = runs.filter(|r| r["name"] == run).next().unwrap();
+        let mut runs = list(&cases.record["runs"]).iter();
+        let run = runs.find(|r| r["name"] == run).unwrap();
         let part = cases.part(name);
         let dir = Dir::new();
         let base = write_base(&part.base(), &dir, run);

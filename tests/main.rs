@@ -13,6 +13,8 @@ mod adapters;
 mod architecture;
 /// Autoencoders of other files, tiny ones too.
 mod autoencoders;
+/// Tiles, textures, previews and second passes, against diffusers, torch and k-diffusion.
+mod canvas;
 /// Formats, truncated and hostile files, families.
 mod checkpoint;
 /// The binary: results, exit statuses, messages.

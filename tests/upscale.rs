@@ -289,6 +289,8 @@ fn the_command_writes_what_the_library_gives_and_keeps_texts() {
     assert_eq!(Picture::open(&dir.path("out.png")).unwrap(), wanted);
     let texts = png::read_text(&dir.path("out.png")).unwrap();
     assert_eq!(texts.get("parameters"), Some(parameters));
+    let piped = dir.sd_rs(&["upscale", "in.png", "-m", model, "-o", "-"]);
+    assert_eq!(piped.stdout, std::fs::read(dir.path("out.png")).unwrap());
     // without --output beside where the command runs
     dir.ok(&["upscale", "in.png", "-m", model]);
     assert!(dir.path("in-x3.png").is_file());

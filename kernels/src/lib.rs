@@ -17,6 +17,8 @@
 //! | `Conv2d` | `[b, c, h, w]` → `[b, o, h', w']` |
 //! | `Linear` | `[.., i]` → `[.., o]` |
 //! | `GroupNorm` (+ activation) | `[b, c, h, w]` → same |
+//! | `GroupNorm` with given statistics | `[b, c, h, w]`, `[1 or b, 2 · groups]` → `[b, c, h, w]` |
+//! | `Statistics` | `[b, c, h, w]` → `[b, 2 · groups]` |
 //! | `LayerNorm` | `[.., c]` → same |
 //! | `AdaptiveNorm` | `[b, s, c]`, `[b, n · c]` → `[b, s, c]` |
 //! | `RmsNorm` | `[.., c]` → same |
@@ -53,7 +55,7 @@ pub mod profile;
 mod tensor;
 
 pub use graph::Graph;
-pub use op::{Activation, Op, Padding, PatchOrder, Relative, Turns};
+pub use op::{Activation, Op, Padding, PatchOrder, Relative, Turns, Window, Wrap};
 pub use param::{Param, Reader, Source, Weights};
 pub use tensor::Tensor;
 

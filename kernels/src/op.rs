@@ -65,6 +65,55 @@ impl Padding {
     }
 }
 
+/// Along which axes pictures have no edges: what lies beyond one is what lies at the other, in the place of zeros.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Wrap {
+    /// Left and right.
+    pub x: bool,
+    /// Top and bottom.
+    pub y: bool,
+}
+
+impl Wrap {
+    /// Whether there is such an axis.
+    pub const fn any(self) -> bool {
+        self.x || self.y
+    }
+
+    /// The place in `size` of one that may lie outside, and of which it is known that only `wraps` brings it back.
+    #[inline(always)]
+    pub(crate) fn place(wraps: bool, at: isize, size: usize) -> Option<usize> {
+        match usize::try_from(at) {
+            Ok(at) if at < size => Some(at),
+            _ if wraps => usize::try_from(at.rem_euclid(size.cast_signed().max(1))).ok(),
+            _ => None,
+        }
+    }
+}
+
+/// A part of a picture, in pixels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Window {
+    /// Rows above it.
+    pub top: usize,
+    /// Columns left of it.
+    pub left: usize,
+    /// Its rows.
+    pub height: usize,
+    /// Its columns.
+    pub width: usize,
+}
+
+impl Window {
+    /// Whether it holds something and lies within a picture.
+    pub(crate) fn fits(&self, (h, w): (usize, usize)) -> bool {
+        let within = |first: usize, count: usize, size: usize| {
+            count > 0 && first.checked_add(count).is_some_and(|end| end <= size)
+        };
+        within(self.top, self.height, h) && within(self.left, self.width, w)
+    }
+}
+
 /// T5's bias of scores by the distance of key and query, instead of a scale (Raffel et al., "Exploring the Limits of Transfer Learning with a
 /// Unified Text-to-Text Transformer", arXiv 1910.10683; transformers 5.23 `T5Attention`).
 #[derive(Debug, Clone)]
@@ -113,10 +162,13 @@ pub enum Op {
         bias: Option<Param>,
         stride: usize,
         padding: Padding,
+        /// What the padding is; zeros where it does not wrap.
+        wrap: Wrap,
     },
     /// `x · Wᵀ + bias`; weight `[o, i]`, bias `[o]`.
     Linear { weight: Param, bias: Option<Param> },
-    /// Normalises each of `groups` channel groups of each picture, then scales, shifts and activates.
+    /// Normalises each of `groups` channel groups of each picture, then scales, shifts and activates. A second input `[1 or b, 2 · groups]` is
+    /// taken for means and variances, as [`Op::Statistics`] gives them.
     GroupNorm {
         weight: Param,
         bias: Param,
@@ -124,6 +176,8 @@ pub enum Op {
         eps: f64,
         activation: Option<Activation>,
     },
+    /// Means of the channel groups within a part of each picture, then variances: `[b, c, h, w]` → `[b, 2 · groups]`.
+    Statistics { groups: usize, part: Window },
     /// Normalises the last axis, then scales and shifts.
     LayerNorm {
         weight: Param,
@@ -257,6 +311,7 @@ impl Op {
             Self::Conv2d { .. } => "conv2d",
             Self::Linear { .. } => "linear",
             Self::GroupNorm { .. } => "group_norm",
+            Self::Statistics { .. } => "statistics",
             Self::LayerNorm { .. } => "layer_norm",
             Self::AdaptiveNorm { .. } => "adaptive_norm",
             Self::RmsNorm { .. } => "rms_norm",
@@ -296,6 +351,7 @@ impl Op {
             Self::Conv2d { .. } | Self::Linear { .. } => LayerClass::Linear,
             Self::Attention { .. } | Self::AttentionMass { .. } => LayerClass::Attention,
             Self::GroupNorm { .. }
+            | Self::Statistics { .. }
             | Self::LayerNorm { .. }
             | Self::AdaptiveNorm { .. }
             | Self::RmsNorm { .. } => LayerClass::Norm,
@@ -370,6 +426,20 @@ impl Op {
                 if *groups > 0 && c % groups == 0 && weight.shape() == [*c] =>
             {
                 Ok(x.to_vec())
+            }
+            (Self::GroupNorm { groups, weight, .. }, [x @ [b, c, _, _], [sb, s]])
+                if *groups > 0
+                    && c % groups == 0
+                    && weight.shape() == [*c]
+                    && (sb == b || *sb == 1)
+                    && *s == 2 * groups =>
+            {
+                Ok(x.to_vec())
+            }
+            (Self::Statistics { groups, part }, [[b, c, h, w]])
+                if *groups > 0 && c % groups == 0 && part.fits((*h, *w)) =>
+            {
+                Ok(vec![*b, 2 * groups])
             }
             (Self::GroupNorm { groups, weight, .. }, _) => Err(wrong(format!(
                 "[b, c, h, w] with c = {:?} divisible by {groups} groups",

@@ -1,15 +1,50 @@
 //! The operations that networks call. Each checks its shapes, then computes or records; see [`crate::op::Op`] for their meaning.
 
+use std::cell::Cell;
 use std::time::Instant;
 
 use crate::tensor::{Tensor, Value};
-use crate::{Activation, Error, Op, Param, PatchOrder, Result, eager, profile};
+use crate::{Activation, Error, Op, Padding, Param, Result, Wrap, eager, profile};
+
+thread_local! {
+    /// How convolutions of this thread's networks pad.
+    static WRAP: Cell<Wrap> = const { Cell::new(Wrap { x: false, y: false }) };
+}
+
+/// Lets every convolution that `network` calls pad by wrapping around, as `padding_mode="circular"` of PyTorch's layers does. One whose padding
+/// is not the same on both sides stays: there it is a step of its own in PyTorch, and no layer's.
+pub fn wrapped<T>(wrap: Wrap, network: impl FnOnce() -> T) -> T {
+    /// Puts back what was before, whatever happens in between.
+    struct Restore(Wrap);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            WRAP.set(self.0);
+        }
+    }
+    let _restore = Restore(WRAP.replace(wrap));
+    network()
+}
+
+/// The operation as this thread's networks are to call it.
+fn as_wanted(mut op: Op) -> Op {
+    if let Op::Conv2d { padding, wrap, .. } = &mut op
+        && *padding == Padding::same(padding.before)
+    {
+        let wanted = WRAP.get();
+        *wrap = Wrap {
+            x: wrap.x || wanted.x,
+            y: wrap.y || wanted.y,
+        };
+    }
+    op
+}
 
 /// Computes `op` when the inputs hold data, notes it when they are nodes of a graph.
 ///
 /// # Errors
 /// [`Error::Shape`] when the inputs do not fit, [`Error::Mixed`] when they do not belong together, or the executor's error.
 pub fn apply(op: Op, inputs: &[&Tensor]) -> Result<Tensor> {
+    let op = as_wanted(op);
     let shapes: Vec<&[usize]> = inputs.iter().map(|t| t.shape()).collect();
     let shape = op.shape(&shapes)?;
     let graph = inputs.iter().find_map(|t| match &t.0 {

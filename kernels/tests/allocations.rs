@@ -62,6 +62,7 @@ fn network(w: &Weights, x: &Tensor) -> Result<Tensor> {
             weight: w.param(name, &[columns, x.shape()[1], kernel, kernel]),
             bias: None,
             stride: 1,
+            wrap: sd_kernels::Wrap::default(),
             padding: Padding::same(kernel / 2),
         };
         ops::apply(op, &[x])

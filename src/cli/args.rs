@@ -1,10 +1,13 @@
 //! What can be typed. Nothing is resolved here; see `docs` of each command for what it does.
 
 mod adapters;
+mod canvas;
 mod control;
 pub(super) mod guidance;
+mod hires;
 mod image;
 mod image_prompt;
+mod preview;
 mod upscale;
 
 use std::path::PathBuf;
@@ -13,9 +16,12 @@ use clap::{Args, Parser, Subcommand};
 
 pub use adapters::{EmbeddingArgs, LoraArgs};
 pub(super) use control::value_name;
+pub use canvas::{Axes, CanvasArgs};
 pub use control::{ControlArgs, ControlMapArgs};
+pub use hires::{HiresArgs, pairs as hires_pairs};
 pub use image::ImageArgs;
 pub use image_prompt::ImagePromptArgs;
+pub use preview::{PreviewArgs, PreviewHow};
 pub use upscale::UpscaleArgs;
 
 use crate::adapters::DoraNorm;
@@ -182,6 +188,15 @@ pub struct GenerateArgs {
     /// The picture to begin at
     #[command(flatten)]
     pub image: ImageArgs,
+    /// The second pass
+    #[command(flatten)]
+    pub hires: HiresArgs,
+    /// Tiles and textures
+    #[command(flatten)]
+    pub canvas: CanvasArgs,
+    /// Previews
+    #[command(flatten)]
+    pub preview: PreviewArgs,
     /// What not to show
     #[arg(short, long, allow_hyphen_values = true)]
     pub negative_prompt: Option<String>,

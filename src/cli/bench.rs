@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Device, Tensor};
 use sd_kernels::cpu::Level;
 use sd_kernels::op::LayerClass;
-use sd_kernels::profile;
+use sd_kernels::{Wrap, profile};
 use sd_models::variant::Variant;
 use serde_json::{Value, json};
 
@@ -135,7 +135,7 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
         [1, channels, latent, latent],
         &conditions,
         &[500.0],
-        &Variant::default(),
+        (&Variant::default(), Wrap::default()),
     )?;
     let load = load + begin.elapsed();
     let mut steps = Vec::new();

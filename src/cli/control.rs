@@ -15,7 +15,7 @@ pub(super) fn run(args: &ControlMapArgs) -> Result<()> {
     let mut file = NewFile::create(&args.output, args.overwrite)?;
     let picture = Picture::open(&args.picture)?;
     let map = args.preprocessor.apply(&picture)?;
-    let name = super::args::value_name(args.preprocessor);
+    let name = super::args::value_name(&args.preprocessor);
     let text = format!("Module: {name}");
     let bytes = png::encode(&map.into_image(), &text, None)?;
     file.write(&bytes)?;

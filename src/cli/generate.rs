@@ -9,11 +9,12 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::args::guidance::{infotext, record};
-use super::args::{GenerateArgs, value_name};
+use super::args::{GenerateArgs, hires_pairs, value_name};
 use super::embedding::{Learned, Used};
 use super::fetch::{open_model, open_part};
 use super::lora::{self, Worn};
 use super::picture;
+use super::preview::{self, Screen};
 use super::{interrupt, print_line, set_threads};
 use crate::adapters::DoraNorm;
 use crate::control::Resize;
@@ -87,7 +88,9 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     engine = engine.with_controls(controls.iter().map(|control| &control.checkpoint))?;
     let adapters = args.image_prompt.open(&args.library, args.no_mmap)?;
     engine = engine.with_image_prompts(adapters.iter().map(|(_, files)| files))?;
+    engine = preview::equip(engine, &args.preview, &args.library, args.no_mmap)?;
     let mut session = Session {
+        screen: Screen::new(&args.preview, quiet),
         args,
         model: &model.name,
         vae: vae.as_ref().map(|vae| vae.name.as_str()),
@@ -135,6 +138,8 @@ struct Session<'a> {
     made: usize,
     /// Their latents, where they are to be saved.
     latents: Vec<Tensor>,
+    /// Where previews go.
+    screen: Screen,
 }
 
 impl Session<'_> {
@@ -185,8 +190,12 @@ impl Session<'_> {
             job.target(first + index, plan.seed.wrapping_add(index as u64))
                 .check()?;
         }
+        let mut screen = Screen::clone(&self.screen);
         let mut listener = |event: Event| {
-            show(bar, event);
+            match event {
+                Event::Preview(image) => bar.suspend(|| screen.show(&image)),
+                event => show(bar, event),
+            }
             if interrupt::stopped() {
                 Control::Stop
             } else {
@@ -268,6 +277,9 @@ fn request(args: &GenerateArgs) -> Result<Request> {
         clip_skip: args.clip_skip,
         rng: args.rng,
         source: None,
+        hires: args.hires.hires(),
+        preview: preview::wanted(&args.preview),
+        surface: args.canvas.surface(),
         skip_layers: args
             .slg_scale
             .filter(|scale| *scale != 0.0)
@@ -337,6 +349,7 @@ fn show(bar: &ProgressBar, event: Event) {
             bar.set_position(done as u64);
             bar.suspend(|| tracing::debug!("step {done} of {total}"));
         }
+        Event::Preview(_) => {}
         Event::Decoding => {
             bar.set_message("decoding");
             bar.suspend(|| tracing::info!("decoding"));
@@ -348,9 +361,9 @@ fn show(bar: &ProgressBar, event: Event) {
 fn control_json(name: &str, control: &ControlRequest) -> Value {
     json!({
         "model": name,
-        "preprocessor": value_name(control.preprocessor),
-        "resize": value_name(control.resize),
-        "mode": value_name(control.mode),
+        "preprocessor": value_name(&control.preprocessor),
+        "resize": value_name(&control.resize),
+        "mode": value_name(&control.mode),
         "scale": control.scale,
         "start": control.span.0,
         "end": control.span.1,
@@ -372,7 +385,7 @@ fn control_infotext(name: &str, control: &ControlRequest) -> String {
     };
     format!(
         "Module: {}, Model: {name}, Weight: {}, Resize Mode: {resize}, Guidance Start: {}, Guidance End: {}, Control Mode: {mode}",
-        value_name(control.preprocessor),
+        value_name(&control.preprocessor),
         control.scale,
         control.span.0,
         control.span.1
@@ -519,6 +532,20 @@ impl Job<'_> {
                 let from = picture::request_json(&self.session.args.image, source, self.plan);
                 fields.insert("from_picture".to_owned(), from);
             }
+            if let Some(second) = &self.plan.hires {
+                let hires = &second.hires;
+                fields.insert(
+                    "hires".to_owned(),
+                    json!({
+                        "first_width": self.plan.width, "first_height": self.plan.height, "upscaler": hires.upscaler.name(),
+                        "steps": second.plan.steps, "strength": hires.strength, "cfg_scale": second.plan.cfg_scale,
+                    }),
+                );
+            }
+            let wrap = self.plan.surface.wrap;
+            if wrap.any() {
+                fields.insert("tile".to_owned(), json!({ "x": wrap.x, "y": wrap.y }));
+            }
             if !self.session.embeddings.names.is_empty() {
                 fields.insert(
                     "embeddings".to_owned(),
@@ -551,10 +578,11 @@ impl Job<'_> {
             schedule_type: Some(self.plan.schedule.clone()),
             cfg_scale: Some(self.plan.cfg_scale),
             seed: Some(seed),
-            size: u32::try_from(self.plan.picture_size().0)
-                .ok()
-                .zip(u32::try_from(self.plan.picture_size().1).ok()),
-            denoising_strength: self.plan.strength,
+            size: self.first_size(),
+            denoising_strength: match &self.plan.hires {
+                Some(second) => Some(second.hires.strength),
+                None => self.plan.strength,
+            },
             model: Some(self.session.model.to_owned()),
             clip_skip: u32::try_from(self.plan.clip_skip).unwrap_or(1),
             rng: match self.plan.rng {
@@ -569,6 +597,15 @@ impl Job<'_> {
             .concat(),
             ..Parameters::default()
         }
+    }
+
+    /// A1111 tells the first pass's size where there are two.
+    fn first_size(&self) -> Option<(u32, u32)> {
+        let (width, height) = match self.plan.hires {
+            Some(_) => (self.plan.width, self.plan.height),
+            None => self.plan.picture_size(),
+        };
+        u32::try_from(width).ok().zip(u32::try_from(height).ok())
     }
 
     /// A1111's keys of what else takes part.
@@ -592,6 +629,7 @@ impl Job<'_> {
             let text = control_infotext(name, control);
             pairs.push((format!("ControlNet {i}"), text));
         }
+        pairs.extend(hires_pairs(self.plan));
         if let Some(hashes) = &self.session.worn.hashes {
             pairs.push(("Lora hashes".to_owned(), hashes.clone()));
         }
@@ -601,6 +639,13 @@ impl Job<'_> {
         pairs
     }
 
+    /// Network calls of a batch, in all passes.
+    fn calls(&self) -> usize {
+        let second = self.plan.hires.as_ref();
+        let of = |plan: &Plan| plan.trajectory.calls.len();
+        of(self.plan) + second.map_or(0, |second| of(&second.plan))
+    }
+
     fn describe(&self) -> String {
         let mut object = self.common_json(self.plan.seed);
         if let Some(fields) = object.as_object_mut() {
@@ -608,9 +653,11 @@ impl Job<'_> {
             fields.insert("pictures".to_owned(), json!(self.plan.pictures()));
             fields.insert(
                 "network_calls".to_owned(),
-                json!(self.plan.trajectory.calls.len()),
+                json!(self.calls()),
             );
-            fields.insert("memory_bytes".to_owned(), json!(self.plan.memory));
+            let second = self.plan.hires.as_ref();
+            let memory = second.map_or(self.plan.memory, |second| second.plan.memory);
+            fields.insert("memory_bytes".to_owned(), json!(memory));
         }
         if self.session.args.json {
             return object.to_string();

@@ -15,6 +15,7 @@ mod kernels;
 mod lora;
 mod models;
 mod picture;
+mod preview;
 mod upscale;
 
 use std::io::Write;

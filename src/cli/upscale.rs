@@ -111,7 +111,9 @@ impl Job<'_> {
             alpha.as_ref().map(|alpha| alpha.values()),
             &texts,
         )?;
-        output::save_bytes(target, &bytes, self.args.overwrite)?;
+        if !output::save_bytes(target, &bytes, self.args.overwrite)? {
+            return Ok(()); // the picture itself went to the standard output
+        }
         let tiles = self.tiles(&picture, tiling);
         tracing::info!("{}: {:.2} s", input.display(), computed.as_secs_f64());
         self.bar.suspend(|| match self.args.json {

@@ -96,31 +96,42 @@ pub fn save(
 ) -> Result<Option<PathBuf>> {
     let bytes = png::encode(image, &parameters.print(), Some(request))?;
     let Some(path) = target.path() else {
-        let mut out = io::stdout().lock();
-        out.write_all(&bytes)
-            .and_then(|()| out.flush())
-            .map_err(|source| Error::disk("standard output", "write", source))?;
+        write_stdout(&bytes)?;
         return Ok(None);
     };
     file::write(&path, &bytes, existing(target.template, target.overwrite)).map(Some)
 }
 
-/// Fails, before the work begins, where a picture that is called `path` could not be written.
+/// Fails, before the work begins, where a picture that is called `path` (`-`: standard output) could not be written.
 ///
 /// # Errors
 /// As [`check_target`].
 pub fn check_file(path: &Path, overwrite: bool) -> Result<()> {
+    if path == Path::new(STDOUT) {
+        return refuse_terminal();
+    }
     refuse_other_format(&path.to_string_lossy())?;
     file::check(path, latents_existing(overwrite))
 }
 
-/// Writes the bytes of a file, whole or not at all.
+/// Writes the bytes of a file, whole or not at all, or those of standard output; whether a file came of it.
 ///
 /// # Errors
 /// [`Error::Disk`] when it cannot be written, or is there and may not be replaced.
-pub fn save_bytes(path: &Path, bytes: &[u8], overwrite: bool) -> Result<()> {
+pub fn save_bytes(path: &Path, bytes: &[u8], overwrite: bool) -> Result<bool> {
+    if path == Path::new(STDOUT) {
+        write_stdout(bytes)?;
+        return Ok(false);
+    }
     file::write(path, bytes, latents_existing(overwrite))?;
-    Ok(())
+    Ok(true)
+}
+
+fn write_stdout(bytes: &[u8]) -> Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(bytes)
+        .and_then(|()| out.flush())
+        .map_err(|source| Error::disk("standard output", "write", source))
 }
 
 /// Writes latents as safetensors: key `latents`, f32, `shape` is `[n, c, h, w]`.

@@ -42,13 +42,12 @@ impl Filter {
         };
         let away = x.abs();
         match self {
-            Self::Nearest => 0.0,
             Self::Box => f64::from(u8::from(x > -0.5 && x <= 0.5)),
             Self::Bilinear => (1.0 - away).max(0.0),
             Self::Bicubic if away < 1.0 => ((A + 2.0) * away - (A + 3.0)) * away * away + 1.0,
             Self::Bicubic if away < 2.0 => (((away - 5.0) * away + 8.0) * away - 4.0) * A,
             Self::Lanczos if (-3.0..3.0).contains(&x) => sinc(x) * sinc(x / 3.0),
-            Self::Bicubic | Self::Lanczos => 0.0,
+            Self::Nearest | Self::Bicubic | Self::Lanczos => 0.0,
         }
     }
 }
@@ -145,9 +144,9 @@ fn along_rows(bytes: &[u8], channels: usize, width: usize, taps: &[Taps]) -> Vec
 /// `row`: bytes of a row.
 fn along_columns(bytes: &[u8], row: usize, taps: &[Taps]) -> Vec<u8> {
     let mut out = vec![0; taps.len() * row];
-    out.par_chunks_mut(row).zip(taps).for_each_init(
-        Vec::new,
-        |sums: &mut Vec<i32>, (out, taps)| {
+    out.par_chunks_mut(row)
+        .zip(taps)
+        .for_each_init(Vec::new, |sums: &mut Vec<i32>, (out, taps)| {
             sums.clear();
             sums.resize(row, HALF);
             let rows = bytes[taps.first * row..].chunks_exact(row);
@@ -159,8 +158,7 @@ fn along_columns(bytes: &[u8], row: usize, taps: &[Taps]) -> Vec<u8> {
             for (out, &sum) in out.iter_mut().zip(&*sums) {
                 *out = byte(sum);
             }
-        },
-    );
+        });
     out
 }
 

@@ -8,6 +8,7 @@ use super::denoise::BatchNoise;
 use super::known::{Blend, Known};
 use super::networks::{Networks, Posterior};
 use super::scene::Scene;
+use super::tiling::Surface;
 use super::source::{Edges, Fill, Source, Whose};
 use crate::error::{Error, Result};
 use crate::picture::{Filter, Grey};
@@ -87,6 +88,8 @@ pub(super) struct Begin<'a> {
     pub(super) scaled: bool,
     /// `[c, h, w]` of the latents.
     pub(super) shape: [usize; 3],
+    /// What pictures are to the encoder.
+    pub(super) surface: Surface,
 }
 
 impl Begin<'_> {
@@ -337,7 +340,7 @@ impl Begin<'_> {
         // a picture that is resized as latents is of any size
         let pixels = pixels.narrow(2, 0, (h / scale * scale).max(1))?;
         let pixels = pixels.narrow(3, 0, (w / scale * scale).max(1))?;
-        self.networks.encode_safely(&pixels.contiguous()?)
+        self.networks.encode_safely(&pixels.contiguous()?, &self.surface)
     }
 
     /// Latents in the size that is computed.
@@ -452,7 +455,7 @@ impl Begin<'_> {
         let scale = self.networks.autoencoder().scale();
         let device = self.networks.device();
         let grey = Tensor::zeros((1, 3, h * scale, w * scale), DType::F32, device)?;
-        let rest = self.networks.encode_safely(&grey)?.mode();
+        let rest = self.networks.encode_safely(&grey, &self.surface)?.mode();
         let rest = self.networks.scale_latents(&rest)?.repeat((b, 1, 1, 1))?;
         let mask = Tensor::ones((1, 1, h, w), DType::F32, device)?;
         self.inpainting(None, &mask, &rest)

@@ -3,26 +3,46 @@
 use candle_core::{DType, Tensor};
 
 use super::Networks;
+use super::tiling::Surface;
 use crate::error::{Error, Result};
 use crate::output::Image;
 
-/// Decodes one picture `[1, c, h, w]`. A result that is not finite is decoded again in f32, with a notice.
+/// One picture as planes `[3, h, w]`, mostly in [−1, 1], all of them numbers.
+pub(super) struct Decoded {
+    pub(super) values: Vec<f32>,
+    pub(super) w: usize,
+    pub(super) h: usize,
+}
+
+/// Decodes one picture `[1, c, h, w]`.
 pub(super) fn decode(
     networks: &Networks,
     latents: &Tensor,
+    surface: &Surface,
     warnings: &mut Vec<String>,
 ) -> Result<Image> {
-    let picture = networks.decode(latents, networks.dtype())?;
-    if let Some(image) = to_image(&picture)? {
-        return Ok(image);
+    let decoded = values(networks, latents, surface, warnings)?;
+    Image::from_planar(&decoded.values, decoded.w, decoded.h)
+}
+
+/// The same as numbers. A result that is not finite is decoded again in f32, with a notice.
+pub(super) fn values(
+    networks: &Networks,
+    latents: &Tensor,
+    surface: &Surface,
+    warnings: &mut Vec<String>,
+) -> Result<Decoded> {
+    let picture = networks.decode_as(latents, networks.dtype(), surface)?;
+    if let Some(decoded) = finite(&picture)? {
+        return Ok(decoded);
     }
     if networks.dtype() != DType::F32 {
         warnings.push(format!(
             "the autoencoder left the range of {}; the picture was decoded again in f32",
             networks.dtype().as_str()
         ));
-        if let Some(image) = to_image(&networks.decode(latents, DType::F32)?)? {
-            return Ok(image);
+        if let Some(decoded) = finite(&networks.decode_as(latents, DType::F32, surface)?)? {
+            return Ok(decoded);
         }
     }
     Err(Error::Numeric(
@@ -30,8 +50,8 @@ pub(super) fn decode(
     ))
 }
 
-/// `[1, 3, h, w]` in [−1, 1] as 8-bit RGB; `None` when it is not finite.
-fn to_image(picture: &Tensor) -> Result<Option<Image>> {
+/// `[1, 3, h, w]` as planes; `None` when it is not finite.
+fn finite(picture: &Tensor) -> Result<Option<Decoded>> {
     let (_, channels, h, w) = picture.dims4()?;
     if channels != 3 {
         return Err(Error::Unsupported(format!(
@@ -39,8 +59,6 @@ fn to_image(picture: &Tensor) -> Result<Option<Image>> {
         )));
     }
     let values: Vec<f32> = picture.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-    if values.iter().any(|v| !v.is_finite()) {
-        return Ok(None);
-    }
-    Image::from_planar(&values, w, h).map(Some)
+    let finite = values.iter().all(|v| v.is_finite());
+    Ok(finite.then_some(Decoded { values, w, h }))
 }

@@ -6,6 +6,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::event::{Event, Listener, send};
 use super::known::Known;
+use super::preview::Previewer;
 use crate::error::{Error, Result};
 use crate::sampling::{
     Assign, Brownian, BrownianTree, Call, Combo, Draw, Generator, Register, Threshold, Trajectory,
@@ -156,6 +157,8 @@ pub(super) struct Run<'a> {
     pub(super) known: Option<&'a Known>,
     /// Steps of earlier batches, and of all.
     pub(super) progress: (usize, usize),
+    /// Who makes previews.
+    pub(super) previewer: Option<&'a Previewer<'a>>,
 }
 
 impl Run<'_> {
@@ -192,6 +195,7 @@ impl Run<'_> {
             if next.is_none_or(|next| next.step != call.step) {
                 let done = done + call.step + 1;
                 send(listener, Event::Step { done, total })?;
+                self.preview(&registers, call, listener)?;
             }
         }
         let sample = match self.known {
@@ -199,6 +203,24 @@ impl Run<'_> {
             None => registers.sample,
         };
         Ok((sample, times))
+    }
+
+    /// Sends what the pictures are going to be, by what the last call said.
+    fn preview(
+        &self,
+        registers: &Registers,
+        call: &Call,
+        listener: &mut Listener<'_>,
+    ) -> Result<()> {
+        let Some(previewer) = self.previewer.filter(|p| p.is_due(call.step + 1)) else {
+            return Ok(());
+        };
+        let (of_input, of_output) = call.denoised;
+        let clean = ((&registers.model_input * of_input)? + (&registers.model_output * of_output)?)?;
+        match previewer.image(&clean)? {
+            Some(image) => send(listener, Event::Preview(image)),
+            None => Ok(()),
+        }
     }
 
     /// The prediction, by which what is known of the picture stays.

@@ -1,5 +1,7 @@
 //! What a run tells while it goes, and how it is stopped.
 
+use crate::output::Image;
+
 /// Something that has happened.
 #[derive(Debug, Clone)]
 pub enum Event {
@@ -14,6 +16,8 @@ pub enum Event {
         /// Steps in all, over all batches.
         total: usize,
     },
+    /// What the pictures of the batch are going to be, side by side; where [`super::Request::preview`] asks for it.
+    Preview(Image),
     /// The latents are being decoded.
     Decoding,
 }

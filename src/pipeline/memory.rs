@@ -1,6 +1,7 @@
 //! Will it fit? An estimate from the recorded networks, beside what the machine has.
 
 use super::Networks;
+use super::tiling::Surface;
 use crate::error::{Error, Result};
 use crate::memory::{Memory, resident};
 
@@ -17,16 +18,24 @@ pub(super) fn estimate(
     size: (usize, usize),
     (batch, texts): (usize, &[usize]),
     reference: Option<(usize, usize)>,
+    surface: &Surface,
 ) -> Result<u64> {
+    let free = free().map(|free| free.saturating_sub(REST));
     // models of a relay keep their weights, and use their buffers in turn
     let mut weights = 0;
     let mut buffers = 0;
     for networks in networks {
-        let need = networks.memory(size, (batch, texts), reference)?;
+        let need = networks.memory(size, (batch, texts), reference, (surface, free))?;
         weights += need.weights;
         buffers = buffers.max(need.buffers);
     }
     Ok(weights + buffers + REST)
+}
+
+/// What is free, and what this process holds already (the weights): that is part of the need.
+fn free() -> Option<u64> {
+    let free = Memory::look().available;
+    free.map(|free| free.saturating_add(resident().unwrap_or(0)))
 }
 
 /// Refuses when `needed` bytes are not to be had.
@@ -34,10 +43,7 @@ pub(super) fn estimate(
 /// # Errors
 /// [`Error::NoMemory`] with both figures.
 pub(super) fn check(needed: u64) -> Result<()> {
-    // what this process holds already (the weights) is part of the need, and not of what is free
-    let free = Memory::look().available;
-    let free = free.map(|free| free.saturating_add(resident().unwrap_or(0)));
-    match free {
+    match free() {
         Some(free) if needed > free => Err(Error::NoMemory(format!(
             "this needs about {:.1} GB of memory and {:.1} GB are free; make the picture or the batch smaller, or use --force",
             needed as f64 / 1e9,

@@ -11,12 +11,14 @@ mod denoise;
 mod event;
 mod extend;
 mod guidance;
+mod hires;
 mod image_prompt;
 mod known;
 mod learned;
 mod memory;
 mod networks;
 mod plan;
+mod preview;
 mod regions;
 mod relay;
 mod request;
@@ -25,6 +27,7 @@ mod scene;
 mod shortcuts;
 mod sizes;
 mod source;
+mod tiling;
 mod tower;
 
 pub use adapted::bind_adapters;
@@ -38,15 +41,18 @@ pub use guidance::{
     FreeU, FreeUVersion, Guidance, Measure, Mimic, Perturbed, Projected, Rule, ScaleSchedule,
     ScaleShape, SkipLayers,
 };
+pub use hires::{Hires, HiresSize, SecondPass, Upscaler};
 pub use image_prompt::ImageRequest;
 pub use networks::{Configs, Need, Networks, Posterior};
 pub use plan::Plan;
+pub use preview::{Preview, PreviewKind};
 pub use regions::{Place, Region, Regions};
 pub use request::{Request, Rng};
 pub use scene::Scene;
 pub use shortcuts::Shortcuts;
 pub use sizes::SizeConditioning;
 pub use source::{Edges, Fill, Fit, IMAGE_CFG_SCALE, Masking, NOISE_LEVEL, Source, Whose};
+pub use tiling::{Surface, TileNorm, Tiling, TilingMode};
 pub use tower::LoadedTower;
 
 use std::time::{Duration, Instant};
@@ -68,6 +74,7 @@ use begin::{Begin, Beginning};
 use denoise::BatchNoise;
 use image_prompt::ImageTokens;
 use networks::Denoiser;
+use preview::{Previewer, TinyPreview};
 use relay::Relay;
 
 /// A loaded model.
@@ -78,6 +85,7 @@ pub struct Engine {
     load_time: Duration,
     warnings: Vec<String>,
     refiner: Option<Refiner>,
+    tiny: Option<TinyPreview>,
 }
 
 /// A second model that takes over where little noise is left (Podell et al., "SDXL", arXiv 2307.01952, section 2.5; Balaji et al., eDiff-I,
@@ -193,6 +201,7 @@ impl Engine {
             load_time: start.elapsed(),
             warnings,
             refiner: None,
+            tiny: None,
         })
     }
 
@@ -283,6 +292,15 @@ impl Engine {
         Ok(self)
     }
 
+    /// Takes a TAESD, which makes the previews that [`PreviewKind::Tiny`] asks for.
+    ///
+    /// # Errors
+    /// [`Error::BadModel`] when the checkpoint holds none of this model's latents.
+    pub fn with_preview_decoder(mut self, checkpoint: &Checkpoint) -> Result<Self> {
+        self.tiny = Some(TinyPreview::open(checkpoint, &self.spec)?);
+        Ok(self)
+    }
+
     /// What the model is.
     pub fn spec(&self) -> &ModelSpec {
         &self.spec
@@ -342,9 +360,20 @@ impl Engine {
         }
         event::send(listener, Event::Encoded)?;
         let source = request.source.as_ref();
+        let previewer = request.preview.map(|preview| Previewer {
+            preview,
+            rgb: self.spec.rgb(),
+            tiny: self.tiny.as_ref(),
+        });
         for index in 0..plan.count {
-            let told = (encodings.as_slice(), images.as_slice());
-            let mut batch = self.batch((plan, source, index), told, listener)?;
+            let pass = Pass {
+                plan,
+                encodings: &encodings,
+                images: &images,
+                progress: (index * plan.all_steps(), plan.count * plan.all_steps()),
+                previewer: previewer.as_ref(),
+            };
+            let mut batch = self.batch((&pass, source), index, listener)?;
             batch.timings.text = text_time;
             finish(batch)?;
         }
@@ -370,7 +399,7 @@ impl Engine {
             regions: regions
                 .map(|region| alone(&region.prompt))
                 .collect::<Result<_>>()?,
-            empty: match wants_empty && plan.guided {
+            empty: match wants_empty && plan.is_guided() {
                 true => Some(alone("")?),
                 false => None,
             },
@@ -380,7 +409,7 @@ impl Engine {
     /// Prompt and negative prompt as this model reads them.
     fn encode(&self, request: &Request, plan: &Plan) -> Result<Conditioning> {
         // T5 is the larger part of the work: nobody reads what it says of a negative prompt that has no say
-        let unheard = self.networks.t5().is_some() && !plan.guided;
+        let unheard = self.networks.t5().is_some() && !plan.is_guided();
         text::encode(
             &self.readers(),
             Texts {
@@ -428,7 +457,7 @@ impl Engine {
         let acting = acting.filter(|(_, acts)| **acts);
         conditions.controls = acting.map(|(planned, _)| planned.acting.clone()).collect();
         self.networks
-            .denoiser(size, &conditions, timesteps, &ask.variant)
+            .denoiser(size, &conditions, timesteps, (&ask.variant, plan.surface.wrap))
     }
 
     /// The refiner's turn begins at diffusers' cut in timesteps; A1111 rounds a fractional one.
@@ -476,25 +505,16 @@ impl Engine {
 
     fn batch(
         &self,
-        (plan, source, index): (&Plan, Option<&Source>, usize),
-        (encodings, images): (&[Encodings], &[ImageTokens]),
+        (pass, source): (&Pass<'_>, Option<&Source>),
+        index: usize,
         listener: &mut Listener<'_>,
     ) -> Result<Batch> {
+        let plan = pass.plan;
         let seeds: Vec<u64> = (0..plan.batch_size)
             .map(|i| plan.seed.wrapping_add((index * plan.batch_size + i) as u64))
             .collect();
-        let scale = self.spec.vae.config.scale();
-        let shape = [
-            self.spec.vae.config.latent_channels,
-            plan.height / scale,
-            plan.width / scale,
-        ];
-        let generators = seeds.iter().map(|&seed| match plan.rng {
-            Rng::Cpu => Generator::torch(seed),
-            Rng::Nv => Generator::philox(seed),
-        });
-        let mut noise = BatchNoise::new(generators.collect(), shape, self.networks.device());
-        let size = [seeds.len(), shape[0], shape[1], shape[2]];
+        let shape = self.latents_of(plan);
+        let mut noise = self.noise(plan, &seeds, shape);
         let begin = Begin {
             networks: &self.networks,
             role: Role::of(&self.spec),
@@ -505,36 +525,47 @@ impl Engine {
             low_res: self.spec.low_res.as_ref(),
             scaled: self.spec.scales_instructions,
             shape,
+            surface: plan.surface,
         };
-        let Beginning {
-            sample,
-            known,
-            given,
-        } = begin.run(&mut noise)?;
-        let mut relay = Relay::new((self, plan), size, encodings, (given, images))?;
-        let mut model = |sample: &Tensor, call: &Call| relay.predict(sample, call);
-        let progress = (
-            index * plan.trajectory.steps,
-            plan.count * plan.trajectory.steps,
-        );
-
-        let start = Instant::now();
-        let run = denoise::Run {
-            trajectory: &plan.trajectory,
-            known: known.as_ref(),
-            progress,
-        };
-        let (latents, steps) = run.go(sample, &mut noise, &mut model, listener)?;
-        let denoise = start.elapsed().saturating_sub(relay.later_load_time());
-
-        let load = relay.load_time();
-        drop(relay); // its buffers make room for the decoder's
+        let beginning = begin.run(&mut noise)?;
+        let mut timings = Timings::default();
+        let mut latents = self.pass(pass, beginning, &mut noise, (&mut timings, listener))?;
+        if let Some(second) = &plan.hires {
+            let pass = Pass {
+                plan: &second.plan,
+                progress: (pass.progress.0 + plan.trajectory.steps, pass.progress.1),
+                ..*pass
+            };
+            let start = Instant::now();
+            let mut warnings = Vec::new();
+            let networks = &self.networks;
+            let enlarged = second.enlarge(networks, &latents, &plan.surface, &mut warnings)?;
+            for warning in warnings {
+                event::send(listener, Event::Warning(warning))?;
+            }
+            timings.decode += start.elapsed();
+            // A1111 begins the generators anew
+            let mut noise = self.noise(plan, &seeds, self.latents_of(&second.plan));
+            let trajectory = &second.plan.trajectory;
+            let drawn = (noise.draw()? * trajectory.init_noise_sigma)?;
+            let beginning = Beginning {
+                sample: ((enlarged * trajectory.init_latents)? + drawn)?,
+                known: None,
+                given: Given::default(),
+            };
+            latents = self.pass(&pass, beginning, &mut noise, (&mut timings, listener))?;
+        }
         event::send(listener, Event::Decoding)?;
         let start = Instant::now();
         let mut pictures = Vec::with_capacity(seeds.len());
         for (i, seed) in seeds.into_iter().enumerate() {
             let mut warnings = Vec::new();
-            let image = decode::decode(&self.networks, &latents.narrow(0, i, 1)?, &mut warnings)?;
+            let image = decode::decode(
+                &self.networks,
+                &latents.narrow(0, i, 1)?,
+                &plan.surface,
+                &mut warnings,
+            )?;
             for warning in warnings {
                 event::send(listener, Event::Warning(warning))?;
             }
@@ -544,16 +575,76 @@ impl Engine {
             };
             pictures.push(Picture { image, seed });
         }
+        timings.decode += start.elapsed();
         Ok(Batch {
             pictures,
             latents,
-            timings: Timings {
-                load,
-                text: Duration::ZERO,
-                denoise,
-                steps,
-                decode: start.elapsed(),
-            },
+            timings,
         })
     }
+
+    /// `[c, h, w]` of a plan's latents.
+    fn latents_of(&self, plan: &Plan) -> [usize; 3] {
+        let config = &self.spec.vae.config;
+        let scale = config.scale();
+        [config.latent_channels, plan.height / scale, plan.width / scale]
+    }
+
+    /// Every image's generator, at its beginning.
+    fn noise(&self, plan: &Plan, seeds: &[u64], shape: [usize; 3]) -> BatchNoise {
+        let generators = seeds.iter().map(|&seed| match plan.rng {
+            Rng::Cpu => Generator::torch(seed),
+            Rng::Nv => Generator::philox(seed),
+        });
+        BatchNoise::new(generators.collect(), shape, self.networks.device())
+    }
+
+    /// All steps from a beginning, to latents.
+    fn pass(
+        &self,
+        pass: &Pass<'_>,
+        beginning: Beginning,
+        noise: &mut BatchNoise,
+        (timings, listener): (&mut Timings, &mut Listener<'_>),
+    ) -> Result<Tensor> {
+        let Pass {
+            plan,
+            encodings,
+            images,
+            progress,
+            previewer,
+        } = *pass;
+        let Beginning {
+            sample,
+            known,
+            given,
+        } = beginning;
+        let (b, c, h, w) = sample.dims4()?;
+        // its buffers are let go of at the end, and make room for the decoder's
+        let mut relay = Relay::new((self, plan), [b, c, h, w], encodings, (given, images))?;
+        let mut model = |sample: &Tensor, call: &Call| relay.predict(sample, call);
+        let start = Instant::now();
+        let run = denoise::Run {
+            trajectory: &plan.trajectory,
+            known: known.as_ref(),
+            progress,
+            previewer,
+        };
+        let (latents, steps) = run.go(sample, noise, &mut model, listener)?;
+        timings.denoise += start.elapsed().saturating_sub(relay.later_load_time());
+        timings.steps.extend(steps);
+        timings.load += relay.load_time();
+        Ok(latents)
+    }
+}
+
+/// One pass over the steps of a plan.
+#[derive(Clone, Copy)]
+struct Pass<'a> {
+    plan: &'a Plan,
+    encodings: &'a [Encodings],
+    images: &'a [ImageTokens],
+    /// Steps before it, and of all passes of all batches.
+    progress: (usize, usize),
+    previewer: Option<&'a Previewer<'a>>,
 }

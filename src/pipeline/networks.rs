@@ -1,5 +1,7 @@
 //! The networks of a model, loaded and ready.
 
+mod tiled;
+
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -7,7 +9,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use sd_kernels::cpu::Level;
 use sd_kernels::plan::{Feed, Options, Plan, Precision, Store};
-use sd_kernels::{Graph, Source, Weights, ops};
+use sd_kernels::{Graph, Source, Weights, Wrap, ops};
 use sd_models::clip::{self, TextEncoder};
 use sd_models::denoiser::{self, Denoiser as Network, Inputs, Steering};
 use sd_models::t5::{self, T5Encoder};
@@ -19,6 +21,7 @@ use super::conditions::{ADDED, CONTEXT, Conditions, DEEP, EXTRA, GUIDANCE, LABEL
 use super::control::{Acting, LoadedControl, input_names, steer, values};
 use super::coverage::{Coverage, ENCODER, T5, TEXT, UNET, VAE, named, source};
 use super::image_prompt::{ActingImage, LoadedImagePrompt, image_input, prompts};
+use super::tiling::Surface;
 use super::tower::{LoadedT5, LoadedTower, Runner};
 use crate::adapters::{Adapters, Bound, Owner, Strength};
 use crate::checkpoint::Checkpoint;
@@ -445,7 +448,7 @@ impl Networks {
     }
 
     /// The UNet for latents of one size under conditions of batch n or a multiple of it, changed as `variant` says. `timesteps` are those that
-    /// will be asked for.
+    /// will be asked for, and `wrap` the axes along which pictures have no edges.
     ///
     /// # Errors
     /// When a weight cannot be read or memory is short.
@@ -454,13 +457,14 @@ impl Networks {
         [n, _, h, w]: [usize; 4],
         conditions: &Conditions,
         timesteps: &[f64],
-        variant: &Variant,
+        (variant, wrap): (&Variant, Wrap),
     ) -> Result<Denoiser<'_>> {
         let (batch, tokens, _) = conditions.context.dims3()?;
         let Some(planned) = &self.planned else {
             return Ok(Denoiser {
                 networks: self,
                 repeat: batch / n.max(1),
+                wrap,
                 how: How::Eager(conditions.to_dtype(self.dtype)?, variant.clone()),
             });
         };
@@ -480,7 +484,7 @@ impl Networks {
                 None => None,
             },
         };
-        let (graph, outputs) = self.record(&work, beside, variant)?;
+        let (graph, outputs) = ops::wrapped(wrap, || self.record(&work, beside, variant))?;
         let options = self.unet_options(batch / n.max(1), beside, (&graph, &outputs.prediction))?;
         let outputs = (&outputs.prediction, outputs.taps.as_slice());
         let mut plan = Plan::compile_tapped(&graph, outputs, &options, &planned.unet)?;
@@ -491,6 +495,7 @@ impl Networks {
         Ok(Denoiser {
             networks: self,
             repeat: batch / n.max(1),
+            wrap,
             how: How::Planned {
                 plan: Box::new(plan),
                 constants: self.constants(conditions, n)?,
@@ -558,10 +563,15 @@ impl Networks {
     /// # Errors
     /// [`Error::Weights`] when the encoder is not whole; when the shapes do not fit or the executor fails.
     pub fn encode(&self, pictures: &Tensor, dtype: DType) -> Result<Posterior> {
+        Posterior::new(&self.moments(pictures, dtype)?)
+    }
+
+    /// Means of the latents, and logarithms of their variances.
+    fn moments(&self, pictures: &Tensor, dtype: DType) -> Result<Tensor> {
         let EncoderParts { config, source } = &self.encoder;
         let weights = Weights::new(Arc::clone(source), dtype, &self.device);
         let encoder = Encoder::load(&weights, config);
-        let moments = if self.planned.is_some() {
+        if self.planned.is_some() {
             named(ENCODER, weights.check())?;
             let graph = Graph::new();
             let output = encoder.moments(&graph.input("pictures", pictures.dims()))?;
@@ -576,26 +586,25 @@ impl Networks {
             };
             let mut moments = Vec::new();
             plan.run(&[feed], &mut moments)?;
-            Tensor::from_vec(moments, plan.output_shape(), &self.device)?
+            Ok(Tensor::from_vec(moments, plan.output_shape(), &self.device)?)
         } else {
             named(ENCODER, weights.finish())?;
             let pictures = pictures.to_dtype(dtype)?;
             let moments = encoder.moments(&pictures.into())?.into_data()?;
-            moments.to_dtype(DType::F32)?
-        };
-        Posterior::new(&moments)
+            Ok(moments.to_dtype(DType::F32)?)
+        }
     }
 
     /// The same in the run's type, or in f32 where that leaves the numbers.
     ///
     /// # Errors
     /// As [`Networks::encode`], and [`Error::Numeric`] when the result is not finite even then.
-    pub fn encode_safely(&self, pictures: &Tensor) -> Result<Posterior> {
-        let posterior = self.encode(pictures, self.dtype)?;
+    pub fn encode_safely(&self, pictures: &Tensor, surface: &Surface) -> Result<Posterior> {
+        let posterior = self.encode_as(pictures, self.dtype, surface)?;
         if posterior.is_finite()? {
             return Ok(posterior);
         }
-        let posterior = self.encode(pictures, DType::F32)?;
+        let posterior = self.encode_as(pictures, DType::F32, surface)?;
         if posterior.is_finite()? {
             return Ok(posterior);
         }
@@ -732,8 +741,8 @@ impl Networks {
         Ok((graph, output))
     }
 
-    /// What a run for `batch` latents of `size` (width, height) holds at its peak, with plans beside each other for so many `texts` each, and
-    /// perhaps with a picture's latents of their own.
+    /// What a run for `batch` latents of `size` (width, height) holds at its peak where `free` bytes are to be had, with plans beside each other for
+    /// so many `texts` each, and perhaps with a picture's latents of their own.
     ///
     /// # Errors
     /// When the networks cannot take the size.
@@ -742,6 +751,7 @@ impl Networks {
         size: (usize, usize),
         (batch, texts): (usize, &[usize]),
         reference: Option<(usize, usize)>,
+        (surface, free): (&Surface, Option<u64>),
     ) -> Result<Need> {
         let controls = self.stand_ins();
         let beside = Beside {
@@ -757,15 +767,18 @@ impl Networks {
             };
             self.record(&work, beside, &Variant::default())
         };
-        let (vae, picture) = self.record_vae(size, 1)?;
+        let decoding = |weights: u64| -> Result<u64> {
+            let free = free.map(|free| free.saturating_sub(weights));
+            Ok(self.decoding(size, self.dtype, surface, free)?.1)
+        };
         if self.planned.is_none() {
             // one plan after another
             let most = texts.iter().max().copied().unwrap_or(1);
             let (unet, _) = record(most)?;
-            let elements = unet.peak_elements().max(vae.peak_elements());
+            let denoising = unet.peak_elements() * self.dtype.size_in_bytes() as u64;
             return Ok(Need {
                 weights: self.weight_bytes,
-                buffers: elements * self.dtype.size_in_bytes() as u64,
+                buffers: denoising.max(decoding(self.weight_bytes)?),
             });
         }
         let (mut weights, mut buffers) = (0, 0);
@@ -777,11 +790,10 @@ impl Networks {
             weights = unet.weights.max(weights);
             buffers += unet.buffers + unet.transient;
         }
-        let vae = Plan::sizes(&vae, &picture, &vae_options(self.dtype))?;
-        let decoding = vae.buffers + vae.transient;
+        let (weights, denoising) = (weights as u64, buffers as u64);
         Ok(Need {
-            weights: weights as u64,
-            buffers: decoding.max(buffers) as u64,
+            weights,
+            buffers: denoising.max(decoding(weights)?),
         })
     }
 
@@ -864,6 +876,7 @@ pub struct Denoiser<'a> {
     networks: &'a Networks,
     /// How often the sample is in a batch: once for each text.
     repeat: usize,
+    wrap: Wrap,
     how: How,
 }
 
@@ -941,7 +954,8 @@ impl Denoiser<'_> {
                     ..inputs
                 };
                 let acting = &conditions.controls;
-                let (residuals, features) = steer(controls, acting, &bare, &give)?;
+                let steered = || steer(controls, acting, &bare, &give);
+                let (residuals, features) = ops::wrapped(self.wrap, steered)?;
                 let images = &conditions.images;
                 let tokens = images
                     .iter()
@@ -957,7 +971,8 @@ impl Denoiser<'_> {
                 };
                 let deep = deep.map(|deep| deep.to_dtype(*dtype)).transpose()?;
                 let deep = deep.as_ref().map(node);
-                let out = unet.forward_as(&inputs, variant, deep.as_ref())?;
+                let network = || unet.forward_as(&inputs, variant, deep.as_ref());
+                let out = ops::wrapped(self.wrap, network)?;
                 let data = |x: sd_kernels::Tensor| -> Result<Tensor> {
                     Ok(x.into_data()?.to_dtype(DType::F32)?)
                 };

@@ -6,11 +6,13 @@ use super::asks::Asks;
 use super::begin::Role;
 use super::control::{Planned, acting_calls};
 use super::guidance::{Guidance, SkipLayers};
+use super::hires::{self, Hires, SecondPass};
 use super::request::{Request, Rng};
 use super::scene::Scene;
 use super::shortcuts::Shortcuts;
 use super::sizes::{self, SizeConditioning};
 use super::source::{Source, Whose};
+use super::tiling::Surface;
 use super::{Engine, memory};
 use crate::error::{Error, Result};
 use crate::sampling::{self, Start, StepCount, Trajectory};
@@ -60,6 +62,8 @@ pub struct Plan {
     pub whose: Whose,
     /// How much of the picture is given up, where the run begins at one.
     pub strength: Option<f64>,
+    /// A second pass over the enlarged picture.
+    pub hires: Option<Box<SecondPass>>,
     /// Guidance away from a network that skips layers.
     pub skip_layers: Option<SkipLayers>,
     /// Guidance beyond one scale.
@@ -72,6 +76,8 @@ pub struct Plan {
     pub(super) controls: Vec<Planned>,
     /// What SDXL is told of sizes, with the negative prompt and with the prompt.
     pub sizes: (SizeConditioning, SizeConditioning),
+    /// What pictures are to convolutions, and how the autoencoder divides them.
+    pub surface: Surface,
     /// Bytes at the peak, estimated.
     pub memory: u64,
     /// Notices for the user.
@@ -88,6 +94,7 @@ impl Plan {
         let spec = engine.spec();
         let scale = spec.vae.config.scale();
         let role = Role::of(spec);
+        check_surface(&request.surface, spec)?;
         check_source(request.source.as_ref(), role, spec)?;
         let masked = request.source.as_ref().is_some_and(|s| s.masking.is_some());
         let patch = scale.saturating_mul(spec.unet.config.patch());
@@ -193,10 +200,7 @@ impl Plan {
             .filter(|_| role == Role::Instruct && guided)
             .map(|source| source.image_cfg_scale);
         warnings.extend(check_guidance(engine, request, guided)?);
-        let regions = match request.regions.list.is_empty() {
-            true => Vec::new(),
-            false => request.regions.weights(latent, scale)?,
-        };
+        let regions = regions(request, latent, scale)?;
         let controls = plan_controls(engine, request, &chosen.trajectory, (width, height))?;
         let mut plan = Self {
             width,
@@ -218,26 +222,122 @@ impl Plan {
             strength: source
                 .filter(|_| !role.begins_at_noise())
                 .map(|source| source.strength.unwrap_or(spec.defaults.strength)),
+            hires: None,
             skip_layers: request.skip_layers.clone(),
             guidance: request.guidance.clone(),
             shortcuts: request.shortcuts,
             regions,
             controls,
             sizes: (request.negative_sizes, request.sizes),
+            surface: request.surface,
             memory: 0,
             warnings,
         };
-        let texts = Asks::most_at_once(&Asks::of(engine, &plan)?);
-        plan.memory = memory::estimate(
-            &engine.all_networks(),
-            latent,
-            (batch_size, &texts),
-            reference,
-        )?;
-        if !request.force {
-            memory::check(plan.memory)?;
+        plan.take_memory(engine, request, reference)?;
+        if let Some(hires) = &request.hires {
+            hires::check(request, role != Role::Start)?;
+            plan.hires = Some(Box::new(plan.second(engine, request, hires)?));
         }
         Ok(plan)
+    }
+
+    /// The pass that follows this one: from part of the way, at another size.
+    fn second(&self, engine: &Engine, request: &Request, hires: &Hires) -> Result<SecondPass> {
+        let spec = engine.spec();
+        let scale = spec.vae.config.scale();
+        let layout = hires.layout((self.width, self.height), scale)?;
+        let (width, height) = (layout.size.0 * scale, layout.size.1 * scale);
+        let multiple = scale.max(8).max(scale * spec.unet.config.patch());
+        let most = spec.unet.config.most_latents().map_or(MAX_SIZE, |most| most * scale);
+        let fits = |side: usize| side.is_multiple_of(multiple) && side <= most.min(MAX_SIZE);
+        if !fits(width) || !fits(height) {
+            return Err(Error::Usage(format!(
+                "the second picture is {width}x{height}, expected multiples of {multiple} up to {}; use another --hires-scale or --hires-size",
+                most.min(MAX_SIZE)
+            )));
+        }
+        let steps = hires.steps.unwrap_or(self.steps);
+        if !(1..=MAX_STEPS).contains(&steps) {
+            return Err(Error::Usage(format!(
+                "--hires-steps is {steps}, expected 1 to {MAX_STEPS}"
+            )));
+        }
+        let cfg_scale = hires.cfg_scale.unwrap_or(self.cfg_scale);
+        if !(0.0..=1000.0).contains(&cfg_scale) {
+            return Err(Error::Usage(format!(
+                "--hires-cfg-scale is {cfg_scale}, expected 0 to 1000"
+            )));
+        }
+        let count = match is_own(engine, request) {
+            true => StepCount::Diffusers,
+            // A1111 hands the number of steps over, and makes so many
+            false => StepCount::Exact,
+        };
+        let start = Start::Picture {
+            strength: hires.strength,
+            count,
+        };
+        let mut warnings = Vec::new();
+        let chosen = choose_sampling(engine, request, (steps, layout.size), start, &mut warnings)?;
+        let guided = is_guided(engine, request, cfg_scale);
+        let controls = plan_controls(engine, request, &chosen.trajectory, (width, height))?;
+        let mut plan = Self {
+            controls,
+            regions: regions(request, layout.size, scale)?,
+            width,
+            height,
+            steps,
+            cfg_scale,
+            guided,
+            trajectory: chosen.trajectory,
+            strength: Some(hires.strength),
+            ..self.clone()
+        };
+        plan.take_memory(engine, request, None)?;
+        plan.memory = plan.memory.max(self.memory);
+        Ok(SecondPass {
+            hires: hires.clone(),
+            plan,
+            layout,
+        })
+    }
+
+    /// The last pass.
+    fn last(&self) -> &Self {
+        self.hires.as_ref().map_or(self, |second| &second.plan)
+    }
+
+    /// Steps of all passes of a batch.
+    pub fn all_steps(&self) -> usize {
+        let second = self.hires.as_ref();
+        self.trajectory.steps + second.map_or(0, |second| second.plan.trajectory.steps)
+    }
+
+    /// Estimates the memory, and refuses where there is not so much.
+    fn take_memory(
+        &mut self,
+        engine: &Engine,
+        request: &Request,
+        reference: Option<(usize, usize)>,
+    ) -> Result<()> {
+        let scale = engine.spec().vae.config.scale();
+        let texts = Asks::most_at_once(&Asks::of(engine, self)?);
+        self.memory = memory::estimate(
+            &engine.all_networks(),
+            (self.width / scale, self.height / scale),
+            (self.batch_size, &texts),
+            reference,
+            &self.surface,
+        )?;
+        if request.force {
+            return Ok(());
+        }
+        memory::check(self.memory)
+    }
+
+    /// Whether the negative prompt has a say in any pass.
+    pub(super) fn is_guided(&self) -> bool {
+        self.guided || self.last().guided
     }
 
     /// What a model of this structure is told beside the text, with the negative prompt and with the prompt.
@@ -248,12 +348,21 @@ impl Plan {
     /// The size of a finished picture, which is larger than what is computed where only a part is.
     pub fn picture_size(&self) -> (usize, usize) {
         let finished = self.scene.as_ref().and_then(Scene::finished_size);
-        finished.unwrap_or((self.width, self.height))
+        let last = self.last();
+        finished.unwrap_or((last.width, last.height))
     }
 
     /// Pictures in the whole run.
     pub fn pictures(&self) -> usize {
         self.batch_size * self.count
+    }
+}
+
+/// The weight of each prompt at each of the latents; nothing without regions.
+fn regions(request: &Request, latent: (usize, usize), scale: usize) -> Result<Vec<Vec<f32>>> {
+    match request.regions.list.is_empty() {
+        true => Ok(Vec::new()),
+        false => request.regions.weights(latent, scale),
     }
 }
 
@@ -425,6 +534,18 @@ fn check_source(source: Option<&Source>, role: Role, spec: &ModelSpec) -> Result
             "a mask has no say with a model that is only given the picture; leave out --mask, --mask-box and --extend"
                 .to_owned(),
         ));
+    }
+    Ok(())
+}
+
+/// Whether the model can do with the surface.
+fn check_surface(surface: &Surface, spec: &ModelSpec) -> Result<()> {
+    surface.check()?;
+    if surface.wrap.any() && spec.unet.config.unet().is_none() {
+        return Err(Error::Unsupported(format!(
+            "--tile is for networks of convolutions, and {} knows where each patch is; use a Stable Diffusion 1, 2 or XL",
+            spec.family.phrase()
+        )));
     }
     Ok(())
 }

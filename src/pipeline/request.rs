@@ -2,11 +2,14 @@
 
 use super::control::ControlRequest;
 use super::guidance::{Guidance, SkipLayers};
+use super::hires::Hires;
 use super::image_prompt::ImageRequest;
+use super::preview::Preview;
 use super::regions::Regions;
 use super::shortcuts::Shortcuts;
 use super::sizes::SizeConditioning;
 use super::source::Source;
+use super::tiling::Surface;
 use crate::device::DtypeChoice;
 use crate::text::Syntax;
 
@@ -53,6 +56,10 @@ pub struct Request {
     pub rng: Rng,
     /// The picture that is begun at.
     pub source: Option<Source>,
+    /// A second pass over the enlarged picture.
+    pub hires: Option<Hires>,
+    /// Pictures that are wanted while the run goes.
+    pub preview: Option<Preview>,
     /// Guidance away from a network that skips layers.
     pub skip_layers: Option<SkipLayers>,
     /// Guidance beyond one scale.
@@ -69,6 +76,8 @@ pub struct Request {
     pub controls: Vec<ControlRequest>,
     /// Pictures beside the prompt, one for each IP-Adapter of [`super::Engine::with_image_prompts`].
     pub images: Vec<ImageRequest>,
+    /// What pictures are to convolutions, and how the autoencoder divides them.
+    pub surface: Surface,
     /// The compute type.
     pub dtype: DtypeChoice,
     /// Begin even when the memory estimate says that it will not fit.

@@ -25,8 +25,8 @@ use sd_models::vae::TinyConfig;
 use sd_models::{clip, denoiser, unet, vae};
 pub(crate) use single::{SINGLE_UNET, difference, layouts, unet_difference};
 pub(crate) use table::betas;
-pub use table::{Defaults, Pad, T5Role, TowerRole, native_size, t5_length, towers};
-use table::{FlowLevels, NORMALISED_FACTOR, Row, row};
+pub use table::{Defaults, Pad, Rgb, T5Role, TowerRole, native_size, t5_length, towers};
+use table::{FlowLevels, NORMALISED_FACTOR, NORMALISED_RGB, Row, row};
 pub use text::T5Tower;
 
 /// Everything about a model that is known before a tensor is read.
@@ -166,6 +166,21 @@ impl ModelSpec {
         spec.tiny = tiny;
         spec.check_latents(checkpoint)?;
         Ok(spec)
+    }
+
+    /// What the model's latents look like; none where nobody knows.
+    pub fn rgb(&self) -> Option<Rgb> {
+        let (rgb, _) = row(self.family)?.rgb;
+        let rgb = match self.vae.config.spread {
+            Some(_) => NORMALISED_RGB,
+            None => rgb,
+        };
+        (rgb.factors.len() == self.vae.config.latent_channels).then_some(rgb)
+    }
+
+    /// What a tiny decoder of the model's latents is called in models folders.
+    pub fn tiny_name(&self) -> Option<&'static str> {
+        row(self.family).map(|row| row.rgb.1)
     }
 
     /// The UNet's latents are the autoencoder's.
@@ -584,6 +599,20 @@ fn is_kontext(checkpoint: &Checkpoint, row: &Row) -> bool {
     let name = checkpoint.path().file_name().unwrap_or_default();
     let named = name.to_string_lossy().to_ascii_lowercase();
     row.is_flux() && (class.is_some_and(|c| c.contains("Kontext")) || named.contains("kontext"))
+}
+
+/// The tiny decoder in a file or folder of one.
+///
+/// # Errors
+/// [`Error::BadModel`] when it holds none.
+pub fn tiny_decoder(checkpoint: &Checkpoint) -> Result<Component<TinyConfig>> {
+    match autoencoder::of_another(checkpoint, (1.0, 0.0))? {
+        Autoencoder::Tiny(tiny) => Ok(tiny),
+        Autoencoder::Full(_) => Err(Error::bad_model(
+            checkpoint.path(),
+            "this is a whole autoencoder, which is too slow for previews; give --preview-vae a TAESD",
+        )),
+    }
 }
 
 impl<C> Component<C> {

@@ -12,12 +12,12 @@ use std::sync::Arc;
 use candle_core::{DType, Device};
 use sd_kernels::cpu::Level;
 use sd_kernels::plan::{Feed, Options, Plan, Precision, Store};
-use sd_kernels::{Graph, Weights};
+use sd_kernels::{Graph, Source, Weights};
 use sd_models::upscaler::{Config, Upscaler as Network};
 
 pub use self::tiles::Tiling;
 use self::tiles::{Axis, Canvas};
-use crate::checkpoint::{Checkpoint, Family, detect};
+use crate::checkpoint::{Checkpoint, Family, detect, printable};
 use crate::error::{Error, Result};
 use crate::memory::Memory;
 use crate::picture::{Filter, Grey, MAX_SIDE, Picture};
@@ -64,7 +64,7 @@ impl Upscaler {
             refused("it is a folder, expected the file of an upscaler".to_owned())
         })?;
         let shapes = |name: &str| tensors.info(name).map(|info| info.shape.clone());
-        let (config, layout) = upscaler::read(&shapes).map_err(|reason| {
+        let found = upscaler::read(&shapes).map_err(|reason| {
             let detection = detect(checkpoint);
             refused(match detection.family {
                 Family::Upscaler | Family::Unknown => reason,
@@ -74,6 +74,7 @@ impl Upscaler {
                 ),
             })
         })?;
+        let config = found.config.clone();
         if config.input() != config.output() || !matches!(config.input(), 1 | 3) {
             return Err(refused(format!(
                 "the upscaler makes {} channels out of {}, expected 3 out of 3 or 1 out of 1",
@@ -81,16 +82,26 @@ impl Upscaler {
                 config.input()
             )));
         }
+        let layout = found.layout.clone();
         let source = Arc::new(CheckpointSource::new(Arc::clone(&tensors), layout));
-        let weights = Weights::new(source, dtype, device);
+        let weights = Weights::new(Arc::clone(&source) as Arc<dyn Source>, dtype, device);
         let network = Network::load(&weights, &config);
         let planned = device.is_cpu() && std::env::var_os("SD_RS_EAGER").is_none();
-        let found = if planned {
+        let asked = if planned {
             weights.check()
         } else {
             weights.finish()
         };
-        found.map_err(|error| refused(error.to_string()))?;
+        asked.map_err(|error| refused(error.to_string()))?;
+        let known = source.found();
+        let mut rest = tensors.names().filter(|name| !known.contains(*name));
+        if let Some(name) = rest.find(|name| found.covers(name)) {
+            return Err(refused(format!(
+                "the tensor `{}` has no place in a network of the {} kind, so the file is damaged or of another kind",
+                printable(name),
+                config.name()
+            )));
+        }
         Ok(Self {
             network,
             config,

@@ -263,7 +263,7 @@ mod tests {
             let mut sums = vec![0f32; length * scale];
             for i in 0..axis.count() {
                 let start = axis.starts[i];
-                prop_assert!(start % multiple == 0 && axis.tile % multiple == 0);
+                prop_assert!(start.is_multiple_of(multiple) && axis.tile.is_multiple_of(multiple));
                 prop_assert!(start + axis.tile <= length);
                 for (at, share) in axis.shares(i, scale).into_iter().enumerate() {
                     sums[start * scale + at] += share;

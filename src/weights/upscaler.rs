@@ -64,21 +64,46 @@ const OTHERS: &[(&str, &[&str])] = &[
     ("SPSR", &["b_fea_conv.0.weight", "f_block.0.weight"]),
 ];
 
+/// The upscaler in a file.
+pub(crate) struct Found {
+    pub(crate) config: Config,
+    pub(crate) layout: Layout,
+    /// What its names begin with.
+    prefix: &'static str,
+}
+
+impl Found {
+    /// Whether a stored name would be one of the network's, if that had such a tensor.
+    pub(crate) fn covers(&self, name: &str) -> bool {
+        // other copies of the weights, which are not read
+        let copy = name.starts_with("params.") || name.starts_with("params_ema.");
+        name.starts_with(self.prefix) && (!copy || !self.prefix.is_empty())
+    }
+}
+
 /// Structure and names of the upscaler in a file.
 ///
 /// # Errors
 /// A sentence that says which network it is instead, or what is missing.
-pub(crate) fn read(shapes: &Shapes<'_>) -> Result<(Config, Layout), String> {
+pub(crate) fn read(shapes: &Shapes<'_>) -> Result<Found, String> {
     for prefix in PREFIXES {
         let below = |name: &str| shapes(&format!("{prefix}{name}"));
         if let Some(spelling) = Spelling::find(&below) {
             let config = read_rrdb(spelling, &below)?;
             let layout = spelling.layout(prefix, &config);
-            return Ok((Config::Rrdb(config), layout));
+            return Ok(Found {
+                config: Config::Rrdb(config),
+                layout,
+                prefix,
+            });
         }
         if below("body.0.weight").is_some() && below("body.2.weight").is_some() {
             let config = read_compact(&below)?;
-            return Ok((Config::Compact(config), Layout::identity(prefix)));
+            return Ok(Found {
+                config: Config::Compact(config),
+                layout: Layout::identity(prefix),
+                prefix,
+            });
         }
         let other = OTHERS
             .iter()

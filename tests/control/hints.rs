@@ -102,3 +102,56 @@ fn hidden_pixels_are_below_zero() {
         assert!(plane[16..].iter().all(|v| *v >= 0.0));
     }
 }
+
+#[test]
+fn the_command_writes_a_map() {
+    let dir = Dir::new();
+    let made = picture("picture/a", (48, 64));
+    let file = dir.path("in.png");
+    let image = image::RgbImage::from_raw(64, 48, made.rgb().to_vec()).unwrap();
+    image.save(&file).unwrap();
+    let args = [
+        "control",
+        "in.png",
+        "-o",
+        "out.png",
+        "--preprocessor",
+        "canny",
+    ];
+    dir.ok(&args);
+    let map = Picture::open(&dir.path("out.png")).unwrap();
+    let want = Preprocessor::Canny.apply(&made).unwrap();
+    assert_eq!(map.rgb(), want.rgb());
+    // nothing is replaced unasked
+    dir.fails(&args, 1);
+}
+
+#[test]
+fn flags_of_generate_are_the_requests() {
+    let cases = Cases::load();
+    let mut runs = list(&cases.record["runs"]).iter();
+    let run = runs.find(|r| r["name"] == "edges").unwrap();
+    let dir = Dir::new();
+    let part = cases.part("edges");
+    write_base(&part.base(), &dir, run);
+    part.write(&dir, Form::Folder);
+    let made = picture("picture/edges", (64, 96));
+    let image = image::RgbImage::from_raw(96, 64, made.rgb().to_vec()).unwrap();
+    image.save(dir.path("hint.png")).unwrap();
+    let common = "generate -m base --controlnet edges --prompt-syntax plain -W 96 -H 64 --steps 4 --cfg-scale 7.5 -s 7 --dtype f32 -o out.png";
+    let mut args: Vec<&str> = common.split(' ').collect();
+    args.extend([
+        "-p",
+        "a fox in the snow, watercolour",
+        "-n",
+        "blurry, low quality",
+    ]);
+    let without = dir.fails(&args, 2);
+    assert!(without.contains("--control-image"), "{without}");
+    args.extend(["--control-image", "hint.png", "--control-scale", "0.8"]);
+    args.extend(["--save-latents", "latents.safetensors"]);
+    dir.ok(&args);
+    let latents = candle_core::safetensors::load(dir.path("latents.safetensors"), &Device::Cpu);
+    let key = text(&run["expected"]);
+    close(key, &latents.unwrap()["latents"], &cases.expected[key], RUN);
+}

@@ -78,8 +78,8 @@ fn a_difference_is_added_to_the_models_own_unet() {
         lora.push(stored(format!("{stem}down"), down_shape, &down));
         whole.push(stored(tensor.name.clone(), base.shape.clone(), &sum));
     }
-    let runs = list(&cases.record["runs"]).iter();
-    let run = runs.filter(|r| r["name"] == "depth-xl").next().unwrap();
+    let mut runs = list(&cases.record["runs"]).iter();
+    let run = runs.find(|r| r["name"] == "depth-xl").unwrap();
     let dir = Dir::new();
     let folder = write_base(&base, &dir, run);
     let (lora_file, whole_file) = (dir.path("lora.safetensors"), dir.path("whole.safetensors"));

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::Level;
 use super::simd::{self, Number, multiversion};
 use super::view::{Numbers, NumbersMut};
-use crate::Activation;
+use crate::{Activation, Window};
 
 /// One of the values that stand side by side along the channels: `[pictures, pixels, channels]`; picture `i` of the result reads entry
 /// `i % pictures`.
@@ -36,6 +36,8 @@ pub(crate) struct GroupNorm<'a> {
     pub(crate) bias: &'a [f32],
     /// Applied at the end.
     pub(crate) activation: Option<Activation>,
+    /// Means and variances in the place of the pictures' own, `[pictures, 2 · groups]`; picture `i` has entry `i` modulo their number.
+    pub(crate) given: Option<&'a [f32]>,
 }
 
 /// Pixels whose sums are taken in f32 before they go to f64.
@@ -79,11 +81,18 @@ impl GroupNorm<'_> {
         );
         assert!(self.groups > 0 && c.is_multiple_of(self.groups) && self.bias.len() == c);
         let workspace = &mut workspace[..self.workspace_len()];
+        let entry = 2 * self.groups;
+        assert!(self.given.is_none_or(|g| !g.is_empty() && g.len().is_multiple_of(entry)));
         let (sums, factors) = workspace.split_at_mut(self.batch * self.parts().1 * 2 * c);
-        self.sums(level, sides, sums);
         // scale and shift fit into an f64's room, two f32 each
         let factors: &mut [f64] = factors;
-        self.factors(sides, sums, factors);
+        match self.given {
+            Some(given) => self.given_factors(given, factors),
+            None => {
+                self.sums(level, sides, sums);
+                self.factors(sides, sums, factors);
+            }
+        }
         match out {
             NumbersMut::F32(out) => self.apply(level, sides, factors, out),
             NumbersMut::Bf16(out) => self.apply(level, sides, factors, out),
@@ -144,21 +153,32 @@ impl GroupNorm<'_> {
                         square - sum * sum / n,
                     )
                 };
-                let mean = channels.clone().map(|j| channel(j).0).sum::<f64>() / per as f64;
-                let squares: f64 = channels
-                    .clone()
-                    .map(|j| {
-                        let (own, squares) = channel(j);
-                        squares + n * (own - mean).powi(2)
-                    })
-                    .sum();
-                let scale = 1.0 / (squares.max(0.0) / (n * per as f64) + self.eps).sqrt();
-                for j in channels {
-                    let scale = scale * f64::from(self.weight[j]);
-                    let shift = f64::from(self.bias[j]) - mean * scale;
-                    factors[j] = pair(scale as f32, shift as f32);
-                }
+                let (mean, variance) = pooled(channels.map(channel), n);
+                self.factor(group, (mean, variance), factors);
             }
+        }
+    }
+
+    /// The same by means and variances that are known.
+    fn given_factors(&self, given: &[f32], factors: &mut [f64]) {
+        let entry = 2 * self.groups;
+        for (picture, factors) in factors.chunks_mut(self.channels()).enumerate() {
+            let first = picture * entry % given.len();
+            let (means, variances) = given[first..][..entry].split_at(self.groups);
+            for (group, (&mean, &variance)) in means.iter().zip(variances).enumerate() {
+                self.factor(group, (f64::from(mean), f64::from(variance)), factors);
+            }
+        }
+    }
+
+    /// Scale and shift of a group's channels.
+    fn factor(&self, group: usize, (mean, variance): (f64, f64), factors: &mut [f64]) {
+        let per = self.channels() / self.groups;
+        let scale = 1.0 / (variance.max(0.0) + self.eps).sqrt();
+        for j in group * per..(group + 1) * per {
+            let scale = scale * f64::from(self.weight[j]);
+            let shift = f64::from(self.bias[j]) - mean * scale;
+            factors[j] = pair(scale as f32, shift as f32);
         }
     }
 
@@ -221,6 +241,78 @@ impl GroupNorm<'_> {
                     });
             });
     }
+}
+
+/// Mean and variance over channels, of each of which the mean and the sum of squares about it are known for `n` pixels.
+fn pooled(channels: impl Iterator<Item = (f64, f64)> + Clone, n: f64) -> (f64, f64) {
+    let count = channels.clone().count() as f64;
+    let mean = channels.clone().map(|(own, _)| own).sum::<f64>() / count;
+    let squares: f64 = channels
+        .map(|(own, squares)| squares + n * (own - mean).powi(2))
+        .sum();
+    (mean, squares.max(0.0) / (n * count))
+}
+
+/// Rows whose sums are taken together; bits do not depend on who takes them.
+const ROWS: usize = 8;
+
+/// Means and then variances of the channel groups within a part of pictures `h × w`, into `out [pictures, 2 · groups]`.
+///
+/// # Panics
+/// When sizes do not fit: a planner's mistake, never a user's.
+pub(crate) fn statistics(
+    level: Level,
+    side: &Side<'_>,
+    ((h, w), part): ((usize, usize), &Window),
+    groups: usize,
+    out: &mut [f32],
+) {
+    let c = side.channels;
+    assert!(part.fits((h, w)) && c.is_multiple_of(groups) && out.len() == side.pictures * 2 * groups);
+    for (picture, out) in out.chunks_mut(2 * groups).enumerate() {
+        let first = picture * h * w;
+        let sums = match side.data {
+            Numbers::F32(x) => window_sums(level, picture_of(x, first, h * w, c), (w, part), c),
+            Numbers::Bf16(x) => window_sums(level, picture_of(x, first, h * w, c), (w, part), c),
+        };
+        let n = (part.height * part.width) as f64;
+        let (means, variances) = out.split_at_mut(groups);
+        let per = c / groups;
+        for (group, (to_mean, to_variance)) in means.iter_mut().zip(variances).enumerate() {
+            let channels = (group * per..(group + 1) * per).map(|j| {
+                let (origin, sum, square) = sums[j];
+                (origin + sum / n, square - sum * sum / n)
+            });
+            let (mean, variance) = pooled(channels, n);
+            (*to_mean, *to_variance) = (mean as f32, variance as f32);
+        }
+    }
+}
+
+/// For each channel a number near its mean, the sum of distances from it, and that of their squares.
+fn window_sums<T: Number>(
+    level: Level,
+    x: &[T],
+    (w, part): (usize, &Window),
+    c: usize,
+) -> Vec<(f64, f64, f64)> {
+    let sums: Vec<Vec<f64>> = (0..part.height.div_ceil(ROWS))
+        .into_par_iter()
+        .map(|block| {
+            let (mut all, mut own) = (vec![0.0; 2 * c], vec![0.0; 2 * c]);
+            for row in (block * ROWS..part.height).take(ROWS) {
+                let start = (part.top + row) * w + part.left;
+                let (sum, square) = own.split_at_mut(c);
+                part_sums(level, x, start..start + part.width, sum, square);
+                all.iter_mut().zip(&own).for_each(|(all, own)| *all += own);
+            }
+            all
+        })
+        .collect();
+    let total = |at: usize| sums.iter().map(|block| block[at]).sum::<f64>();
+    (0..c)
+        .map(|j| (f64::from(x[j].f32()), total(j), total(c + j)))
+        .collect()
 }
 
 /// Where a side's channels lie in a row of the result.
@@ -449,6 +541,7 @@ mod tests {
             weight: &weight,
             bias: &bias,
             activation: Some(Activation::Silu),
+            given: None,
         };
         let views: Vec<Side<'_>> = sides
             .iter()

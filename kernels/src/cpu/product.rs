@@ -15,6 +15,7 @@ use super::epilogue::{self, Epilogue, Finish, ROWS, Stored, Target};
 use super::micro::{Kernel, MR, NR, Tile, Weight};
 use super::panels::{self, Group, PanelShape, Scratch};
 use super::view::Numbers;
+use crate::Wrap;
 
 /// Where the taps of one group read: a channels-last picture (or sequence, as a picture one pixel high).
 #[derive(Debug, Clone)]
@@ -36,6 +37,8 @@ pub(crate) struct Source<'a, T> {
     pub(crate) stride: usize,
     /// For each tap the pixel that result (0, 0) reads, as (y, x); result (y, x) reads `stride · (y, x)` further on. Outside are zeros.
     pub(crate) taps: &'a [(isize, isize)],
+    /// Along which axes the picture goes on at its other side instead.
+    pub(crate) wrap: Wrap,
 }
 
 /// The grid of results of a product.
@@ -355,9 +358,9 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
                     let (y, x) = (y * source.stride, x * source.stride);
                     let from = picture % source.pictures * source.h;
                     for (&(dy, dx), place) in source.taps.iter().zip(&mut places) {
-                        // rows and columns before the first wrap around, and are outside as well
-                        let (y, x) = (y.wrapping_add_signed(dy), x.wrapping_add_signed(dx));
-                        if y < source.h && x < source.w {
+                        let y = Wrap::place(source.wrap.y, y.cast_signed() + dy, source.h);
+                        let x = Wrap::place(source.wrap.x, x.cast_signed() + dx, source.w);
+                        if let (Some(y), Some(x)) = (y, x) {
                             let pixel = (from + y) * source.w + x;
                             *place = source.data[pixel * source.pixel_stride..].as_ptr().cast();
                         }

@@ -26,6 +26,7 @@ use super::epilogue::{Epilogue, Stored, Target};
 use super::micro::{LANES, MR, NR, Tile};
 use super::product::MOST_CHANNELS;
 use super::view::Numbers;
+use crate::Wrap;
 pub(crate) use lanes::Kept;
 use scheme::{F2, F4, Scheme};
 use transform::{Input, Output};
@@ -69,6 +70,8 @@ pub(crate) struct Source<'a, I> {
     /// How many pixels of the convolved picture each becomes, along either side: 1, or more where the picture is enlarged first. The
     /// enlarged picture is nowhere.
     pub(crate) enlarged: usize,
+    /// Along which axes the picture goes on at its other side, in the place of zeros.
+    pub(crate) wrap: Wrap,
 }
 
 /// The sizes of a convolution.
@@ -92,7 +95,7 @@ impl Shape<'_> {
     }
 }
 
-/// `out = epilogue(3×3 convolution of the sources, with one pixel of zeros around them)`, of `(pictures, height, width)`; `out` is
+/// `out = epilogue(3×3 convolution of the sources, with one pixel of zeros around them, or of their other side)`, of `(pictures, height, width)`; `out` is
 /// `[pictures, height, width, columns]`.
 ///
 /// Work goes to the threads of the current rayon pool; bits do not depend on how many they are. The workspace, of

@@ -13,7 +13,7 @@ mod sequence;
 
 use candle_core::{D, DType, Device, Tensor};
 
-use crate::{Activation, Op, Padding, Result};
+use crate::{Activation, Op, Padding, Result, Window, Wrap};
 
 /// The most elements that a score matrix may have before attention goes piece by piece (64 MiB in f32).
 const MAX_SCORES: usize = 1 << 24;
@@ -30,9 +30,11 @@ pub fn run(op: &Op, inputs: &[&Tensor]) -> Result<Tensor> {
             bias,
             stride,
             padding,
+            wrap,
         } => {
             let bias = bias.as_ref().map(|bias| bias.value()).transpose()?;
             let weight = weight.value()?;
+            let (x, padding) = (&wrapped(x, *padding, *wrap)?, &wrap_rest(*padding, *wrap));
             match conv::conv2d(x, &weight, bias.as_ref(), (*stride, *padding))? {
                 Some(y) => y,
                 None => conv2d(x, &weight, bias.as_ref(), (*stride, *padding))?,
@@ -53,8 +55,18 @@ pub fn run(op: &Op, inputs: &[&Tensor]) -> Result<Tensor> {
             activation,
         } => {
             let affine = (&weight.value()?, &bias.value()?);
-            group_norm(x, affine, *groups, *eps, *activation)?
+            match inputs.get(1) {
+                Some(given) => {
+                    let y = given_norm(x, given, affine, (*groups, *eps))?;
+                    match activation {
+                        Some(activation) => activate(&y, *activation)?,
+                        None => y,
+                    }
+                }
+                None => group_norm(x, affine, *groups, *eps, *activation)?,
+            }
         }
+        Op::Statistics { groups, part } => statistics(x, *groups, part)?,
         Op::LayerNorm { weight, bias, eps } => {
             let x = x.contiguous()?;
             candle_nn::ops::layer_norm(&x, &weight.value()?, &bias.value()?, *eps as f32)?
@@ -139,6 +151,67 @@ pub fn run(op: &Op, inputs: &[&Tensor]) -> Result<Tensor> {
         }
         _ => sequence::run(op, inputs)?,
     })
+}
+
+/// The picture with its own other side around it, along all axes if along any; zeros where it does not go on.
+fn wrapped(x: &Tensor, padding: Padding, wrap: Wrap) -> Result<Tensor> {
+    let mut x = x.clone();
+    if !wrap.any() || padding == Padding::same(0) {
+        return Ok(x);
+    }
+    for (axis, wraps) in [(2, wrap.y), (3, wrap.x)] {
+        let (before, after) = (padding.before, padding.after);
+        x = if wraps {
+            let size = x.dim(axis)?;
+            let places = (0..before + size + after)
+                .map(|i| (i + before * (size - 1)) % size)
+                .map(|i| i as u32);
+            let places = Tensor::new(places.collect::<Vec<_>>(), x.device())?;
+            x.contiguous()?.index_select(&places, axis)?
+        } else {
+            x.pad_with_zeros(axis, before, after)?
+        };
+    }
+    Ok(x)
+}
+
+/// The padding that is left behind [`wrapped`].
+fn wrap_rest(padding: Padding, wrap: Wrap) -> Padding {
+    if wrap.any() { Padding::same(0) } else { padding }
+}
+
+/// Means of groups within a part of each picture, then variances.
+fn statistics(x: &Tensor, groups: usize, part: &Window) -> Result<Tensor> {
+    let x = x
+        .narrow(2, part.top, part.height)?
+        .narrow(3, part.left, part.width)?
+        .to_dtype(DType::F32)?;
+    let (b, c, h, w) = x.dims4()?;
+    let x = x.contiguous()?.reshape((b, groups, c / groups * h * w))?;
+    let mean = x.mean_keepdim(2)?;
+    let variance = x.broadcast_sub(&mean)?.sqr()?.mean(2)?;
+    Ok(Tensor::cat(&[&mean.squeeze(2)?, &variance], 1)?)
+}
+
+/// A group norm by means and variances that are given.
+fn given_norm(
+    x: &Tensor,
+    given: &Tensor,
+    (weight, bias): (&Tensor, &Tensor),
+    (groups, eps): (usize, f64),
+) -> Result<Tensor> {
+    let (b, c, h, w) = x.dims4()?;
+    let dtype = x.dtype();
+    let x = x.to_dtype(DType::F32)?.reshape((b, groups, c / groups * h * w))?;
+    let given = given.to_dtype(DType::F32)?;
+    let of = |first: usize| given.narrow(1, first, groups)?.unsqueeze(2);
+    let x = x.broadcast_sub(&of(0)?)?.broadcast_div(&(of(groups)? + eps)?.sqrt()?)?;
+    let per_channel = |t: &Tensor| t.to_dtype(DType::F32)?.reshape((1, c, 1, 1));
+    let y = x
+        .reshape((b, c, h, w))?
+        .broadcast_mul(&per_channel(weight)?)?
+        .broadcast_add(&per_channel(bias)?)?;
+    Ok(y.to_dtype(dtype)?)
 }
 
 fn conv2d(

@@ -7,17 +7,19 @@ use super::ir::{Form, Part, Product, Step, ValueId, View, Work};
 use super::memory::Memory;
 use super::run::Prepared;
 use super::store::{Layout, Loose, Packed};
-use crate::Result;
 use crate::cpu::Level;
 use crate::cpu::aligned::Plain;
 use crate::cpu::attention::{self, Shape, attention};
 use crate::cpu::epilogue::{Epilogue, PerImage, Stored};
 use crate::cpu::micro::{Brain, Half, Weight};
-use crate::cpu::norm::{AdaptiveNorm, GroupNorm, Side, layer_norm, rms_norm, rotate};
+use crate::cpu::norm::{
+    AdaptiveNorm, GroupNorm, Side, layer_norm, rms_norm, rotate, statistics,
+};
 use crate::cpu::panels::{self, Panels};
 use crate::cpu::product::{Grid, Source, product};
 use crate::cpu::view::NumbersMut;
 use crate::cpu::winograd::{self, Kept, WinogradWeights, convolve};
+use crate::{Result, Wrap};
 
 /// As many as a step usually reads, without a place of their own in memory.
 type Few<T> = SmallVec<[T; 4]>;
@@ -219,6 +221,7 @@ impl Memory<'_> {
                     groups,
                     eps,
                     activation,
+                    given,
                     ..
                 },
                 Prepared::Affine { weight, bias },
@@ -231,6 +234,7 @@ impl Memory<'_> {
                     weight,
                     bias,
                     activation: *activation,
+                    given: given.map(|given| self.read_f32(given)).transpose()?,
                 };
                 let sides: Few<Side<'_>> = sources
                     .iter()
@@ -241,6 +245,25 @@ impl Memory<'_> {
                     })
                     .collect();
                 norm.run(level, &sides, out, cast_workspace(workspace));
+                Ok(())
+            }
+            (
+                Work::Statistics {
+                    source,
+                    groups,
+                    part,
+                },
+                _,
+            ) => {
+                let side = Side {
+                    data: self.read(source.value),
+                    channels: self.channels(source.value),
+                    pictures: self.batch(source.value),
+                };
+                let NumbersMut::F32(out) = out else {
+                    return Err(crate::Error::Mixed { op: "statistics" });
+                };
+                statistics(level, &side, ((source.h, source.w), part), *groups, out);
                 Ok(())
             }
             (work, prepared) => self.pointwise(work, prepared, step.out, out),
@@ -302,8 +325,14 @@ impl Run<'_> {
         workspace: &mut [u8],
     ) {
         let (h, w) = self.product.size;
-        let views = self.product.parts.iter().flat_map(|part| &part.sources);
-        let sources: Few<_> = views.map(|view| self.picture::<T>(view, h)).collect();
+        let views = self.product.parts.iter();
+        let views = views.flat_map(|part| part.sources.iter().map(move |view| (view, part.wrap)));
+        let sources: Few<_> = views
+            .map(|(view, wrap)| winograd::Source {
+                wrap,
+                ..self.picture::<T>(view, h)
+            })
+            .collect();
         let (how, what) = (
             (self.level, weights),
             ((self.batch, h, w), sources.as_slice()),
@@ -350,10 +379,10 @@ impl Run<'_> {
                 .product
                 .parts
                 .iter()
-                .flat_map(|part| part.sources.iter().map(|view| (*view, part.stride)));
+                .flat_map(|part| part.sources.iter().map(move |view| (*view, part)));
             let sources: Few<Source<'_, W::Row>> = views
                 .zip(taps)
-                .map(|((view, stride), taps)| self.source(view, stride, taps))
+                .map(|((view, part), taps)| self.source(view, part, taps))
                 .collect();
             product(self.level, panels, (grid, &sources), self.epilogue, out);
         }
@@ -368,10 +397,11 @@ impl Run<'_> {
             channels,
             pixel_stride: channels,
             enlarged: h / view.h.max(1),
+            wrap: Wrap::default(),
         }
     }
 
-    fn source<'b, T: Plain>(&'b self, view: View, stride: usize, taps: &'b Taps) -> Source<'b, T> {
+    fn source<'b, T: Plain>(&'b self, view: View, part: &Part, taps: &'b Taps) -> Source<'b, T> {
         let channels = self.memory.channels(view.value);
         Source {
             data: self.memory.operand(view.value),
@@ -380,8 +410,9 @@ impl Run<'_> {
             w: view.w,
             channels,
             pixel_stride: channels,
-            stride,
+            stride: part.stride,
             taps,
+            wrap: part.wrap,
         }
     }
 }

@@ -159,6 +159,7 @@ impl<'a> Fuser<'a> {
                     kernel: (1, 1),
                     stride: 1,
                     padding: crate::Padding::same(0),
+                    wrap: crate::Wrap::default(),
                 };
                 State::Pending(Box::new(Product {
                     columns: weight.shape()[0],
@@ -318,6 +319,12 @@ impl<'a> Fuser<'a> {
                 groups: *groups,
                 eps: *eps,
                 activation: *activation,
+                given: inputs.get(1).map(|&given| self.ready(given)).transpose()?,
+            },
+            Op::Statistics { groups, part } => Work::Statistics {
+                source: self.view(x)?,
+                groups: *groups,
+                part: *part,
             },
             Op::LayerNorm { weight, bias, eps } => Work::LayerNorm {
                 source: self.ready(x)?,
@@ -424,6 +431,7 @@ impl<'a> Fuser<'a> {
             bias,
             stride,
             padding,
+            wrap,
         } = op
         else {
             return Err(rank(op));
@@ -439,6 +447,7 @@ impl<'a> Fuser<'a> {
             kernel: (*kh, *kw),
             stride: *stride,
             padding: *padding,
+            wrap: *wrap,
         };
         let origin = self.origin(x);
         let form = match self.states[origin] {
@@ -655,6 +664,7 @@ impl<'a> Fuser<'a> {
             Work::Product(_) => LayerClass::Linear,
             Work::Attention { .. } | Work::AttentionMass { .. } => LayerClass::Attention,
             Work::GroupNorm { .. }
+            | Work::Statistics { .. }
             | Work::LayerNorm { .. }
             | Work::AdaptiveNorm { .. }
             | Work::RmsNorm { .. } => LayerClass::Norm,
@@ -716,6 +726,7 @@ fn choose_types(program: &mut Program, options: &Options) {
         let norm = matches!(
             step.work,
             Work::GroupNorm { .. }
+                | Work::Statistics { .. }
                 | Work::LayerNorm { .. }
                 | Work::AdaptiveNorm { .. }
                 | Work::RmsNorm { .. }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::cpu::winograd;
 use crate::op::{PatchOrder, Relative, Turns};
-use crate::{Activation, Padding, Param};
+use crate::{Activation, Padding, Param, Window, Wrap};
 
 /// The place of a value in [`Program::values`].
 pub(super) type ValueId = usize;
@@ -102,6 +102,7 @@ pub(super) struct Part {
     pub kernel: (usize, usize),
     pub stride: usize,
     pub padding: Padding,
+    pub wrap: Wrap,
 }
 
 /// How a product is computed.
@@ -137,6 +138,13 @@ pub(super) enum Work {
         groups: usize,
         eps: f64,
         activation: Option<Activation>,
+        /// Means and variances, where they are not those of the picture itself.
+        given: Option<ValueId>,
+    },
+    Statistics {
+        source: View,
+        groups: usize,
+        part: Window,
     },
     LayerNorm {
         source: ValueId,
@@ -257,7 +265,9 @@ impl Work {
                     .chain(product.residual)
                     .collect()
             }
-            Self::GroupNorm { sources, .. } => sources.clone(),
+            Self::GroupNorm { sources, given, .. } => {
+                sources.iter().copied().chain(*given).collect()
+            }
             Self::Attention { q, k, v, .. } => vec![*q, *k, *v],
             Self::AttentionMass { q, k, .. } => vec![*q, *k],
             Self::Add(a, b)
@@ -284,6 +294,7 @@ impl Work {
             Self::Upsample { source, .. }
             | Self::LowFrequencies { source, .. }
             | Self::AveragePool(source)
+            | Self::Statistics { source, .. }
             | Self::Patchify { source, .. }
             | Self::Unpatchify { source, .. } => vec![source.value],
         }

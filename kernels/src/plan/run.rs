@@ -469,6 +469,7 @@ fn workspace(program: &Program, step: &Step) -> usize {
                 weight: &ones,
                 bias: &ones,
                 activation: None,
+                given: None,
             };
             8 * norm.workspace_len()
         }

@@ -14,7 +14,7 @@ pub use resnet::{Downsample, ResnetBlock, ResnetConfig, Upsample};
 pub use time_text::{SINUSOIDS, TimeTextEmbedding, sinusoids};
 
 use sd_kernels::ops::{self, apply};
-use sd_kernels::{Activation, Error, Op, Padding, Param, Result, Tensor, Weights};
+use sd_kernels::{Activation, Error, Op, Padding, Param, Result, Tensor, Weights, Wrap};
 
 /// `torch.nn.Conv2d`: `[b, i, h, w]` → `[b, o, h', w']`.
 pub struct Conv2d {
@@ -36,6 +36,7 @@ impl Conv2d {
                 bias: Some(weights.param("bias", &[output])),
                 stride,
                 padding,
+                wrap: Wrap::default(),
             },
         }
     }

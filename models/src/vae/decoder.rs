@@ -12,6 +12,17 @@ struct UpBlock {
     upsample: Option<Upsample>,
 }
 
+impl UpBlock {
+    /// All but the enlargement.
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let mut x = x.clone();
+        for resnet in &self.resnets {
+            x = resnet.forward(&x, None)?;
+        }
+        Ok(x)
+    }
+}
+
 /// The decoder with `post_quant_conv` and the scaling in front.
 pub struct Decoder {
     config: Config,
@@ -80,6 +91,64 @@ impl Decoder {
     /// # Errors
     /// When the shape does not fit or the executor fails.
     pub fn forward(&self, latents: &Tensor) -> Result<Tensor> {
+        let Some(last) = self.up.len().checked_sub(1) else {
+            return self.finish(&self.begin(latents)?);
+        };
+        self.tail(&self.head(latents, last)?, last)
+    }
+
+    /// The part whose attention and norms see the whole of it: latents to the features of level `depth`, `[b, c, 2^depth · h, 2^depth · w]`.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`].
+    pub fn head(&self, latents: &Tensor, depth: usize) -> Result<Tensor> {
+        let mut x = self.begin(latents)?;
+        for (i, block) in self.up.iter().take(depth + 1).enumerate() {
+            if i > 0 {
+                x = self.enlarge(&x, i - 1)?;
+            }
+            x = block.forward(&x)?;
+        }
+        Ok(x)
+    }
+
+    /// The rest, which sees no further than [`Decoder::reach`] but for its norms.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`].
+    pub fn tail(&self, features: &Tensor, depth: usize) -> Result<Tensor> {
+        let mut x = features.clone();
+        for (i, block) in self.up.iter().enumerate().skip(depth + 1) {
+            x = block.forward(&self.enlarge(&x, i - 1)?)?;
+        }
+        self.finish(&x)
+    }
+
+    /// Channels of the features of a level.
+    pub fn features(&self, depth: usize) -> usize {
+        let count = self.config.channels.len();
+        self.config.channels[count.saturating_sub(depth + 1)]
+    }
+
+    /// How far a pixel's value depends on the features of a level around it.
+    pub fn reach(&self, depth: usize) -> usize {
+        let below = self.config.channels.len().saturating_sub(depth + 1);
+        let convolutions = 1 + 2 * (self.config.layers + 1);
+        (0..below).fold(1, |reach: usize, _| (reach + convolutions).div_ceil(2))
+    }
+
+    /// Twice the size, behind level `i`.
+    fn enlarge(&self, x: &Tensor, i: usize) -> Result<Tensor> {
+        match &self.up[i].upsample {
+            Some(upsample) => {
+                let (_, _, h, w) = x.dims4()?;
+                upsample.forward(x, 2 * h, 2 * w)
+            }
+            None => Ok(x.clone()),
+        }
+    }
+
+    fn begin(&self, latents: &Tensor) -> Result<Tensor> {
         let z = ops::affine(
             latents,
             1.0 / self.config.scaling_factor,
@@ -89,16 +158,10 @@ impl Decoder {
             Some(conv) => conv.forward(&z)?,
             None => z,
         };
-        let mut x = self.mid.forward(&self.conv_in.forward(&z)?)?;
-        for block in &self.up {
-            for resnet in &block.resnets {
-                x = resnet.forward(&x, None)?;
-            }
-            if let Some(upsample) = &block.upsample {
-                let (_, _, h, w) = x.dims4()?;
-                x = upsample.forward(&x, 2 * h, 2 * w)?;
-            }
-        }
-        self.conv_out.forward(&self.norm_out.forward(&x)?)
+        self.mid.forward(&self.conv_in.forward(&z)?)
+    }
+
+    fn finish(&self, x: &Tensor) -> Result<Tensor> {
+        self.conv_out.forward(&self.norm_out.forward(x)?)
     }
 }

@@ -12,6 +12,19 @@ struct DownBlock {
     downsample: Option<Downsample>,
 }
 
+impl DownBlock {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let mut x = x.clone();
+        for resnet in &self.resnets {
+            x = resnet.forward(&x, None)?;
+        }
+        match &self.downsample {
+            Some(downsample) => downsample.forward(&x),
+            None => Ok(x),
+        }
+    }
+}
+
 /// The encoder with `quant_conv` behind.
 pub struct Encoder {
     config: Config,
@@ -75,14 +88,41 @@ impl Encoder {
     /// # Errors
     /// When the shape does not fit or the executor fails.
     pub fn moments(&self, pictures: &Tensor) -> Result<Tensor> {
+        let depth = self.down.len().saturating_sub(1);
+        self.tail(&self.head(pictures, depth)?, depth)
+    }
+
+    /// The part that sees no further than [`Encoder::reach`] but for its norms: pictures to the features of level `depth`,
+    /// `[b, c, H / 2^depth, W / 2^depth]`.
+    ///
+    /// # Errors
+    /// As [`Encoder::moments`].
+    pub fn head(&self, pictures: &Tensor, depth: usize) -> Result<Tensor> {
         let mut x = self.conv_in.forward(pictures)?;
-        for block in &self.down {
-            for resnet in &block.resnets {
-                x = resnet.forward(&x, None)?;
-            }
-            if let Some(downsample) = &block.downsample {
-                x = downsample.forward(&x)?;
-            }
+        for block in self.down.iter().take(depth) {
+            x = block.forward(&x)?;
+        }
+        Ok(x)
+    }
+
+    /// Channels of the features of a level, as they come from the one above.
+    pub fn features(&self, depth: usize) -> usize {
+        self.config.channels[depth.saturating_sub(1).min(self.config.channels.len() - 1)]
+    }
+
+    /// How far the features of a level depend on the pixels around them.
+    pub fn reach(&self, depth: usize) -> usize {
+        (0..depth).fold(0, |reach: usize, _| 2 * reach + 2 + 2 * self.config.layers) + 1
+    }
+
+    /// The rest.
+    ///
+    /// # Errors
+    /// As [`Encoder::moments`].
+    pub fn tail(&self, features: &Tensor, depth: usize) -> Result<Tensor> {
+        let mut x = features.clone();
+        for block in self.down.iter().skip(depth) {
+            x = block.forward(&x)?;
         }
         let x = self.norm_out.forward(&self.mid.forward(&x)?)?;
         let x = self.conv_out.forward(&x)?;

@@ -58,6 +58,61 @@ impl AnyDecoder {
         }
     }
 
+    /// How many levels it can be divided behind: what comes before one is computed of the whole, what comes behind it of parts.
+    pub fn depths(&self) -> usize {
+        match self {
+            Self::Full(decoder) => decoder.config().channels.len().saturating_sub(1),
+            Self::Tiny(_) => 1,
+        }
+    }
+
+    /// What comes before the division: latents to features `[b, c, scale · h, scale · w]`, channels and scale as
+    /// [`AnyDecoder::features`] says; none where it is nothing.
+    ///
+    /// # Errors
+    /// As [`AnyDecoder::forward`].
+    pub fn head(&self, latents: &Tensor, depth: usize) -> Result<Option<Tensor>> {
+        match self {
+            Self::Full(decoder) => decoder.head(latents, depth).map(Some),
+            Self::Tiny(_) => Ok(None),
+        }
+    }
+
+    /// What comes behind it.
+    ///
+    /// # Errors
+    /// As [`AnyDecoder::forward`].
+    pub fn tail(&self, features: &Tensor, depth: usize) -> Result<Tensor> {
+        match self {
+            Self::Full(decoder) => decoder.tail(features, depth),
+            Self::Tiny(decoder) => decoder.forward(features),
+        }
+    }
+
+    /// Channels of the features between, and how many of them a latent is wide.
+    pub fn features(&self, depth: usize) -> (usize, usize) {
+        match self {
+            Self::Full(decoder) => (decoder.features(depth), 1 << depth),
+            Self::Tiny(decoder) => (decoder.config().latent_channels, 1),
+        }
+    }
+
+    /// How far a pixel depends on the features around it.
+    pub fn reach(&self, depth: usize) -> usize {
+        match self {
+            Self::Full(decoder) => decoder.reach(depth),
+            Self::Tiny(decoder) => decoder.config().reach(),
+        }
+    }
+
+    /// How many pixels one latent is wide.
+    pub fn scale(&self) -> usize {
+        match self {
+            Self::Full(decoder) => decoder.config().scale(),
+            Self::Tiny(decoder) => decoder.config().scale(),
+        }
+    }
+
     /// Latents `[b, latent, h, w]` → pictures `[b, 3, scale·h, scale·w]`, mostly within [−1, 1].
     ///
     /// # Errors

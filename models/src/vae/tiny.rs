@@ -1,7 +1,7 @@
 //! TAESD's decoder: a small network of plain convolutions that looks through the latents of a full autoencoder (Ollin Boer Bohan,
 //! madebyollin/taesd; diffusers 0.42.1 `AutoencoderTiny`). Its structure is the list of its layers, as files number them.
 
-use sd_kernels::{Activation, Op, Padding, Result, Tensor, Weights, ops};
+use sd_kernels::{Activation, Op, Padding, Result, Tensor, Weights, Wrap, ops};
 
 /// The largest magnitude of latents that it sees, almost: they pass through `3 · tanh(x/3)`.
 const MAGNITUDE: f64 = 3.0;
@@ -52,6 +52,19 @@ impl TinyConfig {
         1 << doubled.count().min(16)
     }
 
+    /// How far a pixel depends on the latents around it.
+    pub fn reach(&self) -> usize {
+        self.layers
+            .iter()
+            .rev()
+            .fold(0, |reach, layer| match layer {
+                TinyLayer::Conv { .. } => reach + 1,
+                TinyLayer::Block { .. } => reach + 3,
+                TinyLayer::Relu => reach,
+                TinyLayer::Upsample => reach.div_ceil(2),
+            })
+    }
+
     /// Keeps latents within the magnitude that the network knows; comes before [`TinyDecoder::forward`].
     pub fn limit(&self, latents: &mut [f32]) {
         for value in latents {
@@ -70,6 +83,7 @@ impl Conv {
             bias: bias.then(|| weights.param("bias", &[output])),
             stride: 1,
             padding: Padding::same(kernel / 2),
+            wrap: Wrap::default(),
         })
     }
 

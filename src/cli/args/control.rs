@@ -66,7 +66,7 @@ pub struct ControlMapArgs {
 }
 
 /// A choice as it is typed.
-pub(in crate::cli) fn value_name(value: impl clap::ValueEnum) -> String {
+pub(in crate::cli) fn value_name(value: &impl clap::ValueEnum) -> String {
     let name = value.to_possible_value();
     let name = name.map(|value| value.get_name().to_owned());
     name.unwrap_or_default()

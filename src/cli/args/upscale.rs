@@ -23,7 +23,7 @@ pub struct UpscaleArgs {
     /// Read model files instead of mapping them into memory: for network file systems, and files that others write to
     #[arg(long)]
     pub no_mmap: bool,
-    /// Where the picture goes, a PNG; a folder for several, in which they keep their names [default: NAME-xSCALE.png in this folder]
+    /// Where the picture goes, a PNG; a folder for several, in which they keep their names; - is the standard output [default: NAME-xSCALE.png in this folder]
     #[arg(short, long, value_name = "FILE_OR_FOLDER")]
     pub output: Option<PathBuf>,
     /// Replace files that are there

@@ -93,6 +93,7 @@ fn run<T: Operand + Weight<Row = T>>(level: Level, case: &Case) -> f64 {
             pixel_stride: c,
             stride,
             taps: &taps,
+            wrap: Wrap::default(),
         })
         .collect();
     let slopes = numbers(columns, 8);
@@ -240,6 +241,7 @@ fn row_sums<T: Operand + Weight<Row = T>>(level: Level, rows: usize, values: &[f
         pixel_stride: channels,
         stride: 1,
         taps: &[(0, 0)],
+        wrap: Wrap::default(),
     };
     let mut out = vec![0.0; rows * columns];
     product(

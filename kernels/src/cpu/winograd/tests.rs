@@ -103,6 +103,7 @@ impl Case {
                 channels,
                 pixel_stride,
                 enlarged: self.enlarged,
+                wrap: Wrap::default(),
             })
             .collect();
         let mut out = vec![O::of(f32::NAN); self.results()];
@@ -329,6 +330,7 @@ fn large_numbers_stay_finite_and_sources_are_not_read_beyond_their_end() {
         channels: 64,
         pixel_stride: 64,
         enlarged: 1,
+        wrap: Wrap::default(),
     }];
     let mut out = vec![0f32; case.results()];
     for form in [Form::F2, Form::F4] {

@@ -33,6 +33,17 @@ pub(super) struct Input<'a, T, I, S> {
     pub(crate) form: PhantomData<S>,
 }
 
+/// The pixel of `size` before the one at `after`, if there is one. What tiles reach beyond the one pixel of padding is in no result.
+#[inline(always)]
+fn place(wraps: bool, after: usize, size: usize) -> Option<usize> {
+    match after.checked_sub(1) {
+        Some(at) if at < size => Some(at),
+        Some(at) if wraps && at == size => Some(0),
+        None if wraps => size.checked_sub(1),
+        _ => None,
+    }
+}
+
 impl<T: Kept, I: Kept, S: Scheme> Input<'_, T, I, S> {
     /// # Safety
     /// `to` is where [`Scheme::IN`]² times `range` times the source's channels, padded to whole steps, may be written, apart as said; the
@@ -50,16 +61,13 @@ impl<T: Kept, I: Kept, S: Scheme> Input<'_, T, I, S> {
         let enlarged = self.source.enlarged;
         let mut pixels = [ZEROS.0.as_ptr().cast::<I>(); 36];
         for dy in 0..S::IN {
-            // row −1 wraps around, and is outside as well
-            let y = (y * S::OUT + dy).wrapping_sub(1);
-            if y >= h {
+            let Some(y) = place(self.source.wrap.y, y * S::OUT + dy, h) else {
                 continue;
-            }
+            };
             let line = picture % self.source.pictures * (h / enlarged) + y / enlarged;
             let line = line * (w / enlarged);
             for dx in 0..S::IN {
-                let x = (x * S::OUT + dx).wrapping_sub(1);
-                if x < w {
+                if let Some(x) = place(self.source.wrap.x, x * S::OUT + dx, w) {
                     pixels[dy * S::IN + dx] = self.source.data
                         [(line + x / enlarged) * self.source.pixel_stride..]
                         .as_ptr();
