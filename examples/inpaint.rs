@@ -56,15 +56,20 @@ fn main() -> Result<()> {
 
 /// White where `part` is.
 fn mask(picture: &Picture, part: &str) -> Result<Grey> {
-    let numbers: Vec<u32> = part.split(',').filter_map(|n| n.trim().parse().ok()).collect();
+    let numbers: Vec<u32> = part
+        .split(',')
+        .filter_map(|n| n.trim().parse().ok())
+        .collect();
     let [left, top, width, height] = numbers[..] else {
-        return Err(Error::Usage(format!("{part}: expected LEFT,TOP,WIDTH,HEIGHT")));
+        return Err(Error::Usage(format!(
+            "{part}: expected LEFT,TOP,WIDTH,HEIGHT"
+        )));
     };
     let inside = |x: u32, y: u32| {
-        (left..left.saturating_add(width)).contains(&x) && (top..top.saturating_add(height)).contains(&y)
+        (left..left.saturating_add(width)).contains(&x)
+            && (top..top.saturating_add(height)).contains(&y)
     };
-    let values = (0..picture.height()).flat_map(|y| {
-        (0..picture.width()).map(move |x| if inside(x, y) { 255 } else { 0 })
-    });
+    let values = (0..picture.height())
+        .flat_map(|y| (0..picture.width()).map(move |x| if inside(x, y) { 255 } else { 0 }));
     Grey::new(picture.width(), picture.height(), values.collect())
 }

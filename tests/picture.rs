@@ -133,7 +133,10 @@ fn bytes_equal_pillow_and_opencv() {
         let wrong = found.iter().zip(tensor.data()).filter(|(a, b)| a != b);
         assert_eq!(wrong.count(), 0, "wrong bytes in {name}");
     }
-    assert_eq!((kinds["resize"], kinds["gaussian"], kinds["cv"]), (40, 6, 4));
+    assert_eq!(
+        (kinds["resize"], kinds["gaussian"], kinds["cv"]),
+        (40, 6, 4)
+    );
 }
 
 #[test]

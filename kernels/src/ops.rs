@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::time::Instant;
 
 use crate::tensor::{Tensor, Value};
-use crate::{Activation, Error, Op, Padding, Param, Result, Wrap, eager, profile};
+use crate::{Activation, Error, Op, Padding, Param, PatchOrder, Result, Wrap, eager, profile};
 
 thread_local! {
     /// How convolutions of this thread's networks pad.

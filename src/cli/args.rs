@@ -15,8 +15,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 pub use adapters::{EmbeddingArgs, LoraArgs};
-pub(super) use control::value_name;
 pub use canvas::{Axes, CanvasArgs};
+pub(super) use control::value_name;
 pub use control::{ControlArgs, ControlMapArgs};
 pub use hires::{HiresArgs, pairs as hires_pairs};
 pub use image::ImageArgs;

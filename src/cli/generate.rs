@@ -651,10 +651,7 @@ impl Job<'_> {
         if let Some(fields) = object.as_object_mut() {
             fields.shift_remove("path");
             fields.insert("pictures".to_owned(), json!(self.plan.pictures()));
-            fields.insert(
-                "network_calls".to_owned(),
-                json!(self.calls()),
-            );
+            fields.insert("network_calls".to_owned(), json!(self.calls()));
             let second = self.plan.hires.as_ref();
             let memory = second.map_or(self.plan.memory, |second| second.plan.memory);
             fields.insert("memory_bytes".to_owned(), json!(memory));

@@ -147,16 +147,14 @@ impl CvBlur {
                 }
             });
         let mut out = vec![0u8; bytes.len()];
-        out.par_chunks_mut(width)
-            .enumerate()
-            .for_each(|(y, out)| {
-                let rows: Vec<usize> = mirrored(y, down.len(), height).collect();
-                for (x, out) in out.iter_mut().enumerate() {
-                    let taps = rows.iter().zip(&down);
-                    let exact: u32 = taps.map(|(i, w)| u32::from(sums[i * width + x]) * w).sum();
-                    *out = ((exact + (1 << 15)) >> 16) as u8;
-                }
-            });
+        out.par_chunks_mut(width).enumerate().for_each(|(y, out)| {
+            let rows: Vec<usize> = mirrored(y, down.len(), height).collect();
+            for (x, out) in out.iter_mut().enumerate() {
+                let taps = rows.iter().zip(&down);
+                let exact: u32 = taps.map(|(i, w)| u32::from(sums[i * width + x]) * w).sum();
+                *out = ((exact + (1 << 15)) >> 16) as u8;
+            }
+        });
         Ok(out)
     }
 }

@@ -225,7 +225,8 @@ impl Picture {
         let pixels = mixed.rgb.chunks_exact_mut(3).zip(other.rgb.chunks_exact(3));
         for ((own, other), &mask) in pixels.zip(&mask.values) {
             for (own, &other) in own.iter_mut().zip(other) {
-                let sum = u32::from(*own) * u32::from(255 - mask) + u32::from(other) * u32::from(mask);
+                let sum =
+                    u32::from(*own) * u32::from(255 - mask) + u32::from(other) * u32::from(mask);
                 *own = divide_by_255(sum);
             }
         }
@@ -294,7 +295,9 @@ impl Grey {
     /// The plane with every value changed.
     #[must_use]
     pub fn map(mut self, change: impl Fn(u8) -> u8) -> Self {
-        self.values.iter_mut().for_each(|value| *value = change(*value));
+        self.values
+            .iter_mut()
+            .for_each(|value| *value = change(*value));
         self
     }
 
@@ -327,7 +330,11 @@ impl Grey {
             (self.width as usize, self.height as usize),
             (width as usize, height as usize),
         );
-        Self::new(width, height, resample::resample(&self.values, 1, sizes, filter))
+        Self::new(
+            width,
+            height,
+            resample::resample(&self.values, 1, sizes, filter),
+        )
     }
 
     /// A part of the plane.
@@ -417,7 +424,10 @@ fn cut(bytes: &[u8], channels: usize, size: (u32, u32), part: Rect) -> Result<Ve
         )));
     }
     let wide = size.0 as usize * channels;
-    let (first, count) = (part.left as usize * channels, part.width as usize * channels);
+    let (first, count) = (
+        part.left as usize * channels,
+        part.width as usize * channels,
+    );
     Ok(bytes
         .chunks_exact(wide)
         .skip(part.top as usize)

@@ -57,7 +57,9 @@ fn decode(bytes: &[u8]) -> io::Result<Picture> {
     };
     let damaged = |source: ImageError| match source {
         // what a decoder was given is in memory: whatever fails there is the file's fault
-        ImageError::Limits(_) => bad("decoding it would take more memory than the largest picture does"),
+        ImageError::Limits(_) => {
+            bad("decoding it would take more memory than the largest picture does")
+        }
         other => bad(format!("the picture is damaged ({other})")),
     };
     if format == ImageFormat::Jpeg {
@@ -90,7 +92,12 @@ fn planes(decoded: DynamicImage) -> io::Result<Picture> {
     // the nearest of 0 … 255 for 0 … 65535
     let byte = |value: &u16| ((u32::from(*value) + 128) / 257) as u8;
     let bytes = |values: &[u16]| values.iter().map(byte).collect::<Vec<u8>>();
-    let grey = |values: &[u8]| values.iter().flat_map(|&value| [value; 3]).collect::<Vec<u8>>();
+    let grey = |values: &[u8]| {
+        values
+            .iter()
+            .flat_map(|&value| [value; 3])
+            .collect::<Vec<u8>>()
+    };
     let (rgb, alpha) = match decoded {
         DynamicImage::ImageRgb8(image) => (image.into_raw(), None),
         DynamicImage::ImageLuma8(image) => (grey(&image), None),

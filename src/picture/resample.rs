@@ -144,9 +144,9 @@ fn along_rows(bytes: &[u8], channels: usize, width: usize, taps: &[Taps]) -> Vec
 /// `row`: bytes of a row.
 fn along_columns(bytes: &[u8], row: usize, taps: &[Taps]) -> Vec<u8> {
     let mut out = vec![0; taps.len() * row];
-    out.par_chunks_mut(row)
-        .zip(taps)
-        .for_each_init(Vec::new, |sums: &mut Vec<i32>, (out, taps)| {
+    out.par_chunks_mut(row).zip(taps).for_each_init(
+        Vec::new,
+        |sums: &mut Vec<i32>, (out, taps)| {
             sums.clear();
             sums.resize(row, HALF);
             let rows = bytes[taps.first * row..].chunks_exact(row);
@@ -158,7 +158,8 @@ fn along_columns(bytes: &[u8], row: usize, taps: &[Taps]) -> Vec<u8> {
             for (out, &sum) in out.iter_mut().zip(&*sums) {
                 *out = byte(sum);
             }
-        });
+        },
+    );
     out
 }
 

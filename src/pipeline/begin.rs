@@ -8,8 +8,8 @@ use super::denoise::BatchNoise;
 use super::known::{Blend, Known};
 use super::networks::{Networks, Posterior};
 use super::scene::Scene;
-use super::tiling::Surface;
 use super::source::{Edges, Fill, Source, Whose};
+use super::tiling::Surface;
 use crate::error::{Error, Result};
 use crate::picture::{Filter, Grey};
 use crate::sampling::{NoiseSchedule, Trajectory};
@@ -254,8 +254,8 @@ impl Begin<'_> {
         let edges = source.masking.as_ref().map_or(Edges::Hard, |m| m.edges);
         // latents of unit variance are those of samplers that go by timesteps
         let first = self.trajectory.calls.first();
-        let by_timesteps = self.networks.config().unet().is_some()
-            && first.is_some_and(|call| call.now.0 != 1.0);
+        let by_timesteps =
+            self.networks.config().unet().is_some() && first.is_some_and(|call| call.now.0 != 1.0);
         let denoised = if by_timesteps {
             Blend::Seen
         } else {
@@ -340,7 +340,8 @@ impl Begin<'_> {
         // a picture that is resized as latents is of any size
         let pixels = pixels.narrow(2, 0, (h / scale * scale).max(1))?;
         let pixels = pixels.narrow(3, 0, (w / scale * scale).max(1))?;
-        self.networks.encode_safely(&pixels.contiguous()?, &self.surface)
+        self.networks
+            .encode_safely(&pixels.contiguous()?, &self.surface)
     }
 
     /// Latents in the size that is computed.

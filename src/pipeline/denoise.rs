@@ -216,7 +216,8 @@ impl Run<'_> {
             return Ok(());
         };
         let (of_input, of_output) = call.denoised;
-        let clean = ((&registers.model_input * of_input)? + (&registers.model_output * of_output)?)?;
+        let clean =
+            ((&registers.model_input * of_input)? + (&registers.model_output * of_output)?)?;
         match previewer.image(&clean)? {
             Some(image) => send(listener, Event::Preview(image)),
             None => Ok(()),

@@ -456,8 +456,12 @@ impl Engine {
         let acting = plan.controls.iter().zip(&ask.acting);
         let acting = acting.filter(|(_, acts)| **acts);
         conditions.controls = acting.map(|(planned, _)| planned.acting.clone()).collect();
-        self.networks
-            .denoiser(size, &conditions, timesteps, (&ask.variant, plan.surface.wrap))
+        self.networks.denoiser(
+            size,
+            &conditions,
+            timesteps,
+            (&ask.variant, plan.surface.wrap),
+        )
     }
 
     /// The refiner's turn begins at diffusers' cut in timesteps; A1111 rounds a fractional one.
@@ -587,7 +591,11 @@ impl Engine {
     fn latents_of(&self, plan: &Plan) -> [usize; 3] {
         let config = &self.spec.vae.config;
         let scale = config.scale();
-        [config.latent_channels, plan.height / scale, plan.width / scale]
+        [
+            config.latent_channels,
+            plan.height / scale,
+            plan.width / scale,
+        ]
     }
 
     /// Every image's generator, at its beginning.

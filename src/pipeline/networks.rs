@@ -586,7 +586,11 @@ impl Networks {
             };
             let mut moments = Vec::new();
             plan.run(&[feed], &mut moments)?;
-            Ok(Tensor::from_vec(moments, plan.output_shape(), &self.device)?)
+            Ok(Tensor::from_vec(
+                moments,
+                plan.output_shape(),
+                &self.device,
+            )?)
         } else {
             named(ENCODER, weights.finish())?;
             let pictures = pictures.to_dtype(dtype)?;

@@ -248,7 +248,11 @@ impl Plan {
         let layout = hires.layout((self.width, self.height), scale)?;
         let (width, height) = (layout.size.0 * scale, layout.size.1 * scale);
         let multiple = scale.max(8).max(scale * spec.unet.config.patch());
-        let most = spec.unet.config.most_latents().map_or(MAX_SIZE, |most| most * scale);
+        let most = spec
+            .unet
+            .config
+            .most_latents()
+            .map_or(MAX_SIZE, |most| most * scale);
         let fits = |side: usize| side.is_multiple_of(multiple) && side <= most.min(MAX_SIZE);
         if !fits(width) || !fits(height) {
             return Err(Error::Usage(format!(

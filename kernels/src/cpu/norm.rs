@@ -82,7 +82,10 @@ impl GroupNorm<'_> {
         assert!(self.groups > 0 && c.is_multiple_of(self.groups) && self.bias.len() == c);
         let workspace = &mut workspace[..self.workspace_len()];
         let entry = 2 * self.groups;
-        assert!(self.given.is_none_or(|g| !g.is_empty() && g.len().is_multiple_of(entry)));
+        assert!(
+            self.given
+                .is_none_or(|g| !g.is_empty() && g.len().is_multiple_of(entry))
+        );
         let (sums, factors) = workspace.split_at_mut(self.batch * self.parts().1 * 2 * c);
         // scale and shift fit into an f64's room, two f32 each
         let factors: &mut [f64] = factors;
@@ -268,7 +271,9 @@ pub(crate) fn statistics(
     out: &mut [f32],
 ) {
     let c = side.channels;
-    assert!(part.fits((h, w)) && c.is_multiple_of(groups) && out.len() == side.pictures * 2 * groups);
+    assert!(
+        part.fits((h, w)) && c.is_multiple_of(groups) && out.len() == side.pictures * 2 * groups
+    );
     for (picture, out) in out.chunks_mut(2 * groups).enumerate() {
         let first = picture * h * w;
         let sums = match side.data {

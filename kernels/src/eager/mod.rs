@@ -177,7 +177,11 @@ fn wrapped(x: &Tensor, padding: Padding, wrap: Wrap) -> Result<Tensor> {
 
 /// The padding that is left behind [`wrapped`].
 fn wrap_rest(padding: Padding, wrap: Wrap) -> Padding {
-    if wrap.any() { Padding::same(0) } else { padding }
+    if wrap.any() {
+        Padding::same(0)
+    } else {
+        padding
+    }
 }
 
 /// Means of groups within a part of each picture, then variances.
@@ -202,10 +206,14 @@ fn given_norm(
 ) -> Result<Tensor> {
     let (b, c, h, w) = x.dims4()?;
     let dtype = x.dtype();
-    let x = x.to_dtype(DType::F32)?.reshape((b, groups, c / groups * h * w))?;
+    let x = x
+        .to_dtype(DType::F32)?
+        .reshape((b, groups, c / groups * h * w))?;
     let given = given.to_dtype(DType::F32)?;
     let of = |first: usize| given.narrow(1, first, groups)?.unsqueeze(2);
-    let x = x.broadcast_sub(&of(0)?)?.broadcast_div(&(of(groups)? + eps)?.sqrt()?)?;
+    let x = x
+        .broadcast_sub(&of(0)?)?
+        .broadcast_div(&(of(groups)? + eps)?.sqrt()?)?;
     let per_channel = |t: &Tensor| t.to_dtype(DType::F32)?.reshape((1, c, 1, 1));
     let y = x
         .reshape((b, c, h, w))?

@@ -12,9 +12,7 @@ use crate::cpu::aligned::Plain;
 use crate::cpu::attention::{self, Shape, attention};
 use crate::cpu::epilogue::{Epilogue, PerImage, Stored};
 use crate::cpu::micro::{Brain, Half, Weight};
-use crate::cpu::norm::{
-    AdaptiveNorm, GroupNorm, Side, layer_norm, rms_norm, rotate, statistics,
-};
+use crate::cpu::norm::{AdaptiveNorm, GroupNorm, Side, layer_norm, rms_norm, rotate, statistics};
 use crate::cpu::panels::{self, Panels};
 use crate::cpu::product::{Grid, Source, product};
 use crate::cpu::view::NumbersMut;

@@ -659,7 +659,10 @@ fn a_picture_that_wraps_may_be_shifted() {
     let x = numbers(34 * 16 * 12, "shifted");
     let shifted = |x: &candle_core::Tensor, by: usize| {
         let size = x.dim(3).unwrap();
-        let (a, b) = (x.narrow(3, 0, by).unwrap(), x.narrow(3, by, size - by).unwrap());
+        let (a, b) = (
+            x.narrow(3, 0, by).unwrap(),
+            x.narrow(3, by, size - by).unwrap(),
+        );
         candle_core::Tensor::cat(&[b, a], 3).unwrap()
     };
     let x = candle_core::Tensor::from_vec(x, (1, 34, 16, 12), &Device::Cpu).unwrap();
@@ -702,7 +705,10 @@ fn norms(w: &Weights, x: &Tensor) -> Result<Tensor> {
 fn norms_by_statistics_that_were_taken_before() {
     let weights = Weights::new(Arc::new(Made(DType::F32)), DType::F32, &Device::Cpu);
     let (h, w) = (21, 14);
-    let x: Vec<f32> = numbers(6 * h * w, "norms").iter().map(|v| v + 3.0).collect();
+    let x: Vec<f32> = numbers(6 * h * w, "norms")
+        .iter()
+        .map(|v| v + 3.0)
+        .collect();
     let run = |given: &[Vec<f32>], part: Window, statistics: bool, level: Level| {
         let graph = Graph::sharing(SharedNorms {
             given: given.len(),
@@ -721,7 +727,12 @@ fn norms_by_statistics_that_were_taken_before() {
             name: "x",
             values: &x,
         }];
-        feeds.extend(names.iter().zip(given).map(|(name, values)| Feed { name, values }));
+        feeds.extend(
+            names
+                .iter()
+                .zip(given)
+                .map(|(name, values)| Feed { name, values }),
+        );
         let mut out = Vec::new();
         plan.run(&feeds, &mut out).unwrap();
         out
@@ -733,7 +744,10 @@ fn norms_by_statistics_that_were_taken_before() {
         width: w,
     };
     let tensor = candle_core::Tensor::from_vec(x.clone(), (1, 6, h, w), &Device::Cpu).unwrap();
-    let want = norms(&weights, &tensor.clone().into()).unwrap().into_data().unwrap();
+    let want = norms(&weights, &tensor.clone().into())
+        .unwrap()
+        .into_data()
+        .unwrap();
     let want: Vec<f32> = want.flatten_all().unwrap().to_vec1().unwrap();
     let part = Window {
         top: 3,
@@ -751,7 +765,14 @@ fn norms_by_statistics_that_were_taken_before() {
         for (got, want) in got.iter().zip(&want) {
             assert!((got - want).abs() < 2e-5, "{}: {got} {want}", level.name());
         }
-        let other = vec![first[0] + 0.5, first[1], first[2], first[3], first[4], first[5]];
+        let other = vec![
+            first[0] + 0.5,
+            first[1],
+            first[2],
+            first[3],
+            first[4],
+            first[5],
+        ];
         assert_ne!(run(&[other, second], whole, false, level), got);
         for (got, want) in run(&[], part, true, level).iter().zip(&of_part) {
             assert!((got - want).abs() < 1e-5, "{}: {got} {want}", level.name());

@@ -4,7 +4,7 @@
 //! picture's vector `[b, projection]`.
 
 use sd_kernels::ops::{self, apply};
-use sd_kernels::{Op, Padding, Param, Result, Tensor, Weights};
+use sd_kernels::{Op, Padding, Param, Result, Tensor, Weights, Wrap};
 use serde_json::Value;
 
 use super::{Config, Layer};
@@ -100,6 +100,7 @@ impl VisionEncoder {
                 bias: None,
                 stride: config.patch,
                 padding: Padding::same(0),
+                wrap: Wrap::default(),
             },
             positions: embeddings
                 .at("position_embedding")

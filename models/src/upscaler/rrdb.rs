@@ -2,7 +2,7 @@
 //! BasicSR's `RRDBNet`. ESRGAN+ adds short ways inside a dense block (Rakotonirina & Rasoanaivo, arXiv 2001.08073), its noise being for training.
 
 use sd_kernels::ops::{self, activate, affine, concat};
-use sd_kernels::{Activation, Op, Padding, Result, Tensor, Weights};
+use sd_kernels::{Activation, Op, Padding, Result, Tensor, Weights, Wrap};
 
 use crate::layers::Conv2d;
 
@@ -130,6 +130,7 @@ impl Dense {
                 bias: None,
                 stride: 1,
                 padding: Padding::same(0),
+                wrap: Wrap::default(),
             }),
         }
     }
