@@ -37,6 +37,7 @@ fn main() -> Result<()> {
             Event::Warning(text) => eprintln!("note: {text}"),
             Event::Encoded => eprintln!("the prompt is encoded"),
             Event::Step { done, total } => eprintln!("step {done} of {total}"),
+            Event::Preview(_) => {} // none was asked for
             Event::Decoding => eprintln!("the latents are being decoded"),
         }
         Control::Continue // `Control::Stop` ends the run with `Error::Interrupted`
