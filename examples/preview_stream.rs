@@ -1,4 +1,4 @@
-//! A run whose previews go to another program: a line a step on the standard output, and a PNG a preview beside it.
+//! A run whose previews go to another program: a line a step, and a PNG a preview in this folder.
 //!
 //! ```sh
 //! cargo run --release --example preview_stream -- "a fox" [MODEL]
@@ -15,7 +15,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut args = std::env::args().skip(1);
     let prompt = args.next().unwrap_or_else(|| "a fox".to_owned());
     let checkpoint = match args.next() {
-        Some(path) => Checkpoint::open(&PathBuf::from(path))?,
+        Some(path) => Checkpoint::open(PathBuf::from(path))?,
         None => sd_rs::demo::checkpoint()?,
     };
     let device = device::open(DeviceChoice::Auto)?;
@@ -35,14 +35,14 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         match event {
             Event::Step { done, total } => {
                 step = done;
-                println!("step {done} of {total}");
+                eprintln!("step {done} of {total}");
             }
             Event::Preview(image) => {
                 let path = format!("preview-{step:03}.png");
                 let written =
                     png::encode(&image, "", None).map(|bytes| std::fs::write(&path, bytes));
                 match written {
-                    Ok(Ok(())) => println!("{path} {}x{}", image.width, image.height),
+                    Ok(Ok(())) => eprintln!("{path} {}x{}", image.width, image.height),
                     // whoever shows previews may have gone away
                     _ => return Control::Stop,
                 }
@@ -53,7 +53,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     engine.generate(&request, &plan, &mut listener, &mut |batch| {
         for picture in &batch.pictures {
-            println!("done: {}x{}", picture.image.width, picture.image.height);
+            eprintln!("done: {}x{}", picture.image.width, picture.image.height);
         }
         Ok(())
     })?;

@@ -268,6 +268,8 @@ fn one_call_of_each_network() {
             context: &context,
             added: added.as_ref(),
             guidance: None,
+            label: None,
+            reference: None,
             steering: unet::Steering::default(),
         };
         let weights = memory(&part);

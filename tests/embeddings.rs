@@ -100,7 +100,7 @@ fn states(
         clip_skip: 1,
     };
     let conditioning = encode(&engine.readers(), texts).unwrap();
-    let states = conditioning.for_batch(1, true).unwrap();
+    let both = [conditioning.negative(), conditioning.prompt()];
     let record = record("sd1");
     let rows = list(&record["rows"]).iter();
     let rows: Vec<u32> = rows.map(|n| n.as_u64().unwrap() as u32).collect();
@@ -109,9 +109,11 @@ fn states(
         shape: tensor.dims().to_vec(),
         data: tensor.flatten_all().unwrap().to_vec1().unwrap(),
     };
-    let of = |i: usize| values(states.get(i).unwrap().index_select(&rows, 0).unwrap());
-    let pooled = conditioning.pooled_for_batch(1, true).unwrap();
-    let pooled = pooled.map(|pooled| values(pooled.narrow(0, 1, 1).unwrap()));
+    let of = |i: usize| {
+        let states = both[i].states.squeeze(0).unwrap();
+        values(states.index_select(&rows, 0).unwrap())
+    };
+    let pooled = both[1].pooled.clone().map(values);
     ([of(0), of(1)], pooled)
 }
 

@@ -158,8 +158,12 @@ impl Screen {
     pub(super) fn new(args: &PreviewArgs, quiet: bool) -> Self {
         let terminal = !quiet && std::io::stderr().is_terminal();
         let lookup = |name: &str| std::env::var(name).ok().filter(|text| !text.is_empty());
+        let protocol = Protocol::by(&lookup).filter(|_| terminal);
+        if args.preview != PreviewHow::None && protocol.is_none() && args.preview_file.is_none() {
+            tracing::warn!("this terminal shows no pictures; give --preview-file a place for them");
+        }
         Self {
-            protocol: Protocol::by(&lookup).filter(|_| terminal),
+            protocol,
             file: args.preview_file.clone(),
             told: false,
             shown: false,

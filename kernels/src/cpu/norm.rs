@@ -178,10 +178,12 @@ impl GroupNorm<'_> {
     fn factor(&self, group: usize, (mean, variance): (f64, f64), factors: &mut [f64]) {
         let per = self.channels() / self.groups;
         let scale = 1.0 / (variance.max(0.0) + self.eps).sqrt();
-        for j in group * per..(group + 1) * per {
-            let scale = scale * f64::from(self.weight[j]);
-            let shift = f64::from(self.bias[j]) - mean * scale;
-            factors[j] = pair(scale as f32, shift as f32);
+        let affine = self.weight.iter().zip(self.bias);
+        let channels = factors.iter_mut().zip(affine).skip(group * per);
+        for (factor, (&weight, &bias)) in channels.take(per) {
+            let scale = scale * f64::from(weight);
+            let shift = f64::from(bias) - mean * scale;
+            *factor = pair(scale as f32, shift as f32);
         }
     }
 
