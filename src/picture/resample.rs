@@ -1,6 +1,5 @@
 //! Resampling as Pillow 13 does it (`ImagingResample`, `ImagingScaleAffine`): a filter as wide as the pixels of the smaller picture, in fixed
-//! point with 22 bits of fraction, first along rows, then along columns (the other way round where far more rows than columns go away), rounded to bytes in
-//! between.
+//! point with 22 bits of fraction, along rows and along columns, rounded to bytes in between.
 
 use rayon::prelude::*;
 
@@ -69,19 +68,24 @@ pub(super) fn resample(
     if filter == Filter::Nearest {
         return nearest(bytes, channels, ((w, h), (new_w, new_h)));
     }
-    let rows = |bytes: &[u8]| match w == new_w {
+    let across = |bytes: &[u8]| match w == new_w {
         true => bytes.to_vec(),
         false => along_rows(bytes, channels, w, &taps(w, new_w, filter)),
     };
-    let columns = |bytes: &[u8], width: usize| match h == new_h {
+    let down = |bytes: &[u8], row: usize| match h == new_h {
         true => bytes.to_vec(),
-        false => along_columns(bytes, width * channels, &taps(h, new_h, filter)),
+        false => along_columns(bytes, row * channels, &taps(h, new_h, filter)),
     };
-    // where far more rows than columns go away, Pillow 13 begins with the columns: the bytes in between are others then
-    if h.saturating_sub(new_h) > 2 * w.saturating_sub(new_w) {
-        return rows(&columns(bytes, w));
+    match columns_first((w, h), (new_w, new_h)) {
+        true => across(&down(bytes, w)),
+        false => down(&across(bytes), new_w),
     }
-    columns(&rows(bytes), new_w)
+}
+
+/// Whether columns come before rows, which rounding shows: Pillow does so from version 13 on, where a picture loses more than twice as many rows as
+/// columns.
+fn columns_first((w, h): (usize, usize), (new_w, new_h): (usize, usize)) -> bool {
+    new_h < h && 2 * w < 2 * new_w + (h - new_h)
 }
 
 /// The weights of every new pixel of a row.
