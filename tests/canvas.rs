@@ -282,12 +282,11 @@ fn previews() {
     // behind the last step the estimate is the result: ComfyUI's sum for the first pixel of the second picture
     let values = flat(&latents.narrow(0, 1, 1).unwrap());
     let factors = engine.spec().rgb().unwrap().factors;
-    for colour in 0..3 {
-        let sum: f32 = (0..4)
-            .map(|c| values[c * 12 * 20] * factors[c][colour])
-            .sum();
+    for (colour, &got) in images[1].rgb[3 * 20..][..3].iter().enumerate() {
+        let terms = factors.iter().enumerate();
+        let sum: f32 = terms.map(|(c, f)| values[c * 12 * 20] * f[colour]).sum();
         let byte = ((sum + 1.0) / 2.0).clamp(0.0, 1.0) * 255.0;
-        assert!((f32::from(images[1].rgb[3 * 20 + colour]) - byte).abs() <= 1.0);
+        assert!((f32::from(got) - byte).abs() <= 1.0);
     }
 }
 
@@ -320,7 +319,9 @@ fn a_tiny_decoder_makes_previews() {
     let error = Engine::with_preview_decoder(
         self::engine("sd1-odd"),
         &Checkpoint::open_part(
-            &Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/taesd/sixteen.safetensors"),
+            Path::new(env!("CARGO_MANIFEST_DIR"))
+                .join("tests/fixtures/taesd/sixteen.safetensors")
+                .as_path(),
             "vae",
             &options,
         )

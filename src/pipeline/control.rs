@@ -318,6 +318,7 @@ pub(super) fn steer(
                 // a ControlNet has half the UNet's inputs only where it has the layers for them
                 let inputs = Inputs {
                     added: inputs.added.filter(|_| config.trunk.added.is_some()),
+                    label: inputs.label.filter(|_| config.trunk.classes.is_some()),
                     guidance: inputs
                         .guidance
                         .filter(|_| config.trunk.time.condition.is_some()),
@@ -438,10 +439,11 @@ fn fits(config: &controlnet::Config, (unet, scale): (&unet::Config, usize)) -> R
             unet.context_width()
         )));
     }
-    if config.trunk.in_channels != unet.in_channels {
+    // what stands beside the latents, such as a mask, is the UNet's alone
+    if config.trunk.in_channels != unet.out_channels {
         return Err(Error::Usage(format!(
             "the ControlNet takes latents of {} channels, and the model's UNet {}; they do not go together",
-            config.trunk.in_channels, unet.in_channels
+            config.trunk.in_channels, unet.out_channels
         )));
     }
     if let Some(added) = config.trunk.added

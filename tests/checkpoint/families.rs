@@ -238,7 +238,7 @@ fn channels_tell_the_variant() {
         (found.variant, found.prediction),
         (Variant::Depth, Some(Prediction::Epsilon))
     );
-    let inpainting = refused(
+    let inpainting = taken(
         &sd2(
             &Sizes {
                 input: 9,
@@ -247,7 +247,7 @@ fn channels_tell_the_variant() {
             0.4,
         ),
         Family::Sd2,
-        "a mask",
+        "inpainting",
     );
     assert_eq!(inpainting.prediction, Some(Prediction::Epsilon));
     assert_eq!(
@@ -288,7 +288,7 @@ fn sdxl_and_its_relatives() {
         ..Sizes::sdxl()
     };
     assert_eq!(
-        refused(&whole(&inpainting), Family::Sdxl, "for inpainting").variant,
+        taken(&whole(&inpainting), Family::Sdxl, "inpainting").variant,
         Variant::Inpainting
     );
     let depths = |depths: &[usize], mid_depth| Sizes {
