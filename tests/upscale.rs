@@ -70,7 +70,7 @@ fn tensors(name: &str) -> Vec<Stored> {
         .collect()
 }
 
-fn write(name: &str, dir: &Dir) -> PathBuf {
+pub fn write(name: &str, dir: &Dir) -> PathBuf {
     let path = dir.path(&format!("{name}.safetensors"));
     save(tensors(name).iter(), &path);
     path

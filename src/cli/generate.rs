@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
@@ -28,6 +28,7 @@ use crate::pipeline::{
     SizeConditioning, SkipLayers,
 };
 use crate::spec::Others;
+use crate::upscale::Upscaler;
 
 /// Runs the command.
 ///
@@ -88,6 +89,13 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
     engine = engine.with_controls(controls.iter().map(|control| &control.checkpoint))?;
     let adapters = args.image_prompt.open(&args.library, args.no_mmap)?;
     engine = engine.with_image_prompts(adapters.iter().map(|(_, files)| files))?;
+    if let Some(path) = args.hires.network() {
+        let opened = open_part(path, "upscaler", &args.library, args.no_mmap)
+            .map_err(|e| args.hires.explain(e))?;
+        // as `upscale` does: 16 bits of arithmetic show in flat colours
+        let upscaler = Upscaler::load(&opened.checkpoint, &device, DType::F32)?;
+        engine = engine.with_upscaler(upscaler);
+    }
     engine = preview::equip(engine, &args.preview, &args.library, args.no_mmap)?;
     let mut session = Session {
         screen: Screen::new(&args.preview, quiet),
@@ -537,7 +545,7 @@ impl Job<'_> {
                 fields.insert(
                     "hires".to_owned(),
                     json!({
-                        "first_width": self.plan.width, "first_height": self.plan.height, "upscaler": hires.upscaler.name(),
+                        "first_width": self.plan.width, "first_height": self.plan.height, "upscaler": self.session.args.hires.upscaler(),
                         "steps": second.plan.steps, "strength": hires.strength, "cfg_scale": second.plan.cfg_scale,
                     }),
                 );
@@ -629,7 +637,7 @@ impl Job<'_> {
             let text = control_infotext(name, control);
             pairs.push((format!("ControlNet {i}"), text));
         }
-        pairs.extend(hires_pairs(self.plan));
+        pairs.extend(hires_pairs(&self.session.args.hires, self.plan));
         if let Some(hashes) = &self.session.worn.hashes {
             pairs.push(("Lora hashes".to_owned(), hashes.clone()));
         }

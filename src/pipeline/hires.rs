@@ -12,6 +12,7 @@ use super::tiling::Surface;
 use super::{Plan, Request};
 use crate::error::{Error, Result};
 use crate::picture::{Filter, Picture};
+use crate::upscale::{Tiling, Upscaler as Enlarger};
 
 /// How a picture is enlarged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -33,6 +34,8 @@ pub enum Upscaler {
     Lanczos,
     /// Pixels.
     Nearest,
+    /// Pixels, by a network that enlarges pictures: [`super::Engine::with_upscaler`].
+    Network,
 }
 
 /// Ours and A1111's names.
@@ -83,7 +86,7 @@ impl Upscaler {
             Self::LatentBicubicAntialiased => Some((Kernel::Cubic, true)),
             Self::LatentNearest => Some((Kernel::Nearest, false)),
             Self::LatentNearestExact => Some((Kernel::NearestExact, false)),
-            Self::Lanczos | Self::Nearest => None,
+            Self::Lanczos | Self::Nearest | Self::Network => None,
         }
     }
 }
@@ -97,10 +100,7 @@ impl FromStr for Upscaler {
         });
         known.map(|(upscaler, ..)| *upscaler).ok_or_else(|| {
             let names: Vec<&str> = NAMES.iter().map(|(_, ours, _)| *ours).collect();
-            format!(
-                "expected one of {}; networks that enlarge pictures (ESRGAN) are not built into this yet",
-                names.join(", ")
-            )
+            format!("expected one of {}", names.join(", "))
         })
     }
 }
@@ -227,7 +227,7 @@ impl SecondPass {
         networks: &Networks,
         latents: &Tensor,
         surface: &Surface,
-        warnings: &mut Vec<String>,
+        (enlarger, warnings): (Option<&Enlarger>, &mut Vec<String>),
     ) -> Result<Tensor> {
         let Layout {
             latents: (w, h),
@@ -242,7 +242,7 @@ impl SecondPass {
                 for i in 0..latents.dim(0)? {
                     let one = latents.narrow(0, i, 1)?;
                     let decoded = decode::values(networks, &one, surface, warnings)?;
-                    let picture = self.enlarge_picture(&decoded)?;
+                    let picture = self.enlarge_picture(&decoded, enlarger)?;
                     all.push(encode(networks, &picture, surface, (w, h))?);
                 }
                 Tensor::cat(&all, 0)?
@@ -253,7 +253,7 @@ impl SecondPass {
     }
 
     /// The picture in the size of the second pass, as A1111's `resize_image` and its upscalers make it.
-    fn enlarge_picture(&self, decoded: &Decoded) -> Result<Picture> {
+    fn enlarge_picture(&self, decoded: &Decoded, enlarger: Option<&Enlarger>) -> Result<Picture> {
         // numpy's conversion, which cuts off
         let byte = |value: f32| (255.0 * ((value + 1.0) / 2.0).clamp(0.0, 1.0)) as u8;
         let plane = decoded.w * decoded.h;
@@ -271,18 +271,40 @@ impl SecondPass {
         let scale = (wide as f64 / w).max(high as f64 / h);
         let mut picture = picture;
         if scale > 1.0 {
-            let filter = match self.hires.upscaler {
-                Upscaler::Nearest => Filter::Nearest,
-                _ => Filter::Lanczos,
+            let wanted = (side((w * scale) as usize)?, side((h * scale) as usize)?);
+            picture = match self.hires.upscaler {
+                Upscaler::Nearest => picture.resize(wanted.0, wanted.1, Filter::Nearest)?,
+                Upscaler::Network => by_network(picture, wanted, enlarger)?,
+                _ => picture.resize(wanted.0, wanted.1, Filter::Lanczos)?,
             };
-            let (first_w, first_h) = ((w * scale) as usize, (h * scale) as usize);
-            picture = picture.resize(side(first_w)?, side(first_h)?, filter)?;
             let whole = |pixels: f64| (pixels * scale) as usize / 8 * 8;
             let (w, h) = (whole(w).max(1), whole(h).max(1));
             picture = picture.resize(side(w)?, side(h)?, Filter::Lanczos)?;
         }
         picture.resize(side(wide)?, side(high)?, Filter::Lanczos)
     }
+}
+
+/// The network is applied until its result is as large as wanted, three times at most.
+fn by_network(
+    mut picture: Picture,
+    wanted: (u32, u32),
+    enlarger: Option<&Enlarger>,
+) -> Result<Picture> {
+    const MOST: usize = 3;
+    let Some(enlarger) = enlarger else {
+        return Err(Error::Usage(
+            "the second pass needs a network that enlarges pictures; give one with --hires-upscaler"
+                .to_owned(),
+        ));
+    };
+    for _ in 0..MOST {
+        if picture.width() >= wanted.0 && picture.height() >= wanted.1 {
+            break;
+        }
+        picture = enlarger.enlarge(&picture, Tiling::default(), &mut |_, _| true)?;
+    }
+    Ok(picture)
 }
 
 /// The middle of a picture's distribution, scaled; `size` is that of its latents.

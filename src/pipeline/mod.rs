@@ -85,6 +85,8 @@ pub struct Engine {
     load_time: Duration,
     warnings: Vec<String>,
     refiner: Option<Refiner>,
+    /// What enlarges pictures for second passes.
+    enlarger: Option<crate::upscale::Upscaler>,
     tiny: Option<TinyPreview>,
 }
 
@@ -201,6 +203,7 @@ impl Engine {
             load_time: start.elapsed(),
             warnings,
             refiner: None,
+            enlarger: None,
             tiny: None,
         })
     }
@@ -290,6 +293,13 @@ impl Engine {
         }
         self.load_time += start.elapsed();
         Ok(self)
+    }
+
+    /// Takes a network that enlarges pictures, for second passes.
+    #[must_use]
+    pub fn with_upscaler(mut self, upscaler: crate::upscale::Upscaler) -> Self {
+        self.enlarger = Some(upscaler);
+        self
     }
 
     /// Takes a TAESD, which makes the previews that [`PreviewKind::Tiny`] asks for.
@@ -543,7 +553,8 @@ impl Engine {
             let start = Instant::now();
             let mut warnings = Vec::new();
             let networks = &self.networks;
-            let enlarged = second.enlarge(networks, &latents, &plan.surface, &mut warnings)?;
+            let with = (self.enlarger.as_ref(), &mut warnings);
+            let enlarged = second.enlarge(networks, &latents, &plan.surface, with)?;
             for warning in warnings {
                 event::send(listener, Event::Warning(warning))?;
             }

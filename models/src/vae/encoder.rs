@@ -1,6 +1,6 @@
 //! Pictures to the distribution of their latents.
 
-use sd_kernels::{Result, Tensor, Weights, ops};
+use sd_kernels::{Result, Tensor, Weights};
 
 use super::block::MidBlock;
 use super::config::{Config, EPS};
@@ -130,18 +130,5 @@ impl Encoder {
             Some(conv) => conv.forward(&x),
             None => Ok(x),
         }
-    }
-
-    /// The latents that the UNet knows for a sample of the distribution: `(sample − shift) · scaling`.
-    ///
-    /// # Errors
-    /// When the executor fails.
-    pub fn scale(&self, sample: &Tensor) -> Result<Tensor> {
-        let Config {
-            scaling_factor,
-            shift_factor,
-            ..
-        } = self.config;
-        ops::affine(sample, scaling_factor, -shift_factor * scaling_factor)
     }
 }

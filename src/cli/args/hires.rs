@@ -1,7 +1,10 @@
 //! Flags of a second pass over the enlarged picture.
 
+use std::path::Path;
+
 use clap::Args;
 
+use crate::error::Error;
 use crate::pipeline::{Hires, HiresSize, Plan, Upscaler};
 
 /// Enlarge the picture and denoise it once more.
@@ -15,9 +18,9 @@ pub struct HiresArgs {
     #[arg(long, value_name = "WxH", value_parser = super::size)]
     pub hires_size: Option<(usize, usize)>,
     /// How it is enlarged: latent, latent-antialiased, latent-bicubic, latent-bicubic-antialiased, latent-nearest, latent-nearest-exact,
-    /// lanczos or nearest
+    /// lanczos, nearest, or a network of the ESRGAN family: a file, or a name in the models folders
     #[arg(long, value_name = "HOW", default_value = "latent")]
-    pub hires_upscaler: Upscaler,
+    pub hires_upscaler: String,
     /// Steps of the second pass [default: as many as the first]
     #[arg(long, value_name = "N")]
     pub hires_steps: Option<usize>,
@@ -39,17 +42,46 @@ impl HiresArgs {
         };
         Some(Hires {
             size,
-            upscaler: self.hires_upscaler,
+            upscaler: self.hires_upscaler.parse().unwrap_or(Upscaler::Network),
             // 0 is A1111's word for as many
             steps: self.hires_steps.filter(|&steps| steps > 0),
             strength: self.hires_strength,
             cfg_scale: self.hires_cfg_scale,
         })
     }
+
+    /// The network that enlarges, where one is asked for.
+    pub fn network(&self) -> Option<&Path> {
+        let known: Result<Upscaler, _> = self.hires_upscaler.parse();
+        let asked = self.hires_scale.is_some() || self.hires_size.is_some();
+        (asked && known.is_err()).then(|| Path::new(&self.hires_upscaler))
+    }
+
+    /// What is neither a way of enlarging nor a file is told what the ways are.
+    pub fn explain(&self, error: Error) -> Error {
+        match (error, self.hires_upscaler.parse::<Upscaler>()) {
+            (Error::NotFound { what, hint }, Err(ways)) => Error::NotFound {
+                what: format!("--hires-upscaler {what}"),
+                hint: format!("{ways} or a network's file; as a file: {hint}"),
+            },
+            (error, _) => error,
+        }
+    }
+
+    /// How the picture is enlarged, by A1111's name.
+    pub fn upscaler(&self) -> String {
+        match self.hires_upscaler.parse::<Upscaler>() {
+            Ok(upscaler) => upscaler.name().to_owned(),
+            Err(_) => {
+                let stem = Path::new(&self.hires_upscaler).file_stem();
+                stem.unwrap_or_default().to_string_lossy().into_owned()
+            }
+        }
+    }
 }
 
 /// A1111's keys of what a plan does beside the first pass.
-pub fn pairs(plan: &Plan) -> Vec<(String, String)> {
+pub fn pairs(args: &HiresArgs, plan: &Plan) -> Vec<(String, String)> {
     let mut pairs = Vec::new();
     let mut add = |key: &str, value: String| pairs.push((key.to_owned(), value));
     if let Some(second) = &plan.hires {
@@ -61,7 +93,7 @@ pub fn pairs(plan: &Plan) -> Vec<(String, String)> {
         if let Some(steps) = hires.steps {
             add("Hires steps", steps.to_string());
         }
-        add("Hires upscaler", hires.upscaler.name().to_owned());
+        add("Hires upscaler", args.upscaler());
         if let Some(scale) = hires.cfg_scale {
             add("Hires CFG Scale", scale.to_string());
         }
