@@ -522,3 +522,41 @@ fn a_network_enlarges_for_the_second_pass() {
         "{error}"
     );
 }
+
+/// A flag that would say nothing by itself is not passed over in silence.
+#[test]
+fn flags_that_need_others_say_so() {
+    let dir = Dir::new();
+    for (flags, needed) in [
+        (&["--hires-strength", "0.5"][..], "--hires-scale"),
+        (&["--hires-upscaler", "lanczos"], "--hires-scale"),
+        (&["--preview-file", "p.png"], "--preview"),
+        (&["--loopback", "2"], "--init-image"),
+        (&["--fit", "crop"], "--init-image"),
+        (&["--like", "comfyui"], "--init-image"),
+        (&["-i", "a.png", "--only-masked", "8"], "--mask"),
+        (&["-i", "a.png", "--invert-mask"], "--mask"),
+        (&["-i", "a.png", "--fill", "noise"], "--mask"),
+        (
+            &[
+                "-i",
+                "a.png",
+                "--mask-box",
+                "0,0,8,8",
+                "--extend-feather",
+                "8",
+            ],
+            "--extend",
+        ),
+        (
+            &["--hires-scale", "2", "--hires-strength", "5"],
+            "--hires-strength is 5",
+        ),
+    ] {
+        let error = dir.fails(
+            &[&["generate", "-p", "a", "--steps", "1"], flags].concat(),
+            1,
+        );
+        assert!(error.contains(needed), "{flags:?}: {error}");
+    }
+}

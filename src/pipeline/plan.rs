@@ -272,6 +272,12 @@ impl Plan {
                 "--hires-cfg-scale is {cfg_scale}, expected 0 to 1000"
             )));
         }
+        if !(0.0..=1.0).contains(&hires.strength) {
+            return Err(Error::Usage(format!(
+                "--hires-strength is {}, expected 0 to 1",
+                hires.strength
+            )));
+        }
         let count = match is_own(engine, request) {
             true => StepCount::Diffusers,
             // A1111 hands the number of steps over, and makes so many

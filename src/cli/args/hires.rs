@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 
 use crate::error::Error;
 use crate::pipeline::{Hires, HiresSize, Plan, Upscaler};
@@ -10,25 +10,31 @@ use crate::pipeline::{Hires, HiresSize, Plan, Upscaler};
 /// Enlarge the picture and denoise it once more.
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Second pass")]
+#[command(group = ArgGroup::new("second").args(["hires_scale", "hires_size"]))]
 pub struct HiresArgs {
     /// Make the picture, enlarge it so many times, and denoise it once more from part of the way (A1111's hires fix)
-    #[arg(long, value_name = "F", conflicts_with = "hires_size")]
+    #[arg(long, value_name = "F")]
     pub hires_scale: Option<f64>,
     /// The same to this size
     #[arg(long, value_name = "WxH", value_parser = super::size)]
     pub hires_size: Option<(usize, usize)>,
     /// How it is enlarged: latent, latent-antialiased, latent-bicubic, latent-bicubic-antialiased, latent-nearest, latent-nearest-exact,
     /// lanczos, nearest, or a network of the ESRGAN family: a file, or a name in the models folders
-    #[arg(long, value_name = "HOW", default_value = "latent")]
+    #[arg(
+        long,
+        value_name = "HOW",
+        default_value = "latent",
+        requires = "second"
+    )]
     pub hires_upscaler: String,
     /// Steps of the second pass [default: as many as the first]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", requires = "second")]
     pub hires_steps: Option<usize>,
     /// How much of the enlarged picture is given up, 0 to 1
-    #[arg(long, value_name = "F", default_value_t = Hires::STRENGTH)]
+    #[arg(long, value_name = "F", default_value_t = Hires::STRENGTH, requires = "second")]
     pub hires_strength: f64,
     /// Guidance of the second pass [default: as the first]
-    #[arg(long, value_name = "F")]
+    #[arg(long, value_name = "F", requires = "second")]
     pub hires_cfg_scale: Option<f64>,
 }
 
@@ -53,8 +59,7 @@ impl HiresArgs {
     /// The network that enlarges, where one is asked for.
     pub fn network(&self) -> Option<&Path> {
         let known: Result<Upscaler, _> = self.hires_upscaler.parse();
-        let asked = self.hires_scale.is_some() || self.hires_size.is_some();
-        (asked && known.is_err()).then(|| Path::new(&self.hires_upscaler))
+        known.is_err().then(|| Path::new(&self.hires_upscaler))
     }
 
     /// What is neither a way of enlarging nor a file is told what the ways are.

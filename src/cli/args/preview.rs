@@ -12,13 +12,13 @@ pub struct PreviewArgs {
     #[arg(long, value_enum, default_value_t, value_name = "HOW")]
     pub preview: PreviewHow,
     /// Steps from one preview to the next
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000), requires = "preview")]
     pub preview_every: u16,
     /// A PNG that holds the newest preview
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "preview")]
     pub preview_file: Option<PathBuf>,
     /// The TAESD of --preview taesd [default: the one in the models folders by its name, such as taesd_decoder]
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", requires = "preview")]
     pub preview_vae: Option<PathBuf>,
 }
 

@@ -49,22 +49,30 @@ impl Networks {
     /// # Errors
     /// As [`Networks::decode`]; [`Error::Unsupported`] for tiles with shared norms without plans.
     pub fn decode_as(&self, latents: &Tensor, dtype: DType, surface: &Surface) -> Result<Tensor> {
-        let (b, _, h, w) = latents.dims4()?;
+        let (_, _, h, w) = latents.dims4()?;
         let (parts, _) = self.decoding((w, h), dtype, surface, budget())?;
         if parts == Parts::Whole {
             return ops::wrapped(surface.wrap, || self.decode(latents, dtype));
         }
-        let mut pictures = Vec::with_capacity(b);
-        for i in 0..b {
-            let latents = latents.narrow(0, i, 1)?;
-            let planes = match parts {
-                Parts::Shared(depth) => self.decode_shared(&latents, dtype, surface, depth)?,
-                _ => self.decode_own(&latents, dtype, surface.tiling.tile)?,
-            };
+        self.one_by_one(latents, |latents| match parts {
+            Parts::Shared(depth) => self.decode_shared(latents, dtype, surface, depth),
+            _ => self.decode_own(latents, dtype, surface.tiling.tile),
+        })
+    }
+
+    /// What `run` makes of each of a batch.
+    fn one_by_one(
+        &self,
+        batch: &Tensor,
+        run: impl Fn(&Tensor) -> Result<Planes>,
+    ) -> Result<Tensor> {
+        let one = |i| {
+            let planes = run(&batch.narrow(0, i, 1)?)?;
             let [c, h, w] = planes.shape;
-            pictures.push(Tensor::from_vec(planes.values, (1, c, h, w), &self.device)?);
-        }
-        Ok(Tensor::cat(&pictures, 0)?)
+            Ok(Tensor::from_vec(planes.values, (1, c, h, w), &self.device)?)
+        };
+        let all = (0..batch.dim(0)?).map(one).collect::<Result<Vec<_>>>()?;
+        Ok(Tensor::cat(&all, 0)?)
     }
 
     /// How latents of `size` (width, height) are decoded within `budget` bytes, and how many it takes.
@@ -209,26 +217,16 @@ impl Networks {
         dtype: DType,
         surface: &Surface,
     ) -> Result<Posterior> {
-        let (b, _, h, w) = pictures.dims4()?;
+        let (_, _, h, w) = pictures.dims4()?;
         let (parts, _) = self.encoding((w, h), dtype, surface, budget())?;
         if parts == Parts::Whole {
             return ops::wrapped(surface.wrap, || self.encode(pictures, dtype));
         }
-        let mut all = Vec::with_capacity(b);
-        for i in 0..b {
-            let picture = pictures.narrow(0, i, 1)?;
-            let moments = match parts {
-                Parts::Shared(depth) => self.encode_shared(&picture, dtype, surface, depth)?,
-                _ => self.encode_own(&picture, dtype, surface.tiling.tile)?,
-            };
-            let [c, h, w] = moments.shape;
-            all.push(Tensor::from_vec(
-                moments.values,
-                (1, c, h, w),
-                &self.device,
-            )?);
-        }
-        Posterior::new(&Tensor::cat(&all, 0)?)
+        let moments = self.one_by_one(pictures, |picture| match parts {
+            Parts::Shared(depth) => self.encode_shared(picture, dtype, surface, depth),
+            _ => self.encode_own(picture, dtype, surface.tiling.tile),
+        })?;
+        Posterior::new(&moments)
     }
 
     /// How a picture of `size` (width, height) is encoded within `budget` bytes, and how many it takes.
