@@ -536,6 +536,23 @@ fn flags_that_need_others_say_so() {
         (&["--like", "comfyui"], "--init-image"),
         (&["-i", "a.png", "--only-masked", "8"], "--mask"),
         (&["-i", "a.png", "--invert-mask"], "--mask"),
+        (
+            &["-i", "a.png", "--extend", "left=8", "--invert-mask"],
+            "--mask",
+        ),
+        (
+            &[
+                "-i",
+                "a.png",
+                "--mask",
+                "alpha",
+                "--extend",
+                "left=8",
+                "--only-masked",
+                "8",
+            ],
+            "cannot be used with",
+        ),
         (&["-i", "a.png", "--fill", "noise"], "--mask"),
         (
             &[
@@ -555,7 +572,7 @@ fn flags_that_need_others_say_so() {
     ] {
         let error = dir.fails(
             &[&["generate", "-p", "a", "--steps", "1"], flags].concat(),
-            1,
+            2,
         );
         assert!(error.contains(needed), "{flags:?}: {error}");
     }

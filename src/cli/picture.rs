@@ -15,12 +15,11 @@ const ALPHA: &str = "alpha";
 /// Files that a run begins at, in order; none for pictures from text.
 ///
 /// # Errors
-/// [`Error::Usage`] for a folder without pictures, and for flags of masks without one; [`Error::Disk`] when the folder cannot be read.
+/// [`Error::Usage`] for a folder without pictures; [`Error::Disk`] when the folder cannot be read.
 pub(super) fn files(args: &ImageArgs) -> Result<Vec<PathBuf>> {
     let Some(path) = &args.init_image else {
         return Ok(Vec::new());
     };
-    check(args)?;
     if !path.is_dir() {
         return Ok(vec![path.clone()]);
     }
@@ -44,32 +43,6 @@ pub(super) fn files(args: &ImageArgs) -> Result<Vec<PathBuf>> {
         )));
     }
     Ok(files)
-}
-
-/// Flags that mean nothing without others.
-fn check(args: &ImageArgs) -> Result<()> {
-    let masked = args.mask.is_some() || !args.mask_box.is_empty();
-    let alone = [
-        (args.invert_mask, "--invert-mask"),
-        (args.only_masked.is_some(), "--only-masked"),
-    ];
-    for (given, flag) in alone {
-        if given && !masked {
-            return Err(Error::Usage(format!("{flag} needs --mask or --mask-box")));
-        }
-    }
-    if args.extend.is_some() && args.only_masked.is_some() {
-        return Err(Error::Usage(
-            "--extend and --only-masked exclude each other; extend first, then paint a part"
-                .to_owned(),
-        ));
-    }
-    if args.fill != Fill::Original && !masked && args.extend.is_none() {
-        return Err(Error::Usage(
-            "--fill needs --mask, --mask-box or --extend".to_owned(),
-        ));
-    }
-    Ok(())
 }
 
 /// What a run with the picture at `path` begins at.

@@ -10,6 +10,7 @@ use crate::pipeline::{Edges, Extend, ExtendFill, Fill, Fit, Margins, Whose};
 /// A picture to begin at, what of it is painted anew, and how far it is extended.
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "From a picture")]
+#[command(group = ArgGroup::new("masked").args(["mask", "mask_box"]).multiple(true))]
 #[command(group = ArgGroup::new("painted").args(["mask", "mask_box", "extend"]).multiple(true))]
 pub struct ImageArgs {
     /// A PNG, JPEG or WebP to begin at, or a folder of them, one after the other
@@ -25,7 +26,7 @@ pub struct ImageArgs {
     #[arg(long, value_name = "LEFT,TOP,WIDTH,HEIGHT", value_parser = parse_box, requires = "init_image")]
     pub mask_box: Vec<Rect>,
     /// Paint what is black, keep what is white
-    #[arg(long, requires = "painted")]
+    #[arg(long, requires = "masked")]
     pub invert_mask: bool,
     /// Pixels by which the mask is blurred [default: 4 with a named sampler, else 0]
     #[arg(long, value_name = "F", requires = "painted")]
@@ -49,7 +50,7 @@ pub struct ImageArgs {
     )]
     pub fill: Fill,
     /// Compute only what lies around the mask, with so many pixels about it, at the model's own size (or --width, --height), and put it back
-    #[arg(long, value_name = "PIXELS", num_args = 0..=1, default_missing_value = "32", requires = "painted")]
+    #[arg(long, value_name = "PIXELS", num_args = 0..=1, default_missing_value = "32", requires = "masked", conflicts_with = "extend")]
     pub only_masked: Option<usize>,
     /// Extend the picture past its edges, such as left=128,top=64
     #[arg(long, value_name = "SIDE=PIXELS,…", value_parser = parse_margins, requires = "init_image")]
