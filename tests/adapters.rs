@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
 use sd_rs::adapters::{Adapter, Adapters, Owner};
 use sd_rs::checkpoint::{Checkpoint, ReadOptions, detect};
 use sd_rs::pipeline::{Control, Engine, Plan, Request, bind_adapters};
@@ -23,7 +23,9 @@ use serde_json::Value;
 
 use crate::models::{RUN, close, flat, list, text};
 use crate::support::Dir;
-use crate::support::weights::{Case, FolderForm, Law, SingleForm, Stored, Values, encode, uniform};
+use crate::support::weights::{
+    Case, FolderForm, Law, SingleForm, Stored, Values, encode, floats, uniform,
+};
 
 /// Relative distance that a merged weight may have.
 const MERGED: f64 = 1e-6;
@@ -48,15 +50,7 @@ fn expected() -> HashMap<String, Values> {
 }
 
 fn read(file: &str) -> HashMap<String, Values> {
-    let bytes = std::fs::read(folder().join(file)).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let read = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
-        let numbers = view.data().as_chunks().0.iter();
-        let data = numbers.map(|b| f32::from_le_bytes(*b)).collect();
-        let shape = view.shape().to_vec();
-        (name, Values { shape, data })
-    };
-    file.tensors().into_iter().map(read).collect()
+    floats(&folder().join(file))
 }
 
 /// The tensors of a case's file, stored as f32.

@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use crate::models::{CALL, RUN, close, flat, list, text};
 use crate::support::Dir;
-use crate::support::weights::{Case, FolderForm, Law, Stored, Values, read, uniform};
+use crate::support::weights::{Case, FolderForm, Law, Values, floats, uniform};
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/canvas")
@@ -29,14 +29,7 @@ fn record() -> Value {
 }
 
 fn expected() -> HashMap<String, Values> {
-    let values = |stored: Stored| {
-        let numbers = stored.bytes.as_chunks().0.iter();
-        let data = numbers.map(|b| f32::from_le_bytes(*b)).collect();
-        let shape = stored.shape;
-        (stored.name, Values { shape, data })
-    };
-    let stored = read(&fixtures().join("expected.safetensors"));
-    stored.into_iter().map(values).collect()
+    floats(&fixtures().join("expected.safetensors"))
 }
 
 fn engine(model: &str) -> Engine {

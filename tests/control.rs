@@ -23,7 +23,9 @@ use serde_json::Value;
 
 use crate::models::{CALL, Memory, RUN, close, list, tensor, text};
 use crate::support::Dir;
-use crate::support::weights::{Case, FolderForm, Law, Stored, Values, encode, save, uniform};
+use crate::support::weights::{
+    Case, FolderForm, Law, Stored, Values, encode, floats, save, uniform,
+};
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/control")
@@ -37,19 +39,10 @@ struct Cases {
 
 impl Cases {
     fn load() -> Self {
-        let read = |name: &str| std::fs::read(fixtures().join(name)).unwrap();
-        let record = serde_json::from_slice(&read("cases.json")).unwrap();
-        let bytes = read("expected.safetensors");
-        let file = SafeTensors::deserialize(&bytes).unwrap();
-        let values = file.tensors().into_iter().map(|(name, view)| {
-            let numbers = view.data().as_chunks().0.iter();
-            let data = numbers.map(|b| f32::from_le_bytes(*b)).collect();
-            let shape = view.shape().to_vec();
-            (name, Values { shape, data })
-        });
+        let record = std::fs::read(fixtures().join("cases.json")).unwrap();
         Self {
-            record,
-            expected: values.collect(),
+            record: serde_json::from_slice(&record).unwrap(),
+            expected: floats(&fixtures().join("expected.safetensors")),
         }
     }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
 use sd_rs::adapters::Embedding;
 use sd_rs::checkpoint::{Checkpoint, ReadOptions};
 use sd_rs::pipeline::{Control, Engine, Plan, Request};
@@ -17,7 +17,9 @@ use serde_json::Value;
 
 use crate::models::{RUN, close, list, text};
 use crate::support::Dir;
-use crate::support::weights::{Case, FolderForm, Law, Stored, Values, encode as bytes_of, uniform};
+use crate::support::weights::{
+    Case, FolderForm, Law, Stored, Values, encode as bytes_of, floats, uniform,
+};
 
 /// Relative distance that text states may have.
 const STATES: f64 = 1e-5;
@@ -34,15 +36,7 @@ fn record(case: &str) -> Value {
 }
 
 fn expected() -> HashMap<String, Values> {
-    let bytes = std::fs::read(folder().join("expected.safetensors")).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
-    let read = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
-        let numbers = view.data().as_chunks().0.iter();
-        let data = numbers.map(|b| f32::from_le_bytes(*b)).collect();
-        let shape = view.shape().to_vec();
-        (name, Values { shape, data })
-    };
-    file.tensors().into_iter().map(read).collect()
+    floats(&folder().join("expected.safetensors"))
 }
 
 /// The numbers of a word of a case.

@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use crate::models::{RUN, close, list, text};
 use crate::support::Dir;
-use crate::support::weights::{Case, FolderForm, Stored, Values, read};
+use crate::support::weights::{Case, FolderForm, Values, floats};
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/from_picture")
@@ -126,14 +126,7 @@ fn go(engine: &Engine, request: &Request) -> (candle_core::Tensor, Image) {
 }
 
 fn expected(name: &str) -> HashMap<String, Values> {
-    let stored = read(&fixtures().join(format!("{name}.safetensors")));
-    let values = |stored: Stored| {
-        let numbers = stored.bytes.as_chunks().0.iter();
-        let data = numbers.map(|b| f32::from_le_bytes(*b)).collect();
-        let shape = stored.shape;
-        (stored.name, Values { shape, data })
-    };
-    stored.into_iter().map(values).collect()
+    floats(&fixtures().join(format!("{name}.safetensors")))
 }
 
 fn engine(run: &Value) -> Engine {

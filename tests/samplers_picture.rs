@@ -95,7 +95,8 @@ fn diffusers_schedulers_from_a_picture() {
     report(&failures, cases.len());
 }
 
-fn named_fault(case: &Value) -> Option<String> {
+/// A run of a case by name, its prediction's levels and all.
+fn by_name(case: &Value, start: Start) -> sd_rs::Result<Trajectory> {
     let text = |name: &str| case[name].as_str().unwrap();
     let flow = text("prediction") == "flow";
     let levels = if flow {
@@ -106,34 +107,40 @@ fn named_fault(case: &Value) -> Option<String> {
     let model = sampling::Model {
         levels: &levels,
         prediction: match text("prediction") {
-            "epsilon" => Prediction::Epsilon,
-            _ => Prediction::V,
+            "v" | "v_prediction" => Prediction::V,
+            _ => Prediction::Epsilon,
         },
         xl: false,
     };
+    let (sampler, schedule) =
+        sampling::parse(text("sampler"), Some(text("schedule")), flow).unwrap();
+    sampling::by_name(sampler, schedule, size(&case["steps"]), &model, start)
+}
+
+/// What is wrong with a run of this trajectory.
+fn run_fault(case: &Value, trajectory: &Trajectory) -> Option<String> {
+    let (last, _) = run(trajectory, false, usize::MAX);
+    let last = difference(&last, &floats(&case["final"]));
+    (last > TOLERANCE).then(|| format!("{last:.1e}: {case}"))
+}
+
+fn named_fault(case: &Value) -> Option<String> {
     let start = Start::Picture {
         strength: case["strength"].as_f64().unwrap(),
-        count: match text("count") {
+        count: match case["count"].as_str().unwrap() {
             "a1111" => StepCount::A1111,
             "exact" => StepCount::Exact,
             _ => StepCount::ComfyUi,
         },
     };
-    let (sampler, schedule) =
-        sampling::parse(text("sampler"), Some(text("schedule")), flow).unwrap();
-    let trajectory = match sampling::by_name(sampler, schedule, size(&case["steps"]), &model, start)
-    {
+    let trajectory = match by_name(case, start) {
         Ok(run) => run,
         Err(error) => return Some(format!("{error}: {case}")),
     };
     if trajectory.sigmas.len() != size(&case["levels"]) {
         return Some(format!("{} levels: {case}", trajectory.sigmas.len()));
     }
-    let last = difference(
-        &run(&trajectory, false, usize::MAX).0,
-        &floats(&case["final"]),
-    );
-    (last > TOLERANCE).then(|| format!("{last:.1e}: {case}"))
+    run_fault(case, &trajectory)
 }
 
 #[test]
@@ -145,42 +152,18 @@ fn k_diffusion_samplers_from_a_picture_as_each_tool_counts() {
 
 /// What is wrong with a case of `extra.json`.
 fn extra_fault(case: &Value) -> Option<String> {
-    let text = |name: &str| case[name].as_str().unwrap();
-    let flow = text("prediction") == "flow";
-    let levels = if flow {
-        NoiseSchedule::flow(3.0, 1000)
-    } else {
-        NoiseSchedule::default()
-    };
-    let model = sampling::Model {
-        levels: &levels,
-        prediction: match text("prediction") {
-            "v_prediction" => Prediction::V,
-            _ => Prediction::Epsilon,
-        },
-        xl: false,
-    };
-    let count = if flow {
-        StepCount::ComfyUi
-    } else {
-        StepCount::A1111
+    let count = match case["prediction"].as_str() {
+        Some("flow") => StepCount::ComfyUi,
+        _ => StepCount::A1111,
     };
     let start = match case["strength"].as_f64() {
         Some(strength) => Start::Picture { strength, count },
         None => Start::Noise,
     };
-    let (sampler, schedule) =
-        sampling::parse(text("sampler"), Some(text("schedule")), flow).unwrap();
-    let trajectory = match sampling::by_name(sampler, schedule, size(&case["steps"]), &model, start)
-    {
-        Ok(run) => run,
-        Err(error) => return Some(format!("{error}: {case}")),
-    };
-    let last = difference(
-        &run(&trajectory, false, usize::MAX).0,
-        &floats(&case["final"]),
-    );
-    (last > TOLERANCE).then(|| format!("{last:.1e}: {case}"))
+    match by_name(case, start) {
+        Ok(trajectory) => run_fault(case, &trajectory),
+        Err(error) => Some(format!("{error}: {case}")),
+    }
 }
 
 #[test]

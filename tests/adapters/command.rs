@@ -17,46 +17,15 @@ fn place() -> Dir {
     dir
 }
 
-/// The latents of a run with these arguments.
-fn latents(dir: &Dir, prompt: &str, more: &[&str]) -> Vec<u8> {
-    let mut args = vec![
-        "generate",
-        "-m",
-        "model",
-        "-p",
-        prompt,
-        "-o",
-        "p.png",
-        "--overwrite",
-    ];
-    args.extend([
-        "-W", "64", "-H", "64", "--steps", "2", "-s", "1", "--dtype", "f32",
-    ]);
-    args.extend(["--save-latents", "l.safetensors"]);
-    args.extend(more);
-    dir.ok(&args);
-    std::fs::read(dir.path("l.safetensors")).unwrap()
-}
-
-fn parameters(dir: &Dir) -> String {
-    let decoder = png::Decoder::new(std::io::BufReader::new(
-        std::fs::File::open(dir.path("p.png")).unwrap(),
-    ));
-    let reader = decoder.read_info().unwrap();
-    let texts = &reader.info().uncompressed_latin1_text;
-    let found = texts.iter().find(|text| text.keyword == "parameters");
-    found.unwrap().text.clone()
-}
-
 #[test]
 fn flags_and_tags_mean_the_same() {
     let dir = place();
-    let none = latents(&dir, "a fox ", &[]);
-    assert!(!parameters(&dir).contains("Lora"), "{}", parameters(&dir));
+    let none = dir.latents("a fox ", &[]);
+    assert!(!dir.parameters().contains("Lora"), "{}", dir.parameters());
     let path = ".models/loras/sub/ink.safetensors";
-    let flag = latents(&dir, "a fox ", &["--lora", &format!("{path}:0.5")]);
+    let flag = dir.latents("a fox ", &["--lora", &format!("{path}:0.5")]);
     assert_ne!(flag, none);
-    let shown = parameters(&dir);
+    let shown = dir.parameters();
     assert!(shown.starts_with("a fox  <lora:ink:0.5>\n"), "{shown}");
     let hash = shown.split("Lora hashes: \"ink: ").nth(1).unwrap();
     let hash = hash.split('"').next().unwrap().to_owned();
@@ -73,13 +42,13 @@ fn flags_and_tags_mean_the_same() {
         ("a <lora:ink:1>fox <lora:ink:-0.5>", &[]),
         ("a fox <lora:ink:0.25>", &["--lora", "ink:0.25"]),
     ] {
-        assert_eq!(latents(&dir, prompt, more), flag, "{prompt} {more:?}");
-        let shown = parameters(&dir);
+        assert_eq!(dir.latents(prompt, more), flag, "{prompt} {more:?}");
+        let shown = dir.parameters();
         assert!(shown.starts_with(prompt), "{shown}");
         assert!(shown.contains(&hash), "{shown}");
     }
-    assert_eq!(latents(&dir, "a fox <lora:ink:0>", &[]), none);
-    assert_ne!(latents(&dir, "a fox <lora:ink:0:0.5>", &[]), flag);
+    assert_eq!(dir.latents("a fox <lora:ink:0>", &[]), none);
+    assert_ne!(dir.latents("a fox <lora:ink:0:0.5>", &[]), flag);
 }
 
 #[test]
@@ -122,8 +91,8 @@ fn what_is_wrong_with_a_lora_is_told() {
 #[test]
 fn plain_prompts_have_no_tags() {
     let dir = place();
-    let plain = latents(&dir, "a <lora:nothing:1>", &["--prompt-syntax", "plain"]);
-    assert_ne!(plain, latents(&dir, "a ", &["--prompt-syntax", "plain"]));
+    let plain = dir.latents("a <lora:nothing:1>", &["--prompt-syntax", "plain"]);
+    assert_ne!(plain, dir.latents("a ", &["--prompt-syntax", "plain"]));
 }
 
 #[test]

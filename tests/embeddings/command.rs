@@ -30,47 +30,16 @@ fn place() -> Dir {
     dir
 }
 
-/// The latents of a run with these arguments.
-fn latents(dir: &Dir, prompt: &str, more: &[&str]) -> Vec<u8> {
-    let mut args = vec![
-        "generate",
-        "-m",
-        "model",
-        "-p",
-        prompt,
-        "-o",
-        "p.png",
-        "--overwrite",
-    ];
-    args.extend([
-        "-W", "64", "-H", "64", "--steps", "2", "-s", "1", "--dtype", "f32",
-    ]);
-    args.extend(["--save-latents", "l.safetensors"]);
-    args.extend(more);
-    dir.ok(&args);
-    std::fs::read(dir.path("l.safetensors")).unwrap()
-}
-
-fn parameters(dir: &Dir) -> String {
-    let file = std::fs::File::open(dir.path("p.png")).unwrap();
-    let reader = png::Decoder::new(std::io::BufReader::new(file))
-        .read_info()
-        .unwrap();
-    let texts = &reader.info().uncompressed_latin1_text;
-    let found = texts.iter().find(|text| text.keyword == "parameters");
-    found.unwrap().text.clone()
-}
-
 #[test]
 fn names_flags_and_files_mean_the_same() {
     let dir = place();
-    let plain = latents(&dir, "a fox in snow", &[]);
-    assert!(!parameters(&dir).contains("TI hashes"));
-    let named = latents(&dir, "a fox, Bad Ink", &[]);
+    let plain = dir.latents("a fox in snow", &[]);
+    assert!(!dir.parameters().contains("TI hashes"));
+    let named = dir.latents("a fox, Bad Ink", &[]);
     let hash =
         sd_rs::checkpoint::sha256_file(&dir.path(".models/embeddings/sub/bad ink.safetensors"))
             .unwrap();
-    let told = parameters(&dir);
+    let told = dir.parameters();
     assert!(
         told.contains(&format!("TI hashes: \"bad ink: {}\"", &hash[..12])),
         "{told}"
@@ -86,11 +55,11 @@ fn names_flags_and_files_mean_the_same() {
             &["--embedding", "Bad Ink:xyz", "--prompt-syntax", "plain"],
         ),
     ] {
-        assert_eq!(latents(&dir, prompt, more), named, "{prompt}");
+        assert_eq!(dir.latents(prompt, more), named, "{prompt}");
     }
-    let negative = latents(&dir, "a fox", &["-n", "bad ink"]);
-    assert_ne!(negative, latents(&dir, "a fox", &["-n", "bad drawing"]));
-    let weighted = latents(&dir, "a fox, (bad ink:1.4)", &[]);
+    let negative = dir.latents("a fox", &["-n", "bad ink"]);
+    assert_ne!(negative, dir.latents("a fox", &["-n", "bad drawing"]));
+    let weighted = dir.latents("a fox, (bad ink:1.4)", &[]);
     assert_ne!(weighted, named);
 }
 

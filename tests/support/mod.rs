@@ -97,6 +97,37 @@ impl Dir {
         outcome.text()
     }
 
+    /// The latents of a small run of the model in `model`, whose picture is `p.png`.
+    pub(crate) fn latents(&self, prompt: &str, more: &[&str]) -> Vec<u8> {
+        let mut args = vec![
+            "generate",
+            "-m",
+            "model",
+            "-p",
+            prompt,
+            "-o",
+            "p.png",
+            "--overwrite",
+        ];
+        args.extend([
+            "-W", "64", "-H", "64", "--steps", "2", "-s", "1", "--dtype", "f32",
+        ]);
+        args.extend(["--save-latents", "l.safetensors"]);
+        args.extend(more);
+        self.ok(&args);
+        std::fs::read(self.path("l.safetensors")).unwrap()
+    }
+
+    /// A1111's text in `p.png`.
+    pub(crate) fn parameters(&self) -> String {
+        let file = std::fs::File::open(self.path("p.png")).unwrap();
+        let decoder = png::Decoder::new(std::io::BufReader::new(file));
+        let reader = decoder.read_info().unwrap();
+        let texts = &reader.info().uncompressed_latin1_text;
+        let found = texts.iter().find(|text| text.keyword == "parameters");
+        found.unwrap().text.clone()
+    }
+
     /// Runs it and expects this failure, told in one sentence; gives the sentence.
     pub(crate) fn fails(&self, args: &[&str], status: i32) -> String {
         let outcome = self.sd_rs(args);

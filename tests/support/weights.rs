@@ -13,14 +13,14 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
 use serde_json::Value;
 
 use json::{dtype_named, law, rows, sizes, text};
 
 pub(crate) use folder::FolderForm;
 pub(crate) use single::{SingleForm, linear_projection};
-pub(crate) use values::{Law, Stored, Values, edit, encode, read, save, uniform};
+pub(crate) use values::{Law, Stored, Values, edit, encode, floats, read, save, uniform};
 
 /// One model with what diffusers computes with it.
 #[derive(Debug, Clone)]
@@ -118,20 +118,7 @@ impl Case {
 
     /// All tensors that diffusers computed.
     pub(crate) fn expected(&self) -> HashMap<String, Values> {
-        let bytes = fs::read(self.folder.join("expected.safetensors")).unwrap();
-        let file = SafeTensors::deserialize(&bytes).unwrap();
-        let read = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
-            let data = view
-                .data()
-                .as_chunks()
-                .0
-                .iter()
-                .map(|b| f32::from_le_bytes(*b))
-                .collect();
-            let shape = view.shape().to_vec();
-            (name, Values { shape, data })
-        };
-        file.tensors().into_iter().map(read).collect()
+        floats(&self.folder.join("expected.safetensors"))
     }
 
     /// How far float32 is from float64 arithmetic in an expected tensor, as relative L2; none where the two cannot be compared.

@@ -124,6 +124,17 @@ pub(crate) fn read(path: &Path) -> Vec<Stored> {
     file.tensors().into_iter().map(stored).collect()
 }
 
+/// The tensors of a file of floats, by name.
+pub(crate) fn floats(path: &Path) -> HashMap<String, Values> {
+    let values = |stored: Stored| {
+        let numbers = stored.bytes.as_chunks().0.iter();
+        let data = numbers.map(|b| f32::from_le_bytes(*b)).collect();
+        let shape = stored.shape;
+        (stored.name, Values { shape, data })
+    };
+    read(path).into_iter().map(values).collect()
+}
+
 /// Reads the safetensors file at `path`, lets `change` change its tensors, and writes it anew.
 pub(crate) fn edit(path: &Path, change: impl FnOnce(&mut Vec<Stored>)) {
     let mut tensors = read(path);
