@@ -37,7 +37,7 @@ fn main() -> Result<()> {
             Event::Warning(text) => eprintln!("note: {text}"),
             Event::Encoded => eprintln!("the prompt is encoded"),
             Event::Step { done, total } => eprintln!("step {done} of {total}"),
-            Event::Preview(_) => {} // only where the request asks for them
+            Event::Preview(_) | Event::Enlarging { .. } => {} // only where the request asks for them
             Event::Decoding => eprintln!("the latents are being decoded"),
         }
         Control::Continue // `Control::Stop` ends the run with `Error::Interrupted`

@@ -516,6 +516,40 @@ fn a_network_enlarges_for_the_second_pass() {
     );
 }
 
+/// A network at work is told of, and stops when it is told to.
+#[test]
+fn a_network_that_enlarges_can_be_stopped() {
+    let engine = engine("sd1-odd").with_upscaler(crate::upscale::load("compact-x2"));
+    let request = Request {
+        sampler: Some("Euler".to_owned()),
+        steps: Some(2),
+        hires: Some(Hires {
+            size: HiresSize::Scale(2.0),
+            upscaler: sd_rs::pipeline::Upscaler::Network,
+            steps: Some(2),
+            strength: 0.5,
+            cfg_scale: None,
+        }),
+        ..request(&record())
+    };
+    let plan = Plan::new(&engine, &request).unwrap();
+    let mut steps = 0;
+    let mut listener = |event: Event| match event {
+        Event::Enlarging { .. } => Control::Stop,
+        Event::Step { .. } => {
+            steps += 1;
+            Control::Continue
+        }
+        _ => Control::Continue,
+    };
+    let stopped = engine.generate(&request, &plan, &mut listener, &mut |_| Ok(()));
+    assert!(
+        matches!(stopped, Err(sd_rs::Error::Interrupted)),
+        "{stopped:?}"
+    );
+    assert_eq!(steps, 2);
+}
+
 /// A flag that would say nothing by itself is not passed over in silence.
 #[test]
 fn flags_that_need_others_say_so() {

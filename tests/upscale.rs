@@ -80,7 +80,7 @@ fn open(path: &Path) -> sd_rs::Result<Upscaler> {
     Upscaler::load(&Checkpoint::open(path)?, &Device::Cpu, DType::F32)
 }
 
-fn load(name: &str) -> Upscaler {
+pub fn load(name: &str) -> Upscaler {
     open(&write(name, &Dir::new())).unwrap()
 }
 

@@ -353,6 +353,12 @@ fn show(bar: &ProgressBar, event: Event) {
             bar.set_position(done as u64);
             bar.suspend(|| tracing::debug!("step {done} of {total}"));
         }
+        Event::Enlarging { done, total } => {
+            bar.set_message(match done == total {
+                true => "denoising".to_owned(),
+                false => format!("enlarging, tile {done} of {total}"),
+            });
+        }
         Event::Preview(_) => {}
         Event::Decoding => {
             bar.set_message("decoding");

@@ -16,6 +16,13 @@ pub enum Event {
         /// Steps in all, over all batches.
         total: usize,
     },
+    /// A network enlarges a picture for a second pass.
+    Enlarging {
+        /// Tiles done.
+        done: usize,
+        /// Tiles in all.
+        total: usize,
+    },
     /// What the pictures of the batch are going to be, side by side; where [`super::Request::preview`] asks for it.
     Preview(Image),
     /// The latents are being decoded.

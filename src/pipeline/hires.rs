@@ -6,6 +6,7 @@ use std::str::FromStr;
 use candle_core::Tensor;
 
 use super::decode::{self, Decoded};
+use super::event::{Event, Listener, send};
 use super::networks::Networks;
 use super::resize::{Kernel, resize};
 use super::tiling::Surface;
@@ -218,16 +219,16 @@ pub struct SecondPass {
 }
 
 impl SecondPass {
-    /// The first pass's latents `[b, c, h, w]` enlarged, with notices.
+    /// The first pass's latents `[b, c, h, w]` enlarged.
     ///
     /// # Errors
-    /// Whatever decoding and encoding give.
+    /// Whatever decoding and encoding give; [`Error::Interrupted`] when the listener says so.
     pub(super) fn enlarge(
         &self,
         networks: &Networks,
         latents: &Tensor,
         surface: &Surface,
-        (enlarger, warnings): (Option<&Enlarger>, &mut Vec<String>),
+        (enlarger, listener): (Option<&Enlarger>, &mut Listener<'_>),
     ) -> Result<Tensor> {
         let Layout {
             latents: (w, h),
@@ -241,8 +242,12 @@ impl SecondPass {
                 let mut all = Vec::with_capacity(latents.dim(0)?);
                 for i in 0..latents.dim(0)? {
                     let one = latents.narrow(0, i, 1)?;
-                    let decoded = decode::values(networks, &one, surface, warnings)?;
-                    let picture = self.enlarge_picture(&decoded, enlarger)?;
+                    let mut warnings = Vec::new();
+                    let decoded = decode::values(networks, &one, surface, &mut warnings)?;
+                    for warning in warnings {
+                        send(listener, Event::Warning(warning))?;
+                    }
+                    let picture = self.enlarge_picture(&decoded, enlarger, listener)?;
                     all.push(encode(networks, &picture, surface, (w, h))?);
                 }
                 Tensor::cat(&all, 0)?
@@ -253,7 +258,12 @@ impl SecondPass {
     }
 
     /// The picture in the size of the second pass, as A1111's `resize_image` and its upscalers make it.
-    fn enlarge_picture(&self, decoded: &Decoded, enlarger: Option<&Enlarger>) -> Result<Picture> {
+    fn enlarge_picture(
+        &self,
+        decoded: &Decoded,
+        enlarger: Option<&Enlarger>,
+        listener: &mut Listener<'_>,
+    ) -> Result<Picture> {
         // numpy's conversion, which cuts off
         let byte = |value: f32| (255.0 * ((value + 1.0) / 2.0).clamp(0.0, 1.0)) as u8;
         let plane = decoded.w * decoded.h;
@@ -274,7 +284,7 @@ impl SecondPass {
             let wanted = (side((w * scale) as usize)?, side((h * scale) as usize)?);
             picture = match self.hires.upscaler {
                 Upscaler::Nearest => picture.resize(wanted.0, wanted.1, Filter::Nearest)?,
-                Upscaler::Network => by_network(picture, wanted, enlarger)?,
+                Upscaler::Network => by_network(&picture, wanted, enlarger, listener)?,
                 _ => picture.resize(wanted.0, wanted.1, Filter::Lanczos)?,
             };
             let whole = |pixels: f64| (pixels * scale) as usize / 8 * 8;
@@ -285,26 +295,21 @@ impl SecondPass {
     }
 }
 
-/// The network is applied until its result is as large as wanted, three times at most.
+/// What the network makes of a picture, at least as large as wanted.
 fn by_network(
-    mut picture: Picture,
+    picture: &Picture,
     wanted: (u32, u32),
     enlarger: Option<&Enlarger>,
+    listener: &mut Listener<'_>,
 ) -> Result<Picture> {
-    const MOST: usize = 3;
     let Some(enlarger) = enlarger else {
         return Err(Error::Usage(
             "the second pass needs a network that enlarges pictures; give one with --hires-upscaler"
                 .to_owned(),
         ));
     };
-    for _ in 0..MOST {
-        if picture.width() >= wanted.0 && picture.height() >= wanted.1 {
-            break;
-        }
-        picture = enlarger.enlarge(&picture, Tiling::default(), &mut |_, _| true)?;
-    }
-    Ok(picture)
+    let mut watch = |done, total| send(listener, Event::Enlarging { done, total }).is_ok();
+    enlarger.enlarge_past(picture, wanted, Tiling::default(), &mut watch)
 }
 
 /// The middle of a picture's distribution, scaled; `size` is that of its latents.

@@ -551,13 +551,9 @@ impl Engine {
                 ..*pass
             };
             let start = Instant::now();
-            let mut warnings = Vec::new();
             let networks = &self.networks;
-            let with = (self.enlarger.as_ref(), &mut warnings);
+            let with = (self.enlarger.as_ref(), &mut *listener);
             let enlarged = second.enlarge(networks, &latents, &plan.surface, with)?;
-            for warning in warnings {
-                event::send(listener, Event::Warning(warning))?;
-            }
             timings.decode += start.elapsed();
             // A1111 begins the generators anew
             let mut noise = self.noise(plan, &seeds, self.latents_of(&second.plan));

@@ -208,6 +208,21 @@ impl Upscaler {
         }
         // at most MAX_SIDE
         let (width, height) = (width as u32, height as u32);
+        let larger = self.enlarge_past(picture, (width, height), tiling, watch)?;
+        larger.resize(width, height, Filter::Lanczos)
+    }
+
+    /// The network is applied until the picture has at least this width and height, three times at most.
+    ///
+    /// # Errors
+    /// As [`Upscaler::enlarge`].
+    pub fn enlarge_past(
+        &self,
+        picture: &Picture,
+        (width, height): (u32, u32),
+        tiling: Tiling,
+        watch: &mut Watch<'_>,
+    ) -> Result<Picture> {
         let mut larger = self.enlarge(picture, tiling, watch)?;
         for _ in 1..MOST_PASSES {
             let enough = larger.width() >= width && larger.height() >= height;
@@ -216,7 +231,7 @@ impl Upscaler {
             }
             larger = self.enlarge(&larger, tiling, watch)?;
         }
-        larger.resize(width, height, Filter::Lanczos)
+        Ok(larger)
     }
 
     /// Planes of as many channels as the network takes → larger planes, not clipped.
