@@ -1,6 +1,7 @@
 //! Adapters against diffusers, PEFT and LyCORIS: merged weights of every form, whole runs from every spelling of names; what does not fit is
 //! refused in a sentence. The cases are described in `fixtures/adapters/README.md`.
 
+mod beside;
 mod command;
 mod dit;
 mod forms;
@@ -13,7 +14,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device};
 use safetensors::Dtype;
-use sd_rs::adapters::{Adapter, Adapters, Owner};
+use sd_rs::adapters::{Adapter, Adapters, Mode, Owner};
 use sd_rs::checkpoint::{Checkpoint, ReadOptions, detect};
 use sd_rs::pipeline::{Control, Engine, Plan, Request, bind_adapters};
 use sd_rs::spec::ModelSpec;
@@ -29,6 +30,8 @@ use crate::support::weights::{
 
 /// Relative distance that a merged weight may have.
 const MERGED: f64 = 1e-6;
+/// How a denoising network wears what it can wear in both ways.
+const MODES: [Mode; 2] = [Mode::Merge, Mode::Runtime];
 
 fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/adapters")
@@ -148,6 +151,12 @@ fn latents_of(
 
 #[test]
 fn runs_equal_diffusers() {
+    for mode in MODES {
+        runs_equal_diffusers_by(mode);
+    }
+}
+
+fn runs_equal_diffusers_by(mode: Mode) {
     let expected = expected();
     for case in list(&record()["cases"]) {
         let name = text(&case["name"]);
@@ -155,7 +164,8 @@ fn runs_equal_diffusers() {
         model.write_folder(&dir.path("model"), &FolderForm::default());
         write(case, &dir.path("lora.safetensors"));
         let strength = case["strength"].as_f64().unwrap();
-        let adapters = adapters(&dir.path("lora.safetensors"), strength);
+        let mut adapters = adapters(&dir.path("lora.safetensors"), strength);
+        adapters.set_mode(mode);
         let engine = engine(&dir.path("model"), &adapters);
         assert_eq!(engine.warnings(), &[] as &[String], "{name}");
         let got = latents(&engine, &model, None);

@@ -56,7 +56,7 @@ mod tensor;
 
 pub use graph::Graph;
 pub use op::{Activation, Op, Padding, PatchOrder, Relative, Turns, Window, Wrap};
-pub use param::{Param, Reader, Source, Weights};
+pub use param::{LowRank, Param, Reader, Source, Weights};
 pub use tensor::Tensor;
 
 /// What can go wrong in an operation or while weights are asked for.

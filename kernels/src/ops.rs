@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::time::Instant;
 
+use crate::param::Beside;
 use crate::tensor::{Tensor, Value};
 use crate::{Activation, Error, Op, Padding, Param, PatchOrder, Result, Wrap, eager, profile};
 
@@ -45,6 +46,51 @@ fn as_wanted(mut op: Op) -> Op {
 /// [`Error::Shape`] when the inputs do not fit, [`Error::Mixed`] when they do not belong together, or the executor's error.
 pub fn apply(op: Op, inputs: &[&Tensor]) -> Result<Tensor> {
     let op = as_wanted(op);
+    let layers = beside(&op);
+    let mut sum = call(op, inputs)?;
+    for (down, up, scale) in layers {
+        let few = affine(&call(down, inputs)?, scale, 0.0)?;
+        sum = add(&sum, &call(up, &[&few])?)?;
+    }
+    Ok(sum)
+}
+
+/// The layers beside a layer, in pairs, and the factors between them.
+fn beside(op: &Op) -> Vec<(Op, Op, f64)> {
+    let (Op::Conv2d { weight, .. } | Op::Linear { weight, .. }) = op else {
+        return Vec::new();
+    };
+    let changes = weight.beside().into_iter();
+    let layers = |Beside { down, up, scale }| {
+        let (down, up) = match op {
+            Op::Conv2d {
+                stride,
+                padding,
+                wrap,
+                ..
+            } => {
+                let layer = |weight, stride, padding, wrap| Op::Conv2d {
+                    weight,
+                    bias: None,
+                    stride,
+                    padding,
+                    wrap,
+                };
+                let up = layer(up, 1, Padding::same(0), Wrap::default());
+                (layer(down, *stride, *padding, *wrap), up)
+            }
+            _ => {
+                let layer = |weight| Op::Linear { weight, bias: None };
+                (layer(down), layer(up))
+            }
+        };
+        (down, up, f64::from(scale))
+    };
+    changes.map(layers).collect()
+}
+
+/// [`apply`] for what is as wanted and has nothing beside it.
+fn call(op: Op, inputs: &[&Tensor]) -> Result<Tensor> {
     let shapes: Vec<&[usize]> = inputs.iter().map(|t| t.shape()).collect();
     let shape = op.shape(&shapes)?;
     let graph = inputs.iter().find_map(|t| match &t.0 {

@@ -1,6 +1,6 @@
 //! Weights as networks see them: named, shaped, and read when an executor wants them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -23,6 +23,11 @@ pub trait Source: Send + Sync {
         false
     }
 
+    /// What is added to the results of a linear layer or a convolution with this weight, in place of a change of the weight itself.
+    fn beside(&self, _name: &str) -> Vec<LowRank> {
+        Vec::new()
+    }
+
     /// Opens a tensor to be read as `shape`, which holds as many numbers.
     ///
     /// # Errors
@@ -39,6 +44,29 @@ pub trait Reader: Send + Sync {
     fn read(&self, first: usize, out: &mut [f32]);
 }
 
+/// A change of a weight as two thin ones: `x ↦ scale · up(down(x))`, where `down` is a layer of the weight's own kind to `rank` channels, and `up` is
+/// linear.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LowRank {
+    /// What the source calls `down`, `[rank, inputs, ..]`.
+    pub down: String,
+    /// What the source calls `up`, `[outputs, rank]`.
+    pub up: String,
+    /// Channels in between.
+    pub rank: usize,
+    /// The factor.
+    pub scale: f32,
+}
+
+/// A [`LowRank`] change, ready to be computed.
+pub(crate) struct Beside {
+    /// `[rank, inputs, ..]`, of the weight's rank.
+    pub(crate) down: Param,
+    /// `[outputs, rank]`, with as many axes.
+    pub(crate) up: Param,
+    pub(crate) scale: f32,
+}
+
 struct Inner {
     name: String,
     shape: Vec<usize>,
@@ -46,6 +74,8 @@ struct Inner {
     device: Device,
     source: Arc<dyn Source>,
     value: Mutex<Option<candle_core::Tensor>>,
+    /// What was computed beside it, by name, so that the eager executor reads that once.
+    beside: Mutex<BTreeMap<String, Param>>,
 }
 
 /// One weight: a name, the shape that the network wants, and the way to its values.
@@ -71,6 +101,40 @@ impl Param {
     /// Whether it is kept in less room than 16-bit numbers take.
     pub fn is_compressed(&self) -> bool {
         self.0.source.is_compressed(&self.0.name)
+    }
+
+    /// What is to be added to the results of a layer with this weight.
+    pub(crate) fn beside(&self) -> Vec<Beside> {
+        let changes = self.0.source.beside(&self.0.name);
+        let mut known = self.0.beside.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut param = |name: String, shape: Vec<usize>| {
+            let new = |name: &String| {
+                Self(Arc::new(Inner {
+                    name: name.clone(),
+                    shape,
+                    dtype: self.0.dtype,
+                    device: self.0.device.clone(),
+                    source: Arc::clone(&self.0.source),
+                    value: Mutex::default(),
+                    beside: Mutex::default(),
+                }))
+            };
+            known.entry(name).or_insert_with_key(new).clone()
+        };
+        let mut beside = |change: LowRank| {
+            let mut down = self.0.shape.clone();
+            let mut up = vec![1; down.len()];
+            if let ([first, ..], [outputs, rank, ..]) = (down.as_mut_slice(), up.as_mut_slice()) {
+                (*outputs, *rank) = (*first, change.rank);
+                *first = change.rank;
+            }
+            Beside {
+                down: param(change.down, down),
+                up: param(change.up, up),
+                scale: change.scale,
+            }
+        };
+        changes.into_iter().map(&mut beside).collect()
     }
 
     /// Opens the weight to be read anew: for executors that pack weights into a layout of their own.
@@ -203,6 +267,7 @@ impl Weights {
             device: self.device.clone(),
             source: Arc::clone(&self.source),
             value: Mutex::default(),
+            beside: Mutex::default(),
         }));
         let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
         match found {
@@ -246,6 +311,12 @@ impl Weights {
         let ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
         for param in ledger.asked.iter().filter(|param| fits(param.name())) {
             *param.0.value.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            let mut beside = param
+                .0
+                .beside
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            beside.clear();
         }
     }
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::about::made_for;
-use super::bound::{Bound, Fit, Patch, Worn, is_per_input, whole};
+use super::bound::{Bound, Fit, Mode, Patch, Worn, is_per_input, whole};
 use super::delta::DoraNorm;
 use super::file::{Adapter, Module};
 use super::form::Extent;
@@ -32,6 +32,7 @@ pub struct Adapters {
     list: Vec<Wanted>,
     norm: DoraNorm,
     strict: bool,
+    mode: Mode,
 }
 
 /// A network that adapters may change: its tensors by canonical names, with their shapes.
@@ -41,6 +42,8 @@ pub struct Network {
     pub owner: Owner,
     /// Names and shapes.
     pub tensors: BTreeMap<String, Vec<usize>>,
+    /// Those among them that the file keeps in less room than 16-bit numbers take.
+    pub compressed: BTreeSet<String>,
 }
 
 impl Adapters {
@@ -106,6 +109,11 @@ impl Adapters {
         self.strict = strict;
     }
 
+    /// How the denoising network wears them.
+    pub fn set_mode(&mut self, mode: Mode) {
+        self.mode = mode;
+    }
+
     /// Which lengths DoRA divides by.
     pub fn set_dora_norm(&mut self, norm: DoraNorm) {
         self.norm = norm;
@@ -151,9 +159,34 @@ impl Adapters {
                 network.entry(name).or_default().push(patch);
             }
         }
+        bound.beside = self.beside(&bound, networks);
         Ok(bound)
     }
+
+    /// The tensors whose changes are computed beside them: all that change one have to be products.
+    fn beside(&self, bound: &Bound, networks: &[Network]) -> BTreeMap<Owner, BTreeSet<String>> {
+        let denoisers = networks.iter().filter(|n| n.owner == Owner::Denoiser);
+        let of = |network: &Network| {
+            let patches = bound.patches.get(&network.owner).into_iter().flatten();
+            let is_beside = |name: &str| match self.mode {
+                Mode::Merge => false,
+                Mode::Runtime => true,
+                Mode::Auto => network.compressed.contains(name),
+            };
+            let names = patches
+                .filter(|(name, patches)| {
+                    // a table's rows are read by no layer
+                    is_beside(name) && *name != TABLE && patches.iter().all(Patch::is_product)
+                })
+                .map(|(name, _)| name.clone());
+            (network.owner, names.collect())
+        };
+        denoisers.map(of).collect()
+    }
 }
+
+/// The classes of a denoising network that has some.
+const TABLE: &str = "class_embedding.weight";
 
 /// A network and its names.
 struct Known<'a> {

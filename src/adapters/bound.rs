@@ -4,17 +4,26 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use candle_core::DType;
 use rayon::prelude::*;
+use safetensors::Dtype;
+use sd_kernels::LowRank;
 
 use super::delta::{self, DoraNorm};
-use super::file::Adapter;
+use super::file::{Adapter, Module};
 use super::form::{Extent, Form, Stored};
 use super::keys::Owner;
 use super::strength::Strength;
+use crate::checkpoint::TensorType;
 use crate::error::Result;
 use crate::weights::layout::Rows;
 use crate::weights::values;
 
+/// What stands between a weight's name and the place of what is computed beside it: in no name of a tensor.
+const BESIDE: &str = "#";
+/// How the names of its matrices end.
+const UP: &str = ".up";
+const DOWN: &str = ".down";
 /// How many numbers a thread changes at a time.
 const PIECE: usize = 1 << 16;
 
@@ -25,6 +34,36 @@ pub struct Bound {
     pub(super) warnings: Vec<String>,
     pub(super) norm: DoraNorm,
     pub(super) worn: Vec<Worn>,
+    /// The tensors of each network that stay as they are: what changes them is computed beside them.
+    pub(super) beside: BTreeMap<Owner, BTreeSet<String>>,
+}
+
+/// How the denoising network wears what is a product of two thin matrices. What is not, and what the text encoders wear, is merged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Mode {
+    /// At run time where the file keeps a weight compressed, so that it can stay so, and merged elsewhere.
+    #[default]
+    Auto,
+    /// Merged into the weights when they are read: steps cost nothing more.
+    Merge,
+    /// Beside the weights, which stay as they are: strengths change at no cost, steps cost a little more.
+    Runtime,
+}
+
+/// What has changed in the denoising network.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Changed {
+    /// The weights that are others now.
+    pub weights: BTreeSet<String>,
+    /// Whether what is computed beside weights is another.
+    pub beside: bool,
+}
+
+impl Changed {
+    /// Whether nothing has.
+    pub fn is_empty(&self) -> bool {
+        self.weights.is_empty() && !self.beside
+    }
 }
 
 /// An adapter that is worn.
@@ -117,10 +156,95 @@ pub(super) fn is_per_input(magnitude: &Stored, of: Extent) -> bool {
 }
 
 impl Bound {
-    /// Whether a tensor is changed.
+    /// Whether a tensor is changed, merged or beside it.
     pub fn changes(&self, owner: Owner, name: &str) -> bool {
         self.patches_of(owner, name)
             .is_some_and(|patches| patches.iter().any(|p| self.strength(owner, p) != 0.0))
+    }
+
+    /// Whether what changes a tensor is computed beside it.
+    fn is_beside(&self, owner: Owner, name: &str) -> bool {
+        let beside = self.beside.get(&owner);
+        beside.is_some_and(|beside| beside.contains(name))
+    }
+
+    /// Whether a tensor is another one when it is read.
+    pub(super) fn merges(&self, owner: Owner, name: &str) -> bool {
+        !self.is_beside(owner, name) && self.changes(owner, name)
+    }
+
+    /// What is computed beside a tensor now; what has a strength of 0 is left out.
+    pub(super) fn beside(&self, owner: Owner, name: &str) -> Vec<LowRank> {
+        if !self.is_beside(owner, name) {
+            return Vec::new();
+        }
+        let patches = self.patches_of(owner, name).unwrap_or_default();
+        let change = |(place, patch): (usize, &Patch)| {
+            let module = patch.module()?;
+            let (_, down) = module.factors()?;
+            Some(LowRank {
+                down: format!("{name}{BESIDE}{place}{DOWN}"),
+                up: format!("{name}{BESIDE}{place}{UP}"),
+                rank: down.rows(),
+                scale: self.strength(owner, patch) * module.scale,
+            })
+        };
+        let changes = patches.iter().enumerate().filter_map(change);
+        changes.filter(|change| change.scale != 0.0).collect()
+    }
+
+    /// A matrix beside a weight, by the name that [`Bound::beside`] gave it, as `[rows, ..]` with the rows and in the order of the model.
+    fn factor(&self, owner: Owner, name: &str) -> Option<Thin<'_>> {
+        let (weight, rest) = name.rsplit_once(BESIDE)?;
+        let (place, is_up) = match rest.strip_suffix(UP) {
+            Some(place) => (place, true),
+            None => (rest.strip_suffix(DOWN)?, false),
+        };
+        let patches = self.patches_of(owner, weight)?;
+        let patch = patches.get(place.parse::<usize>().ok()?)?;
+        let (up, down) = patch.module()?.factors()?;
+        Some(Thin {
+            patch,
+            stored: if is_up { up } else { down },
+            is_up,
+        })
+    }
+
+    /// The type that such a matrix is stored as; none where there is none of that name.
+    pub(super) fn factor_type(&self, owner: Owner, name: &str) -> Option<DType> {
+        let Thin { patch, stored, .. } = self.factor(owner, name)?;
+        let info = patch.adapter.tensors.info(&stored.name)?;
+        Some(match info.dtype {
+            TensorType::Plain(Dtype::F16) => DType::F16,
+            TensorType::Plain(Dtype::BF16) => DType::BF16,
+            _ => DType::F32,
+        })
+    }
+
+    /// The numbers of such a matrix, which is to have `length` of them.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub(super) fn factor_numbers(
+        &self,
+        owner: Owner,
+        name: &str,
+        length: usize,
+    ) -> Result<Option<Vec<f32>>> {
+        let Some(Thin {
+            patch,
+            stored,
+            is_up,
+        }) = self.factor(owner, name)
+        else {
+            return Ok(None);
+        };
+        let mut numbers = values::all(&patch.adapter.tensors, &stored.name)?;
+        if is_up {
+            numbers = patch.own(numbers, length);
+        }
+        numbers.resize(length, 0.0);
+        Ok(Some(numbers))
     }
 
     /// How much of a patch there is now.
@@ -132,37 +256,41 @@ impl Bound {
         now * patch.factor
     }
 
-    /// Takes the strengths that hold at step `step` of `steps`, the first being 0: the tensors of the denoising network that are others now.
-    pub fn at_step(&self, step: usize, steps: usize) -> BTreeSet<String> {
+    /// Takes the strengths that hold at step `step` of `steps`, the first being 0: what of the denoising network is another now.
+    pub fn at_step(&self, step: usize, steps: usize) -> Changed {
         let changed = self.worn.iter().map(|worn| worn.step(step, steps)[1]);
-        self.tensors_of(Owner::Denoiser, &changed.collect::<Vec<_>>())
+        self.changed_by(Owner::Denoiser, &changed.collect::<Vec<_>>())
     }
 
-    /// Gives the adapter at `place`, in the order in which they were put on, other strengths: the tensors of the denoising network that are others
-    /// now. Strengths of 0 take it off.
-    pub fn set_strength(&self, place: usize, strength: Strength) -> BTreeSet<String> {
+    /// Gives the adapter at `place`, in the order in which they were put on, other strengths: what of the denoising network is another now.
+    /// Strengths of 0 take it off.
+    pub fn set_strength(&self, place: usize, strength: Strength) -> Changed {
         let mut changed = vec![false; self.worn.len()];
         if let (Some(worn), Some(changed)) = (self.worn.get(place), changed.get_mut(place)) {
             *worn.strength.lock().unwrap_or_else(PoisonError::into_inner) = strength;
             *changed = worn.step(0, 1)[1];
         }
-        self.tensors_of(Owner::Denoiser, &changed)
+        self.changed_by(Owner::Denoiser, &changed)
     }
 
-    /// The tensors of a network that the adapters at the places marked change.
-    fn tensors_of(&self, owner: Owner, marked: &[bool]) -> BTreeSet<String> {
+    /// What the adapters at the places marked change in a network.
+    fn changed_by(&self, owner: Owner, marked: &[bool]) -> Changed {
         if !marked.contains(&true) {
-            return BTreeSet::new();
+            return Changed::default();
         }
         let theirs = |patches: &[Patch]| {
             let mut patches = patches.iter();
             patches.any(|p| p.factor != 0.0 && marked.get(p.worn) == Some(&true))
         };
         let tensors = self.patches.get(&owner).into_iter().flatten();
-        tensors
-            .filter(|(_, patches)| theirs(patches))
+        let changed = tensors.filter(|(_, patches)| theirs(patches));
+        let (beside, weights): (Vec<_>, Vec<_>) = changed
             .map(|(name, _)| name.clone())
-            .collect()
+            .partition(|name| self.is_beside(owner, name));
+        Changed {
+            weights: weights.into_iter().collect(),
+            beside: !beside.is_empty(),
+        }
     }
 
     /// What of each adapter is used, in the order in which they were put on.
@@ -216,14 +344,33 @@ impl Bound {
     }
 }
 
+/// A matrix beside a weight.
+struct Thin<'a> {
+    patch: &'a Patch,
+    stored: &'a Stored,
+    is_up: bool,
+}
+
 impl Patch {
+    fn module(&self) -> Option<&Module> {
+        self.adapter.modules.get(self.module)
+    }
+
+    /// Whether it can be computed beside the weight.
+    pub(super) fn is_product(&self) -> bool {
+        !self.bias
+            && self
+                .module()
+                .is_some_and(|module| module.factors().is_some())
+    }
+
     fn apply(
         &self,
         (extent, weight): (Extent, &mut [f32]),
         strength: f32,
         norm: DoraNorm,
     ) -> Result<()> {
-        let Some(module) = self.adapter.modules.get(self.module) else {
+        let Some(module) = self.module() else {
             return Ok(());
         };
         let read = |stored: &Stored| values::all(&self.adapter.tensors, &stored.name);

@@ -154,6 +154,21 @@ fn group(tensors: &TensorSet) -> (BTreeMap<String, Parts>, Vec<String>) {
 }
 
 impl Module {
+    /// `up [rows, rank]` and `down [rank, ..]` of a change that is their product and nothing else.
+    pub(super) fn factors(&self) -> Option<(&Stored, &Stored)> {
+        match (&self.form, &self.magnitude) {
+            (
+                Some(Form::LowRank {
+                    up,
+                    down,
+                    mid: None,
+                }),
+                None,
+            ) => Some((up, down)),
+            _ => None,
+        }
+    }
+
     fn new(
         name: String,
         parts: &Parts,

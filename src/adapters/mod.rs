@@ -7,7 +7,8 @@
 //!
 //! Facts from the sources of kohya's sd-scripts, LyCORIS, PEFT, diffusers, ComfyUI and A1111. What changes a weight is computed when that weight is
 //! opened, whole and in f32, whatever the model's file keeps it as; a strength of 0 changes no bit. Strengths may change from step to step; then
-//! the weights that are others are made anew, and no others.
+//! the weights that are others are made anew, and no others. What is a product of two thin matrices may be computed beside the weight
+//! instead ([`Mode`]), which then stays as it is.
 //!
 //! Textual inversions are adapters of a text tower's table of tokens: [`Embedding`] reads them, [`enlarge`] puts them behind the table's rows.
 
@@ -30,7 +31,7 @@ mod turn;
 pub use about::About;
 pub use bind::{Adapters, MOST, Network};
 pub use blocks::BlockWeights;
-pub use bound::{Bound, Fit};
+pub use bound::{Bound, Changed, Fit, Mode};
 pub use delta::DoraNorm;
 pub use embedding::{Embedding, MOST_VECTORS, Vectors};
 pub use file::Adapter;

@@ -1,10 +1,10 @@
-//! Weights with adapters on them, read as any others: networks and executors are none the wiser.
+//! Weights with adapters on them, read as any others: networks are none the wiser.
 
 use std::sync::Arc;
 
 use candle_core::DType;
 use rayon::prelude::*;
-use sd_kernels::{Reader, Result, Source};
+use sd_kernels::{LowRank, Reader, Result, Source};
 
 use super::bound::Bound;
 use super::keys::Owner;
@@ -40,25 +40,42 @@ impl Source for AdaptedSource {
     }
 
     fn dtype(&self, name: &str) -> DType {
-        if self.bound.changes(self.owner, name) {
-            DType::F32
-        } else {
-            self.inner.dtype(name)
+        if self.bound.merges(self.owner, name) {
+            return DType::F32;
         }
+        let factor = self.bound.factor_type(self.owner, name);
+        factor.unwrap_or_else(|| self.inner.dtype(name))
+    }
+
+    fn is_compressed(&self, name: &str) -> bool {
+        !self.bound.merges(self.owner, name) && self.inner.is_compressed(name)
+    }
+
+    fn beside(&self, name: &str) -> Vec<LowRank> {
+        self.bound.beside(self.owner, name)
     }
 
     fn open(&self, name: &str, shape: &[usize]) -> Result<Box<dyn Reader + '_>> {
+        let length = shape.iter().product();
+        let factor = self.bound.factor_numbers(self.owner, name, length);
+        if let Some(factor) = factor.map_err(failed)? {
+            return Ok(Box::new(Merged(factor)));
+        }
         let reader = self.inner.open(name, shape)?;
-        if !self.bound.changes(self.owner, name) {
+        if !self.bound.merges(self.owner, name) {
             return Ok(reader);
         }
-        let mut values = vec![0.0; shape.iter().product()];
+        let mut values = vec![0.0; length];
         let pieces = values.par_chunks_mut(PIECE).enumerate();
         pieces.for_each(|(i, piece)| reader.read(i * PIECE, piece));
         let merged = self.bound.apply(self.owner, name, shape, &mut values);
-        merged.map_err(|e| sd_kernels::Error::Weights(e.to_string()))?;
+        merged.map_err(failed)?;
         Ok(Box::new(Merged(values)))
     }
+}
+
+fn failed(error: crate::error::Error) -> sd_kernels::Error {
+    sd_kernels::Error::Weights(error.to_string())
 }
 
 /// A weight in memory.

@@ -24,7 +24,7 @@ pub use image_prompt::ImagePromptArgs;
 pub use preview::{PreviewArgs, PreviewHow};
 pub use upscale::UpscaleArgs;
 
-use crate::adapters::DoraNorm;
+use crate::adapters::{DoraNorm, Mode};
 use crate::convert::Dtype;
 use crate::device::{DeviceChoice, DtypeChoice};
 use crate::output::save::DEFAULT_NAME;
@@ -221,6 +221,10 @@ pub struct GenerateArgs {
     /// Which lengths DoRA divides by: those of the changed weight (PEFT, LyCORIS, A1111) or of the weight before (ComfyUI)
     #[arg(long, value_name = "WHICH", value_enum, default_value_t)]
     pub dora_norm: DoraNorm,
+    /// How the denoising network wears LoRAs: merged into its weights, or beside them (runtime: strengths change at no cost, and quantised weights stay
+    /// so); auto is beside those that the file keeps quantised
+    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
+    pub lora_mode: Mode,
     /// How LoRAs are taken
     #[command(flatten)]
     pub lora_options: LoraArgs,

@@ -7,7 +7,7 @@ use super::args::{ConvertArgs, GenerateArgs, LibraryArgs, LoraArgs};
 use super::fetch::{library, resolve};
 use serde_json::json;
 
-use crate::adapters::{Adapter, Adapters, BlockWeights, Fit, Strength};
+use crate::adapters::{Adapter, Adapters, BlockWeights, Fit, Mode, Strength};
 use crate::checkpoint::{ReadOptions, sha256_tensors};
 use crate::error::{Error, Result};
 use crate::library::Model;
@@ -43,6 +43,7 @@ pub(super) fn wear(args: &GenerateArgs) -> Result<Worn> {
         hashes: None,
     };
     worn.adapters.set_dora_norm(args.dora_norm);
+    worn.adapters.set_mode(args.lora_mode);
     worn.adapters.set_strict(args.lora_options.strict);
     let mut hashes = Vec::new();
     for (typed, strength) in flags(&args.lora, &args.lora_options)? {
@@ -103,6 +104,7 @@ pub(super) fn bake(args: &ConvertArgs) -> Result<Baked> {
     };
     let mut adapters = Adapters::default();
     adapters.set_dora_norm(args.dora_norm);
+    adapters.set_mode(Mode::Merge);
     adapters.set_strict(args.lora_options.strict);
     let mut list = Vec::new();
     for ((typed, strength), flag) in flags(&args.lora, &args.lora_options)?

@@ -60,5 +60,10 @@ fn network<C>(owner: Owner, component: &Component<C>, load: &dyn Fn(&Weights)) -
         Some((name, shape))
     };
     let tensors: BTreeMap<String, Vec<usize>> = names.filter_map(shape).collect();
-    Network { owner, tensors }
+    let compressed = tensors.keys().filter(|name| source.is_compressed(name));
+    Network {
+        owner,
+        compressed: compressed.cloned().collect(),
+        tensors,
+    }
 }

@@ -9,7 +9,6 @@ use autoencoder::{EncoderParts, vae_options};
 pub(super) use calls::Denoiser;
 use calls::{Beside, Work};
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
@@ -27,7 +26,7 @@ use super::coverage::{Coverage, T5, TEXT, UNET, VAE, named, source};
 use super::image_prompt::LoadedImagePrompt;
 use super::tiling::Surface;
 use super::tower::{LoadedT5, LoadedTower, Runner};
-use crate::adapters::{Adapters, Bound, Owner, Strength};
+use crate::adapters::{Adapters, Bound, Changed, Owner, Strength};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::spec::{ControlSpec, ImagePromptSpec, ModelSpec};
@@ -323,10 +322,10 @@ impl Networks {
         self.forget(&self.adapters.set_strength(place, strength));
     }
 
-    fn forget(&self, changed: &BTreeSet<String>) -> bool {
-        let is_changed = |name: &str| changed.contains(name);
+    fn forget(&self, changed: &Changed) -> bool {
+        let is_changed = |name: &str| changed.weights.contains(name);
         match &self.planned {
-            _ if changed.is_empty() => {}
+            _ if changed.weights.is_empty() => {}
             Some(planned) => planned.unet.forget(&is_changed),
             None => self.unet_weights.release_if(&is_changed),
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
-use sd_kernels::{Reader, Result, Source, Weights};
+use sd_kernels::{LowRank, Reader, Result, Source, Weights};
 
 /// Another source's weights, all with `prefix` and a dot in front.
 struct Below {
@@ -42,6 +42,17 @@ impl Source for Below {
 
     fn is_compressed(&self, name: &str) -> bool {
         self.inner.is_compressed(self.own(name))
+    }
+
+    fn beside(&self, name: &str) -> Vec<LowRank> {
+        let changes = self.inner.beside(self.own(name)).into_iter();
+        let below = |name: String| format!("{}{name}", self.prefix);
+        let of = |change: LowRank| LowRank {
+            down: below(change.down),
+            up: below(change.up),
+            ..change
+        };
+        changes.map(of).collect()
     }
 
     fn open(&self, name: &str, shape: &[usize]) -> Result<Box<dyn Reader + '_>> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use candle_core::DType;
 use rayon::prelude::*;
-use sd_kernels::{Error, Reader, Result, Source};
+use sd_kernels::{Error, LowRank, Reader, Result, Source};
 
 use super::CheckpointSource;
 
@@ -104,6 +104,13 @@ impl Source for ControlLoraSource {
         self.own.stored(name).is_none()
             && self.factors(name).is_none()
             && self.base.is_compressed(name)
+    }
+
+    fn beside(&self, name: &str) -> Vec<LowRank> {
+        match self.own.stored(name) {
+            Some(_) => Vec::new(),
+            None => self.base.beside(name),
+        }
     }
 
     fn open(&self, name: &str, shape: &[usize]) -> Result<Box<dyn Reader + '_>> {

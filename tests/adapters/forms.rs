@@ -32,6 +32,7 @@ fn change_with(
     let network = Network {
         owner,
         tensors: [(name.to_owned(), shape.to_vec())].into(),
+        compressed: [].into(),
     };
     let bound = adapters.bind(&[network], "a model").unwrap();
     let mut weight = vec![base; shape.iter().product()];

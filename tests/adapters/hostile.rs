@@ -136,6 +136,7 @@ fn an_alpha_of_nothing_is_none() {
         let network = sd_rs::adapters::Network {
             owner,
             tensors: [(name.to_owned(), vec![96, 96])].into(),
+            compressed: [].into(),
         };
         let bound = adapters.bind(&[network], "a model").unwrap();
         let mut weight = vec![0.0; 96 * 96];

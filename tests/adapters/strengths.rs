@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device};
 use safetensors::Dtype;
-use sd_rs::adapters::{Adapter, Adapters, Embedding, Strength};
+use sd_rs::adapters::{Adapter, Adapters, Embedding, Mode, Strength};
 use sd_rs::checkpoint::{Checkpoint, ReadOptions};
 use sd_rs::pipeline::Engine;
 use sd_rs::spec::Others;
 use serde_json::Value;
 
 use super::{
-    adapters, case, engine, folder, latents, latents_of, read, tensors, write, write_tensors,
+    MODES, adapters, case, engine, folder, latents, latents_of, read, tensors, write, write_tensors,
 };
 use crate::models::{RUN, close, flat, list, text};
 use crate::support::Dir;
@@ -32,10 +32,11 @@ fn place() -> (Dir, Case) {
     (dir, model)
 }
 
-fn with(dir: &Dir, strength: Strength) -> Engine {
+fn with(dir: &Dir, strength: Strength, mode: Mode) -> Engine {
     let adapter = Adapter::open(&dir.path("lora.safetensors"), &ReadOptions::default()).unwrap();
     let mut adapters = Adapters::default();
     adapters.wear(&Arc::new(adapter), strength).unwrap();
+    adapters.set_mode(mode);
     engine(&dir.path("model"), &adapters)
 }
 
@@ -46,10 +47,11 @@ fn weights_over_steps_and_by_blocks_equal_diffusers() {
     let expected = read("expected_runs.safetensors");
     let (dir, model) = place();
     let steps = record["steps"].as_u64().map(|n| n as usize);
-    for run in list(&record["runs"]) {
+    let runs = list(&record["runs"]);
+    for (run, mode) in runs.iter().flat_map(|run| MODES.map(|mode| (run, mode))) {
         let arguments: Vec<&str> = text(&run["arguments"]).split(':').collect();
         let strength = Strength::from_arguments(&arguments, "").unwrap();
-        let engine = with(&dir, strength);
+        let engine = with(&dir, strength, mode);
         let what = text(&run["latents"]);
         // the second batch begins as the first did
         for _ in 0..2 {
@@ -62,20 +64,21 @@ fn weights_over_steps_and_by_blocks_equal_diffusers() {
 #[test]
 fn what_is_taken_off_leaves_no_bit() {
     let (dir, model) = place();
-    let engine = with(&dir, Strength::constant(1.0, 1.0));
-    let worn = flat(&latents(&engine, &model, None));
-    let plain = flat(&latents(
-        &super::engine(&dir.path("model"), &Adapters::default()),
-        &model,
-        None,
-    ));
-    engine
-        .networks()
-        .set_strength(0, Strength::constant(0.0, 0.0));
-    assert_eq!(flat(&latents(&engine, &model, None)), plain);
-    engine.networks().set_strength(0, Strength::default());
-    assert_eq!(flat(&latents(&engine, &model, None)), worn);
-    assert_ne!(worn, plain);
+    let of = |engine: &Engine| flat(&latents(engine, &model, None));
+    let plain = of(&super::engine(&dir.path("model"), &Adapters::default()));
+    let [merged, beside] = MODES.map(|mode| {
+        let engine = with(&dir, Strength::constant(1.0, 1.0), mode);
+        let worn = of(&engine);
+        let none = Strength::constant(0.0, 0.0);
+        engine.networks().set_strength(0, none);
+        assert_eq!(of(&engine), plain, "{mode:?}");
+        engine.networks().set_strength(0, Strength::default());
+        assert_eq!(of(&engine), worn, "{mode:?}");
+        assert_ne!(worn, plain, "{mode:?}");
+        worn
+    });
+    // the same change, summed in another order
+    assert_ne!(merged, beside);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::exec::{Taps, taps};
-use super::ir::{Form, Input, Output, Program, Rate, Step, Type, Work};
+use super::ir::{Form, Input, Output, Product, Program, Rate, Step, Type, Work};
 use super::memory::{BEHIND, Memory};
 use super::place::{Places, check_places, place};
 use super::store::{Packed, Store, packed_bytes};
@@ -360,8 +360,7 @@ fn transient(program: &Program, options: &Options) -> Vec<bool> {
             };
             let rare = options.transient || program.values[step.out].rate != Rate::Call;
             let plain = matches!(product.form, Form::Direct | Form::Gated);
-            let mut parts = product.parts.iter();
-            if rare || (plain && parts.all(|part| part.weight.is_compressed())) {
+            if rare || (plain && is_mostly_compressed(product)) {
                 return true;
             }
             let (_, kind) = program.sources(product);
@@ -371,6 +370,17 @@ fn transient(program: &Program, options: &Options) -> Vec<bool> {
             fits.is_none()
         })
         .collect()
+}
+
+/// Whether the file keeps most of a product's weights compressed. What stands beside them, such as a LoRA's, is little.
+fn is_mostly_compressed(product: &Product) -> bool {
+    let count = |compressed: bool| -> usize {
+        let parts = product.parts.iter().map(|part| &part.weight);
+        let of = parts.filter(|weight| weight.is_compressed() == compressed);
+        of.map(|weight| weight.shape().iter().product::<usize>())
+            .sum()
+    };
+    count(true) > count(false)
 }
 
 /// What a machine for `program` would take.
