@@ -37,7 +37,8 @@ fn main() -> Result<()> {
             Event::Warning(text) => eprintln!("note: {text}"),
             Event::Encoded => eprintln!("the prompt is encoded"),
             Event::Step { done, total } => eprintln!("step {done} of {total}"),
-            Event::Preview(_) | Event::Enlarging { .. } => {} // only where the request asks for them
+            // only where the request asks for them, or memory is short
+            Event::Preview(_) | Event::Enlarging { .. } | Event::Tile { .. } => {}
             Event::Decoding => eprintln!("the latents are being decoded"),
         }
         Control::Continue // `Control::Stop` ends the run with `Error::Interrupted`

@@ -85,7 +85,7 @@ fn tiled(tile: usize, norm: TileNorm, wrap: Wrap) -> Surface {
 fn both_moments(engine: &Engine, surface: &Surface) -> Tensor {
     let posterior = engine
         .networks()
-        .encode_as(&picture(), DType::F32, surface)
+        .encode_as(&picture(), DType::F32, surface, &mut |_, _| Ok(()))
         .unwrap();
     let one = posterior.mode().ones_like().unwrap();
     let spread = (posterior.sample(&one).unwrap() - posterior.mode()).unwrap();
@@ -108,14 +108,52 @@ fn tiles_of_their_own_are_diffusers() {
     let (engine, expected) = (engine("sd1-odd"), expected());
     for tile in [8, 12] {
         let surface = tiled(tile, TileNorm::Own, Wrap::default());
-        let got = engine
-            .networks()
-            .decode_as(&latents(&engine), DType::F32, &surface);
+        let got = engine.networks().decode_as(
+            &latents(&engine),
+            DType::F32,
+            &surface,
+            &mut |_, _| Ok(()),
+        );
         let what = format!("tiles-{tile}");
         close(&what, &thin(&got.unwrap()), &expected[&what], CALL);
         let what = format!("moments-{tile}");
         let want = deviations(&expected[&what]);
         close(&what, &both_moments(&engine, &surface), &want, CALL);
+    }
+}
+
+/// Whoever waits for tiles is told of each, and can stop between two of them.
+#[test]
+fn tiles_can_be_watched_and_stopped() {
+    let engine = engine("sd1-odd");
+    let (networks, latents) = (engine.networks(), latents(&engine));
+    let latents = Tensor::cat(&[&latents, &latents], 0).unwrap();
+    for norm in [TileNorm::Own, TileNorm::Shared] {
+        let surface = tiled(8, norm, Wrap::default());
+        for last in [usize::MAX, 3] {
+            let mut told = Vec::new();
+            let mut watch = |done, total| {
+                told.push((done, total));
+                match done {
+                    _ if done == last => Err(sd_rs::Error::Interrupted),
+                    _ => Ok(()),
+                }
+            };
+            let run = networks.decode_as(&latents, DType::F32, &surface, &mut watch);
+            let encoded = networks.encode_as(&picture(), DType::F32, &surface, &mut watch);
+            assert_eq!((run.is_ok(), encoded.is_ok()), (last > 3, last > 3));
+            let ends = |at: &&(usize, usize)| at.0 == 1;
+            assert_eq!(told.iter().filter(ends).count(), 2, "{norm:?} {told:?}");
+            let whole = |at: &&(usize, usize)| at.0 == at.1;
+            let expected = if last == 3 { 0 } else { 2 };
+            assert_eq!(
+                told.iter().filter(whole).count(),
+                expected,
+                "{norm:?} {told:?}"
+            );
+            let ordered = told.windows(2).filter(|w| w[1].0 == w[0].0 + 1).count();
+            assert_eq!(ordered, told.len() - 2, "{norm:?} {told:?}");
+        }
     }
 }
 
@@ -125,9 +163,12 @@ fn tiles_with_shared_norms_are_the_whole() {
     let (engine, expected) = (engine("sd1-odd"), expected());
     for tile in [8, 12, 16, 20, 64] {
         let surface = tiled(tile, TileNorm::Shared, Wrap::default());
-        let got = engine
-            .networks()
-            .decode_as(&latents(&engine), DType::F32, &surface);
+        let got = engine.networks().decode_as(
+            &latents(&engine),
+            DType::F32,
+            &surface,
+            &mut |_, _| Ok(()),
+        );
         close("whole", &thin(&got.unwrap()), &expected["whole"], CALL);
         let want = deviations(&expected["moments"]);
         close("moments", &both_moments(&engine, &surface), &want, CALL);
@@ -135,7 +176,7 @@ fn tiles_with_shared_norms_are_the_whole() {
     let own = tiled(8, TileNorm::Own, Wrap::default());
     let own = engine
         .networks()
-        .decode_as(&latents(&engine), DType::F32, &own);
+        .decode_as(&latents(&engine), DType::F32, &own, &mut |_, _| Ok(()));
     let own = flat(&thin(&own.unwrap()));
     let far = own
         .iter()
@@ -200,7 +241,9 @@ fn textures_have_no_edges() {
         let want = &expected[&format!("decoded-{name}")];
         let moments = deviations(&expected[&format!("encoded-{name}")]);
         for surface in [surface, tiled(16, TileNorm::Shared, axes(name))] {
-            let got = engine.networks().decode_as(&latents, DType::F32, &surface);
+            let got = engine
+                .networks()
+                .decode_as(&latents, DType::F32, &surface, &mut |_, _| Ok(()));
             close(name, &thin(&got.unwrap()), want, RUN);
             close(name, &both_moments(&engine, &surface), &moments, CALL);
         }

@@ -359,6 +359,11 @@ fn show(bar: &ProgressBar, event: Event) {
                 false => format!("enlarging, tile {done} of {total}"),
             });
         }
+        Event::Tile { done, total } => bar.set_message(match done == total {
+            true if bar.length() == Some(bar.position()) => "decoding".to_owned(),
+            true => "denoising".to_owned(),
+            false => format!("autoencoder, tile {done} of {total}"),
+        }),
         Event::Preview(_) => {}
         Event::Decoding => {
             bar.set_message("decoding");

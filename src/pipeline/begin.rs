@@ -1,6 +1,8 @@
 //! What a batch begins with: latents of a picture and noise, in the order in which the tool that is followed draws random numbers; what of the
 //! picture stays; and what the network is given beside the latents.
 
+use std::cell::RefCell;
+
 use candle_core::{DType, Device, Tensor};
 
 use super::conditions::Given;
@@ -9,7 +11,7 @@ use super::known::{Blend, Known};
 use super::networks::{Networks, Posterior};
 use super::scene::Scene;
 use super::source::{Edges, Fill, Source, Whose};
-use super::tiling::Surface;
+use super::tiling::{Surface, Watch};
 use crate::error::{Error, Result};
 use crate::picture::{Filter, Grey};
 use crate::sampling::{NoiseSchedule, Trajectory};
@@ -90,13 +92,19 @@ pub(super) struct Begin<'a> {
     pub(super) shape: [usize; 3],
     /// What pictures are to the encoder.
     pub(super) surface: Surface,
+    /// Told of the encoder's tiles.
+    pub(super) watch: RefCell<&'a mut Watch<'a>>,
 }
 
 impl Begin<'_> {
+    fn watch(&self) -> impl FnMut(usize, usize) -> Result<()> + '_ {
+        |done, total| (self.watch.borrow_mut())(done, total)
+    }
+
     /// Encodes and draws.
     ///
     /// # Errors
-    /// When the encoder is not whole or its result is not finite.
+    /// When the encoder is not whole or its result is not finite; those of the watch.
     pub(super) fn run(&self, noise: &mut BatchNoise) -> Result<Beginning> {
         let role = self.role;
         let (Some(source), Some(scene)) = (self.source, self.scene) else {
@@ -341,7 +349,7 @@ impl Begin<'_> {
         let pixels = pixels.narrow(2, 0, (h / scale * scale).max(1))?;
         let pixels = pixels.narrow(3, 0, (w / scale * scale).max(1))?;
         self.networks
-            .encode_safely(&pixels.contiguous()?, &self.surface)
+            .encode_safely(&pixels.contiguous()?, &self.surface, &mut self.watch())
     }
 
     /// Latents in the size that is computed.
@@ -456,7 +464,10 @@ impl Begin<'_> {
         let scale = self.networks.autoencoder().scale();
         let device = self.networks.device();
         let grey = Tensor::zeros((1, 3, h * scale, w * scale), DType::F32, device)?;
-        let rest = self.networks.encode_safely(&grey, &self.surface)?.mode();
+        let rest = self
+            .networks
+            .encode_safely(&grey, &self.surface, &mut self.watch())?
+            .mode();
         let rest = self.networks.scale_latents(&rest)?.repeat((b, 1, 1, 1))?;
         let mask = Tensor::ones((1, 1, h, w), DType::F32, device)?;
         self.inpainting(None, &mask, &rest)

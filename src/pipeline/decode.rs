@@ -3,6 +3,7 @@
 use candle_core::{DType, Tensor};
 
 use super::Networks;
+use super::event::{Event, Listener, send, tiles};
 use super::tiling::Surface;
 use crate::error::{Error, Result};
 use crate::output::Image;
@@ -19,9 +20,9 @@ pub(super) fn decode(
     networks: &Networks,
     latents: &Tensor,
     surface: &Surface,
-    warnings: &mut Vec<String>,
+    listener: &mut Listener<'_>,
 ) -> Result<Image> {
-    let decoded = values(networks, latents, surface, warnings)?;
+    let decoded = values(networks, latents, surface, listener)?;
     Image::from_planar(&decoded.values, decoded.w, decoded.h)
 }
 
@@ -30,18 +31,20 @@ pub(super) fn values(
     networks: &Networks,
     latents: &Tensor,
     surface: &Surface,
-    warnings: &mut Vec<String>,
+    listener: &mut Listener<'_>,
 ) -> Result<Decoded> {
-    let picture = networks.decode_as(latents, networks.dtype(), surface)?;
+    let picture = networks.decode_as(latents, networks.dtype(), surface, &mut tiles(listener))?;
     if let Some(decoded) = finite(&picture)? {
         return Ok(decoded);
     }
     if networks.dtype() != DType::F32 {
-        warnings.push(format!(
+        let warning = format!(
             "the autoencoder left the range of {}; the picture was decoded again in f32",
             networks.dtype().as_str()
-        ));
-        if let Some(decoded) = finite(&networks.decode_as(latents, DType::F32, surface)?)? {
+        );
+        send(listener, Event::Warning(warning))?;
+        let picture = networks.decode_as(latents, DType::F32, surface, &mut tiles(listener))?;
+        if let Some(decoded) = finite(&picture)? {
             return Ok(decoded);
         }
     }

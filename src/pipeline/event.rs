@@ -23,6 +23,13 @@ pub enum Event {
         /// Tiles in all.
         total: usize,
     },
+    /// The autoencoder reads or paints a picture tile by tile.
+    Tile {
+        /// Tiles done, those that are only looked at included.
+        done: usize,
+        /// Tiles in all.
+        total: usize,
+    },
     /// What the pictures of the batch are going to be, side by side; where [`super::Request::preview`] asks for it.
     Preview(Image),
     /// The latents are being decoded.
@@ -40,6 +47,13 @@ pub enum Control {
 
 /// Receives events.
 pub type Listener<'a> = dyn FnMut(Event) -> Control + 'a;
+
+/// What tells a listener of an autoencoder's tiles.
+pub(super) fn tiles<'a>(
+    listener: &'a mut Listener<'_>,
+) -> impl FnMut(usize, usize) -> crate::Result<()> + 'a {
+    |done, total| send(listener, Event::Tile { done, total })
+}
 
 /// Sends an event and turns a wish to stop into the error that ends the run.
 pub(super) fn send(listener: &mut Listener<'_>, event: Event) -> crate::Result<()> {

@@ -6,10 +6,10 @@ use std::str::FromStr;
 use candle_core::Tensor;
 
 use super::decode::{self, Decoded};
-use super::event::{Event, Listener, send};
+use super::event::{Event, Listener, send, tiles};
 use super::networks::Networks;
 use super::resize::{Kernel, resize};
-use super::tiling::Surface;
+use super::tiling::{Surface, Watch};
 use super::{Plan, Request};
 use crate::error::{Error, Result};
 use crate::picture::{Filter, Picture};
@@ -242,13 +242,10 @@ impl SecondPass {
                 let mut all = Vec::with_capacity(latents.dim(0)?);
                 for i in 0..latents.dim(0)? {
                     let one = latents.narrow(0, i, 1)?;
-                    let mut warnings = Vec::new();
-                    let decoded = decode::values(networks, &one, surface, &mut warnings)?;
-                    for warning in warnings {
-                        send(listener, Event::Warning(warning))?;
-                    }
+                    let decoded = decode::values(networks, &one, surface, listener)?;
                     let picture = self.enlarge_picture(&decoded, enlarger, listener)?;
-                    all.push(encode(networks, &picture, surface, (w, h))?);
+                    let watch = &mut tiles(listener);
+                    all.push(encode(networks, &picture, (surface, (w, h)), watch)?);
                 }
                 Tensor::cat(&all, 0)?
             }
@@ -316,8 +313,8 @@ fn by_network(
 fn encode(
     networks: &Networks,
     picture: &Picture,
-    surface: &Surface,
-    (w, h): (usize, usize),
+    (surface, (w, h)): (&Surface, (usize, usize)),
+    watch: &mut Watch<'_>,
 ) -> Result<Tensor> {
     let values: Vec<f32> = picture.to_planar().iter().map(|v| v * 2.0 - 1.0).collect();
     let size = (1, 3, picture.height() as usize, picture.width() as usize);
@@ -326,7 +323,7 @@ fn encode(
     // what is not a whole latent is not seen
     let pixels = pixels.narrow(2, 0, h * scale)?.narrow(3, 0, w * scale)?;
     let mode = networks
-        .encode_safely(&pixels.contiguous()?, surface)?
+        .encode_safely(&pixels.contiguous()?, surface, watch)?
         .mode();
     networks.scale_latents(&mode)
 }

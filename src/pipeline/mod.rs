@@ -52,9 +52,10 @@ pub use scene::Scene;
 pub use shortcuts::Shortcuts;
 pub use sizes::SizeConditioning;
 pub use source::{Edges, Fill, Fit, IMAGE_CFG_SCALE, Masking, NOISE_LEVEL, Source, Whose};
-pub use tiling::{Surface, TileNorm, Tiling, TilingMode};
+pub use tiling::{Surface, TileNorm, Tiling, TilingMode, Watch};
 pub use tower::LoadedTower;
 
+use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
@@ -529,19 +530,7 @@ impl Engine {
             .collect();
         let shape = self.latents_of(plan);
         let mut noise = self.noise(plan, &seeds, shape);
-        let begin = Begin {
-            networks: &self.networks,
-            role: Role::of(&self.spec),
-            trajectory: &plan.trajectory,
-            source,
-            scene: plan.scene.as_ref(),
-            whose: plan.whose,
-            low_res: self.spec.low_res.as_ref(),
-            scaled: self.spec.scales_instructions,
-            shape,
-            surface: plan.surface,
-        };
-        let beginning = begin.run(&mut noise)?;
+        let beginning = self.begin(pass, (source, shape), &mut noise, listener)?;
         let mut timings = Timings::default();
         let mut latents = self.pass(pass, beginning, &mut noise, (&mut timings, listener))?;
         if let Some(second) = &plan.hires {
@@ -570,16 +559,8 @@ impl Engine {
         let start = Instant::now();
         let mut pictures = Vec::with_capacity(seeds.len());
         for (i, seed) in seeds.into_iter().enumerate() {
-            let mut warnings = Vec::new();
-            let image = decode::decode(
-                &self.networks,
-                &latents.narrow(0, i, 1)?,
-                &plan.surface,
-                &mut warnings,
-            )?;
-            for warning in warnings {
-                event::send(listener, Event::Warning(warning))?;
-            }
+            let latents = latents.narrow(0, i, 1)?;
+            let image = decode::decode(&self.networks, &latents, &plan.surface, listener)?;
             let image = match &plan.scene {
                 Some(scene) => scene.finish(image)?,
                 None => image,
@@ -592,6 +573,32 @@ impl Engine {
             latents,
             timings,
         })
+    }
+
+    /// What a batch begins with.
+    fn begin(
+        &self,
+        pass: &Pass<'_>,
+        (source, shape): (Option<&Source>, [usize; 3]),
+        noise: &mut BatchNoise,
+        listener: &mut Listener<'_>,
+    ) -> Result<Beginning> {
+        let plan = pass.plan;
+        let mut watch = event::tiles(listener);
+        let begin = Begin {
+            networks: &self.networks,
+            role: Role::of(&self.spec),
+            trajectory: &plan.trajectory,
+            source,
+            scene: plan.scene.as_ref(),
+            whose: plan.whose,
+            low_res: self.spec.low_res.as_ref(),
+            scaled: self.spec.scales_instructions,
+            shape,
+            surface: plan.surface,
+            watch: RefCell::new(&mut watch),
+        };
+        begin.run(noise)
     }
 
     /// `[c, h, w]` of a plan's latents.

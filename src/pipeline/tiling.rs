@@ -104,6 +104,9 @@ impl Scale {
     }
 }
 
+/// Told of tiles that are done, of so many in all; an error of its own ends the work.
+pub type Watch<'a> = dyn FnMut(usize, usize) -> Result<()> + 'a;
+
 /// A tile along one axis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Span {
@@ -231,8 +234,10 @@ impl Blended {
         input: &Planes,
         shape: [usize; 3],
         network: &mut dyn FnMut(Planes) -> Result<Planes>,
+        watch: &mut Watch<'_>,
     ) -> Result<Planes> {
         let [_, h, w] = input.shape;
+        let total = self.starts(h).count() * self.starts(w).count();
         let blend = self.tile.1 / 4;
         let limit = self.tile.1 - blend;
         let mut out = Planes::zeros(shape);
@@ -258,6 +263,7 @@ impl Blended {
                 }
                 out.paste(&tile, (i * limit, j * limit), limit);
                 row.push(tile);
+                watch(i * self.starts(w).count() + j + 1, total)?;
             }
             above = row;
         }

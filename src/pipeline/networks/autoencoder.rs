@@ -9,7 +9,7 @@ use sd_kernels::{Graph, Source, Weights};
 use sd_models::vae::{self, Encoder};
 
 use super::super::coverage::{ENCODER, named};
-use super::super::tiling::Surface;
+use super::super::tiling::{Surface, Watch};
 use super::{Networks, precision};
 use crate::error::{Error, Result};
 
@@ -140,12 +140,17 @@ impl Networks {
     ///
     /// # Errors
     /// As [`Networks::encode`], and [`Error::Numeric`] when the result is not finite even then.
-    pub fn encode_safely(&self, pictures: &Tensor, surface: &Surface) -> Result<Posterior> {
-        let posterior = self.encode_as(pictures, self.dtype, surface)?;
+    pub fn encode_safely(
+        &self,
+        pictures: &Tensor,
+        surface: &Surface,
+        watch: &mut Watch<'_>,
+    ) -> Result<Posterior> {
+        let posterior = self.encode_as(pictures, self.dtype, surface, watch)?;
         if posterior.is_finite()? {
             return Ok(posterior);
         }
-        let posterior = self.encode_as(pictures, DType::F32, surface)?;
+        let posterior = self.encode_as(pictures, DType::F32, surface, watch)?;
         if posterior.is_finite()? {
             return Ok(posterior);
         }

@@ -14,7 +14,7 @@ use sd_models::vae::Encoder;
 
 use super::super::coverage::{ENCODER, named};
 use super::super::tiling::{
-    Blended, Planes, Scale, Span, Surface, TileNorm, TilingMode, own_part, spans,
+    Blended, Planes, Scale, Span, Surface, TileNorm, TilingMode, Watch, own_part, spans,
 };
 use super::{EncoderParts, Networks, Posterior, vae_options};
 use crate::error::{Error, Result};
@@ -44,34 +44,42 @@ fn budget() -> Option<u64> {
 }
 
 impl Networks {
-    /// [`Networks::decode`] of a surface, in tiles where it is to be or has to be.
+    /// [`Networks::decode`] of a surface, in tiles where it is to be or has to be, of which `watch` is told.
     ///
     /// # Errors
-    /// As [`Networks::decode`]; [`Error::Unsupported`] for tiles with shared norms without plans.
-    pub fn decode_as(&self, latents: &Tensor, dtype: DType, surface: &Surface) -> Result<Tensor> {
+    /// As [`Networks::decode`]; those of `watch`; [`Error::Unsupported`] for tiles with shared norms without plans.
+    pub fn decode_as(
+        &self,
+        latents: &Tensor,
+        dtype: DType,
+        surface: &Surface,
+        watch: &mut Watch<'_>,
+    ) -> Result<Tensor> {
         let (_, _, h, w) = latents.dims4()?;
         let (parts, _) = self.decoding((w, h), dtype, surface, budget())?;
         if parts == Parts::Whole {
             return ops::wrapped(surface.wrap, || self.decode(latents, dtype));
         }
-        self.one_by_one(latents, |latents| match parts {
-            Parts::Shared(depth) => self.decode_shared(latents, dtype, surface, depth),
-            _ => self.decode_own(latents, dtype, surface.tiling.tile),
+        self.one_by_one((latents, watch), |latents, watch| match parts {
+            Parts::Shared(depth) => self.decode_shared((latents, dtype), surface, depth, watch),
+            _ => self.decode_own((latents, dtype), surface.tiling.tile, watch),
         })
     }
 
     /// What `run` makes of each of a batch.
     fn one_by_one(
         &self,
-        batch: &Tensor,
-        run: impl Fn(&Tensor) -> Result<Planes>,
+        (batch, watch): (&Tensor, &mut Watch<'_>),
+        run: impl Fn(&Tensor, &mut Watch<'_>) -> Result<Planes>,
     ) -> Result<Tensor> {
+        let count = batch.dim(0)?;
         let one = |i| {
-            let planes = run(&batch.narrow(0, i, 1)?)?;
+            let mut watch = |done, total| watch(i * total + done, count * total);
+            let planes = run(&batch.narrow(0, i, 1)?, &mut watch)?;
             let [c, h, w] = planes.shape;
             Ok(Tensor::from_vec(planes.values, (1, c, h, w), &self.device)?)
         };
-        let all = (0..batch.dim(0)?).map(one).collect::<Result<Vec<_>>>()?;
+        let all = (0..count).map(one).collect::<Result<Vec<_>>>()?;
         Ok(Tensor::cat(&all, 0)?)
     }
 
@@ -150,10 +158,10 @@ impl Networks {
 
     fn decode_shared(
         &self,
-        latents: &Tensor,
-        dtype: DType,
+        (latents, dtype): (&Tensor, DType),
         surface: &Surface,
         depth: usize,
+        watch: &mut Watch<'_>,
     ) -> Result<Planes> {
         let (_, c, h, w) = latents.dims4()?;
         let mut values: Vec<f32> = latents.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
@@ -182,7 +190,7 @@ impl Networks {
             options,
             store,
         };
-        local.run()
+        local.run(watch)
     }
 
     fn vae_store(&self) -> &Store {
@@ -193,38 +201,45 @@ impl Networks {
         }
     }
 
-    fn decode_own(&self, latents: &Tensor, dtype: DType, tile: usize) -> Result<Planes> {
+    fn decode_own(
+        &self,
+        (latents, dtype): (&Tensor, DType),
+        tile: usize,
+        watch: &mut Watch<'_>,
+    ) -> Result<Planes> {
         let scale = self.vae.scale();
         let input = planes(latents)?;
         let [_, h, w] = input.shape;
         let blended = Blended {
             tile: (tile, tile * scale),
         };
-        blended.run(&input, [3, h * scale, w * scale], &mut |tile| {
+        let mut network = |tile: Planes| {
             let [c, h, w] = tile.shape;
             let tile = Tensor::from_vec(tile.values, (1, c, h, w), &self.device)?;
             planes(&self.decode(&tile, dtype)?)
-        })
+        };
+        blended.run(&input, [3, h * scale, w * scale], &mut network, watch)
     }
 
-    /// [`Networks::encode`] of a surface, in tiles where it is to be or has to be.
+    /// [`Networks::encode`] of a surface, in tiles where it is to be or has to be, of which `watch` is told.
     ///
     /// # Errors
-    /// As [`Networks::encode`]; [`Error::Unsupported`] for tiles with shared norms without plans.
+    /// As [`Networks::encode`]; those of `watch`; [`Error::Unsupported`] for tiles with shared norms without plans.
     pub fn encode_as(
         &self,
         pictures: &Tensor,
         dtype: DType,
         surface: &Surface,
+        watch: &mut Watch<'_>,
     ) -> Result<Posterior> {
         let (_, _, h, w) = pictures.dims4()?;
         let (parts, _) = self.encoding((w, h), dtype, surface, budget())?;
         if parts == Parts::Whole {
             return ops::wrapped(surface.wrap, || self.encode(pictures, dtype));
         }
-        let moments = self.one_by_one(pictures, |picture| match parts {
-            Parts::Shared(depth) => self.encode_shared(picture, dtype, surface, depth),
-            _ => self.encode_own(picture, dtype, surface.tiling.tile),
+        let moments = self.one_by_one((pictures, watch), |picture, watch| match parts {
+            Parts::Shared(depth) => self.encode_shared((picture, dtype), surface, depth, watch),
+            _ => self.encode_own((picture, dtype), surface.tiling.tile, watch),
         })?;
         Posterior::new(&moments)
     }
@@ -276,10 +291,10 @@ impl Networks {
 
     fn encode_shared(
         &self,
-        picture: &Tensor,
-        dtype: DType,
+        (picture, dtype): (&Tensor, DType),
         surface: &Surface,
         index: usize,
+        watch: &mut Watch<'_>,
     ) -> Result<Planes> {
         let depth = index + 1;
         let EncoderParts { config, source } = &self.encoder;
@@ -299,7 +314,7 @@ impl Networks {
             options: options.clone(),
             store: &store,
         };
-        let features = local.run()?;
+        let features = local.run(watch)?;
         let [c, h, w] = features.shape;
         let graph = Graph::new();
         let input = graph.input("features", &[1, c, h, w]);
@@ -313,7 +328,12 @@ impl Networks {
         })
     }
 
-    fn encode_own(&self, picture: &Tensor, dtype: DType, tile: usize) -> Result<Planes> {
+    fn encode_own(
+        &self,
+        (picture, dtype): (&Tensor, DType),
+        tile: usize,
+        watch: &mut Watch<'_>,
+    ) -> Result<Planes> {
         let config = &self.encoder.config;
         let scale = config.scale();
         let input = planes(picture)?;
@@ -322,11 +342,12 @@ impl Networks {
             tile: (tile * scale, tile),
         };
         let shape = [2 * config.latent_channels, h / scale, w / scale];
-        blended.run(&input, shape, &mut |tile| {
+        let mut network = |tile: Planes| {
             let [c, h, w] = tile.shape;
             let tile = Tensor::from_vec(tile.values, (1, c, h, w), &self.device)?;
             planes(&self.moments(&tile, dtype)?)
-        })
+        };
+        blended.run(&input, shape, &mut network, watch)
     }
 }
 
@@ -444,12 +465,19 @@ struct Ready {
 }
 
 impl Local<'_> {
-    fn run(&self) -> Result<Planes> {
+    fn run(&self, watch: &mut Watch<'_>) -> Result<Planes> {
         let (graph, output) = self.record(0, Window::default())?;
         let channels = output.dims4()?.1;
         let mut given: Vec<(String, Vec<f32>)> = Vec::new();
+        let (looks, tiles) = (self.looked_at().count(), self.all().count());
+        let total = graph.norms() * looks + tiles;
+        let mut done = 0;
+        let mut one_more = || {
+            done += 1;
+            watch(done, total)
+        };
         for index in 0..graph.norms() {
-            let statistics = self.statistics(&given)?;
+            let statistics = self.statistics(&given, &mut one_more)?;
             given.push((Graph::norm_input(index), statistics));
         }
         let [_, h, w] = self.input.shape;
@@ -458,6 +486,7 @@ impl Local<'_> {
         for (rows, columns) in self.all() {
             self.tile((rows, columns), &given, (&mut ready, false), &mut values)?;
             out.put(&values, (rows, columns), self.scale);
+            one_more()?;
         }
         Ok(out)
     }
@@ -522,21 +551,32 @@ impl Local<'_> {
         Ok(())
     }
 
-    /// Means and variances of the whole at the first norm that has none, from all tiles or a part of them that lies evenly.
-    fn statistics(&self, given: &[(String, Vec<f32>)]) -> Result<Vec<f32>> {
+    /// The tiles that statistics are taken of: all, or a part of them that lies evenly.
+    fn looked_at(&self) -> impl Iterator<Item = (&Span, &Span)> {
         let across = self.tiles.1.len();
         let [_, h, w] = self.input.shape;
         let pixels = (h * w).max(self.scale.of(h) * self.scale.of(w));
         let tiles = self.tiles.0.len() * across;
         let every = (pixels / SAMPLE).min(tiles / FEWEST).max(1);
         let skew = (every * 2).div_ceil(5);
+        let tiles = self.all().enumerate();
+        tiles
+            .filter(move |(i, _)| ((i / across) * skew + i % across).is_multiple_of(every))
+            .map(|(_, tile)| tile)
+    }
+
+    /// Means and variances of the whole at the first norm that has none.
+    fn statistics(
+        &self,
+        given: &[(String, Vec<f32>)],
+        one_more: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<Vec<f32>> {
         let (mut pooled, mut ready, mut values) = (Pooled::default(), None, Vec::new());
-        for (i, (rows, columns)) in self.all().enumerate() {
-            if ((i / across) * skew + i % across).is_multiple_of(every) {
-                self.tile((rows, columns), given, (&mut ready, true), &mut values)?;
-                let part = own_part(rows, columns);
-                pooled.add(&values, (part.height * part.width) as f64);
-            }
+        for (rows, columns) in self.looked_at() {
+            self.tile((rows, columns), given, (&mut ready, true), &mut values)?;
+            let part = own_part(rows, columns);
+            pooled.add(&values, (part.height * part.width) as f64);
+            one_more()?;
         }
         Ok(pooled.finish())
     }
