@@ -69,15 +69,20 @@ enum Protocol {
     Kitty,
     /// <https://iterm2.com/documentation-images.html>
     Iterm,
+    /// Two pixels a character, by the colours of its halves: any terminal with 24-bit colours.
+    Blocks,
 }
 
 impl Protocol {
     /// By what terminals say of themselves.
     fn by(lookup: &dyn Fn(&str) -> Option<String>) -> Option<Self> {
         let holds = |name: &str, word: &str| lookup(name).is_some_and(|text| text.contains(word));
+        let colours = ["truecolor", "24bit"];
+        let colours = colours.iter().any(|word| holds("COLORTERM", word));
+        let blocks = colours.then_some(Self::Blocks);
         // those within others swallow what they do not know
         if lookup("TMUX").is_some() || holds("TERM", "screen") {
-            return None;
+            return blocks;
         }
         let kitty = lookup("KITTY_WINDOW_ID").is_some()
             || holds("TERM", "kitty")
@@ -90,14 +95,22 @@ impl Protocol {
         match (kitty, iterm) {
             (true, _) => Some(Self::Kitty),
             (_, true) => Some(Self::Iterm),
-            _ => None,
+            _ => blocks,
         }
     }
 
-    /// The bytes that show a PNG at the cursor.
-    fn print(self, png: &[u8]) -> String {
-        let text = base64(png);
-        match self {
+    /// The bytes that show a picture at the cursor.
+    ///
+    /// # Errors
+    /// When it cannot be resized or encoded.
+    fn print(self, image: &Image) -> Result<String> {
+        if self == Self::Blocks {
+            return Ok(blocks(&fitted(image, 2 * LINES as u32)?));
+        }
+        let png = png::encode(&fitted(image, SHOWN)?, "", None)?;
+        let text = base64(&png);
+        Ok(match self {
+            Self::Blocks => String::new(),
             Self::Iterm => format!(
                 "\x1b]1337;File=inline=1;size={};height={LINES};preserveAspectRatio=1:{text}\x07",
                 png.len()
@@ -122,8 +135,30 @@ impl Protocol {
                 }
                 out
             }
-        }
+        })
     }
+}
+
+/// Upper halves of characters in one pixel's colour, over the one below it.
+fn blocks(image: &Image) -> String {
+    let width = image.width as usize;
+    let pixel = |x: usize, y: usize| {
+        let at = image.rgb.get(3 * (y * width + x)..);
+        at.and_then(|rgb| rgb.first_chunk::<3>()).copied()
+    };
+    let mut out = String::new();
+    for y in (0..image.height as usize).step_by(2) {
+        for x in 0..width {
+            let [r, g, b] = pixel(x, y).unwrap_or_default();
+            out.push_str(&format!("\x1b[38;2;{r};{g};{b}m"));
+            if let Some([r, g, b]) = pixel(x, y + 1) {
+                out.push_str(&format!("\x1b[48;2;{r};{g};{b}m"));
+            }
+            out.push('▀');
+        }
+        out.push_str("\x1b[0m\r\n");
+    }
+    out
 }
 
 fn base64(bytes: &[u8]) -> String {
@@ -185,7 +220,7 @@ impl Screen {
             write(file, &png::encode(image, "", None)?)?;
         }
         if let Some(protocol) = self.protocol {
-            let png = png::encode(&fitted(image)?, "", None)?;
+            let picture = protocol.print(image)?;
             let mut out = std::io::stderr().lock();
             // room for it, or the room of the one before; then back to the line below
             let room = if self.shown {
@@ -193,7 +228,6 @@ impl Screen {
             } else {
                 "\n".repeat(LINES)
             };
-            let picture = protocol.print(&png);
             self.shown = true;
             let written = write!(
                 out,
@@ -207,14 +241,14 @@ impl Screen {
     }
 }
 
-/// The picture in a size that is seen.
-fn fitted(image: &Image) -> Result<Image> {
+/// The picture with so many pixels along its longer side.
+fn fitted(image: &Image, shown: u32) -> Result<Image> {
     let long = image.width.max(image.height).max(1);
     let side = |pixels: u32| {
-        let scaled = u64::from(pixels) * u64::from(SHOWN) / u64::from(long);
-        u32::try_from(scaled.max(1)).unwrap_or(SHOWN)
+        let scaled = u64::from(pixels) * u64::from(shown) / u64::from(long);
+        u32::try_from(scaled.max(1)).unwrap_or(shown)
     };
-    let filter = if long < SHOWN {
+    let filter = if long < shown {
         Filter::Nearest
     } else {
         Filter::Lanczos
@@ -268,14 +302,39 @@ mod tests {
         assert_eq!(by(&[("TERM_PROGRAM", "iTerm.app")]), Some(Protocol::Iterm));
         assert_eq!(by(&[("TERM_PROGRAM", "iTerm.app"), ("TMUX", "x")]), None);
         assert_eq!(by(&[("TERM", "xterm-256color")]), None);
+        let colours = ("COLORTERM", "truecolor");
+        assert_eq!(by(&[colours, ("TMUX", "x")]), Some(Protocol::Blocks));
+        assert_eq!(
+            by(&[colours, ("TERM", "xterm-kitty")]),
+            Some(Protocol::Kitty)
+        );
     }
 
     #[test]
     fn kitty_is_given_pieces() {
-        let text = Protocol::Kitty.print(&[7; 5000]);
-        assert_eq!(text.matches("\x1b_G").count(), 2);
+        // noise, which no PNG makes small
+        let noise = (0..40 * 40 * 3u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8);
+        let image = picture(40, 40, noise.collect());
+        let text = Protocol::Kitty.print(&image).unwrap_or_default();
+        assert!(text.matches("\x1b_G").count() > 1);
         assert!(
             text.starts_with("\x1b_Gf=100,a=T,q=2,i=7501,r=16,m=1;") && text.contains("\x1b_Gm=0;")
         );
+    }
+
+    fn picture(width: u32, height: u32, rgb: Vec<u8>) -> Image {
+        Image { width, height, rgb }
+    }
+
+    #[test]
+    fn characters_are_two_pixels() {
+        let rgb = [[1, 2, 3], [4, 5, 6], [7, 8, 9]].concat();
+        let text = blocks(&picture(1, 3, rgb));
+        assert_eq!(
+            text,
+            "\x1b[38;2;1;2;3m\x1b[48;2;4;5;6m▀\x1b[0m\r\n\x1b[38;2;7;8;9m▀\x1b[0m\r\n"
+        );
+        let wide = Protocol::Blocks.print(&picture(64, 16, vec![9; 64 * 16 * 3]));
+        assert_eq!(wide.unwrap_or_default().matches('▀').count(), 32 * 4);
     }
 }

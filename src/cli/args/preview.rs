@@ -8,7 +8,7 @@ use clap::Args;
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Previews")]
 pub struct PreviewArgs {
-    /// Show what the picture is going to be, in terminals that show pictures (kitty's and iTerm2's ways) and in --preview-file
+    /// Show what the picture is going to be, in terminals that show pictures (kitty's and iTerm2's ways; two pixels a character where there are 24-bit colours) and in --preview-file
     #[arg(long, value_enum, default_value_t, value_name = "HOW")]
     pub preview: PreviewHow,
     /// Steps from one preview to the next
