@@ -21,7 +21,7 @@ use rayon::prelude::*;
 use super::Level;
 use super::aligned::Plain;
 use super::epilogue::{Stored, Target};
-use super::micro::{LANES, MR, NR, Operand, Tile};
+use super::micro::{LANES, MR, NR, Operand, Tile, evenly};
 use exponentials::Step;
 use fused::Keys;
 use pack::Rows;
@@ -94,18 +94,20 @@ impl Element for bf16 {
         weights: &mut [Self],
         sums: &mut [f32; NR],
     ) -> bool {
-        if level.has_bf16() {
+        // products of tiles are faster than the detour by stored scores takes
+        let fused = level == Level::Avx512Bf16;
+        if fused {
             // SAFETY: a level is only in use where the processor has it
             unsafe { fused::weigh(keys, reference, weights, sums) };
         }
-        level.has_bf16()
+        fused
     }
 }
 
 /// The most keys whose weights are kept before they are multiplied by values: their panel stays in a core's caches.
 const BLOCK: usize = 256;
-/// Keys whose scores are kept: 12 KiB, well inside the first-level cache.
-const SCORES: usize = 8 * MR;
+/// Keys whose scores are kept: 24 KiB, inside the first-level cache; whole tiles at every level.
+const SCORES: usize = 16 * MR;
 
 impl Shape {
     /// Bytes of workspace that `attention` needs with that many threads.
@@ -518,23 +520,16 @@ fn product<T: Operand>(
 ) {
     assert!(rows == 0 || left.len() >= (rows - 1) * ld + k);
     assert!(panel.len() >= k * lanes && sums.len() >= rows * lanes && k.is_multiple_of(T::K_STEP));
-    for (i, sums) in sums[..rows * lanes].chunks_mut(MR * lanes).enumerate() {
-        let count = sums.len() / lanes;
-        let Some(kernel) = T::kernel(level, count, lanes) else {
-            return;
-        };
-        let left = &left[i * MR * ld..];
-        let pointers: [*const T; MR] = std::array::from_fn(|r| left.as_ptr().wrapping_add(r * ld));
-        let tile = Tile {
-            a: pointers.as_ptr(),
-            segments: 1,
-            k_len: k,
-            panel: panel.as_ptr(),
-            c: sums.as_mut_ptr(),
-            ldc: lanes,
-            add,
-        };
-        // SAFETY: `count` rows of `k` numbers, a panel of `k × lanes` and `count × lanes` sums, as asserted
-        unsafe { kernel(&tile) };
-    }
+    let tile = Tile {
+        a: std::ptr::null(),
+        rows,
+        segments: 1,
+        k_len: k,
+        panel: panel.as_ptr(),
+        c: sums.as_mut_ptr(),
+        ldc: lanes,
+        add,
+    };
+    // SAFETY: `rows` rows of `k` numbers, a panel of `k × lanes` and `rows × lanes` sums, as asserted
+    unsafe { evenly(level, (left.as_ptr(), ld), lanes, &tile) };
 }

@@ -3,7 +3,7 @@
 use half::bf16;
 
 use super::Level;
-use super::micro::{LANES, MR};
+use super::micro::LANES;
 use super::simd;
 use super::view::Numbers;
 use crate::Activation;
@@ -78,7 +78,7 @@ pub(crate) trait Stored: Copy + Send + Sync {
     /// Rounds a vector by the processor's own instruction.
     ///
     /// # Safety
-    /// For functions that are compiled for [`Level::Avx512Bf16`], and the processors that have it.
+    /// For functions that are compiled for [`Level::Avx512Bf16`], and processors that have it.
     #[cfg(target_arch = "x86_64")]
     unsafe fn store_native(values: &[f32; LANES], out: &mut [Self; LANES]);
 }
@@ -177,7 +177,7 @@ pub(super) unsafe fn finish<O: Stored>(
         }
         match level {
             // SAFETY: passed on; a level is only in use where the processor has it
-            Level::Avx512Bf16 => return unsafe { avx512_bf16(epilogue, tile) },
+            Level::Avx512Bf16 | Level::Amx => return unsafe { avx512_bf16(epilogue, tile) },
             // SAFETY: as above
             Level::Avx512 => return unsafe { avx512(epilogue, tile) },
             // SAFETY: as above
@@ -332,5 +332,3 @@ fn each<const N: usize>(x: &mut [f32; N], mut f: impl FnMut(usize, &mut f32)) {
     }
 }
 
-/// The most rows that a tile has.
-pub(super) const ROWS: usize = MR;

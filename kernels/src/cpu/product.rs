@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Level;
 use super::aligned::Plain;
-use super::epilogue::{self, Epilogue, Finish, ROWS, Stored, Target};
-use super::micro::{Kernel, MR, NR, Tile, Weight};
+use super::epilogue::{self, Epilogue, Finish, Stored, Target};
+use super::micro::{Kernel, MOST_ROWS, MR, NR, Operand, Rows, Tile, Weight};
 use super::panels::{self, Group, PanelShape, Scratch};
 use super::view::Numbers;
 use crate::Wrap;
@@ -90,9 +90,30 @@ impl Grid {
 /// The most channels of a source: as many as there are zeros for taps outside the picture.
 pub(crate) const MOST_CHANNELS: usize = 1 << 15;
 
+/// What a thread's tasks work in; kept so that no call has to find room anew.
+struct Room {
+    /// Where the taps of a task's rows read.
+    pointers: Vec<*const u8>,
+    /// Sums of rows by the columns of a panel, from the first multiple of 64 bytes.
+    sums: Vec<f32>,
+}
+
+impl Room {
+    const LINE: usize = 64;
+
+    /// Sums of so many rows.
+    fn sums(&mut self, rows: usize) -> (&[*const u8], &mut [f32]) {
+        let len = rows * NR;
+        if self.sums.len() < len + Self::LINE / size_of::<f32>() {
+            self.sums = vec![0.0; len + Self::LINE / size_of::<f32>()];
+        }
+        let first = self.sums.as_ptr().align_offset(Self::LINE);
+        (&self.pointers, &mut self.sums[first..][..len])
+    }
+}
+
 thread_local! {
-    /// Where the taps of a task's rows read; kept so that no call has to find room for them anew.
-    static POINTERS: RefCell<Vec<*const u8>> = const { RefCell::new(Vec::new()) };
+    static ROOM: RefCell<Room> = const { RefCell::new(Room { pointers: Vec::new(), sums: Vec::new() }) };
 }
 
 /// `out = epilogue(rows × weights)`.
@@ -126,17 +147,22 @@ pub(crate) fn product<W: Weight, O: Stored>(
     if grid.rows() == 0 {
         return;
     }
-    let cut = Cut::new(grid.rows(), weights, rayon::current_num_threads());
+    let at_once = W::Row::rows(level);
+    let cut = Cut::new(
+        (grid.rows(), at_once),
+        weights,
+        rayon::current_num_threads(),
+    );
     let next = AtomicUsize::new(0);
     let work = || {
         let mut scratch = Scratch::default();
-        POINTERS.with_borrow_mut(|pointers| {
+        ROOM.with_borrow_mut(|room| {
             loop {
                 let task = next.fetch_add(1, Ordering::Relaxed);
                 let Some((rows, panels)) = cut.task(task) else {
                     return;
                 };
-                job.run(rows, panels, (pointers, &mut scratch));
+                job.run(rows, panels, (room, &mut scratch));
             }
         });
     };
@@ -209,24 +235,33 @@ struct Cut {
 impl Cut {
     /// A block of rows stays in a core's second-level cache while all panels pass by; with few rows and many weights the panels are shared out
     /// instead, so that each is fetched once.
-    fn new<W: Weight>(rows: usize, weights: &panels::Source<'_, W>, threads: usize) -> Self {
-        const CACHE: usize = 384 << 10;
+    fn new<W: Weight>(
+        (rows, at_once): (usize, Rows),
+        weights: &panels::Source<'_, W>,
+        threads: usize,
+    ) -> Self {
+        // with tiles weights would be read faster than they come
+        let (cache, most) = match at_once.most {
+            ..=MR => (384 << 10, 384),
+            most => (1 << 20, 4 * most),
+        };
+        let even = at_once.even;
         let shape = weights.shape();
         let panels = shape.count();
         let taps: usize = shape.groups().iter().map(|g| g.taps).max().unwrap_or(1);
         let row_bytes = shape.k::<W>() * size_of::<W::Row>() / taps.clamp(1, 6);
         let want = 8 * threads;
-        let block = (CACHE / row_bytes.max(1))
-            .clamp(48, 384)
-            .next_multiple_of(MR);
-        let (mut block, mut range) = (block.min(rows.next_multiple_of(MR)), panels);
+        let block = (cache / row_bytes.max(1))
+            .clamp(most / 8, most)
+            .next_multiple_of(even);
+        let (mut block, mut range) = (block.min(rows.next_multiple_of(even)), panels);
         let loose = weights.is_loose();
         if loose || (threads > 1 && rows.div_ceil(block) < want) {
             if loose || shape.bytes::<W>() > 4 << 20 || rows < 96 * threads {
-                block = rows.next_multiple_of(MR).min(2048);
+                block = rows.next_multiple_of(even).min(2048);
                 range = (panels * rows.div_ceil(block)).div_ceil(want).max(1);
             } else {
-                block = rows.div_ceil(want).next_multiple_of(MR).max(MR * 4);
+                block = rows.div_ceil(want).next_multiple_of(even).max(MR * 4);
             }
         }
         Self {
@@ -268,19 +303,20 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
         &self,
         rows: std::ops::Range<usize>,
         panels: std::ops::Range<usize>,
-        (pointers, scratch): (&mut Vec<*const u8>, &mut Scratch<W>),
+        (room, scratch): (&mut Room, &mut Scratch<W>),
     ) {
-        self.gather(rows.clone(), pointers);
+        let Rows { most, .. } = W::Row::rows(self.level);
+        self.gather(rows.clone(), most, &mut room.pointers);
+        let (pointers, sums) = room.sums(most);
         let shape = self.weights.shape();
         let taps: usize = shape.groups().iter().map(|g| g.taps).sum();
-        let mut sums = [0f32; MR * NR];
-        let mut stored = [0usize; ROWS];
+        let mut stored = [0usize; MOST_ROWS];
         for p in panels {
             let width = shape.width(p);
             let used = (shape.columns() - p * NR).min(NR);
             let panel = self.weights.panel(p, scratch);
-            for (tile, first) in rows.clone().step_by(MR).enumerate() {
-                let count = (rows.end - first).min(MR);
+            for (tile, first) in rows.clone().step_by(most).enumerate() {
+                let count = (rows.end - first).min(most);
                 let Some(kernel) = W::kernel(self.level, count, width) else {
                     return;
                 };
@@ -288,9 +324,9 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
                 unsafe {
                     self.tile(
                         kernel,
-                        &pointers[tile * taps * MR..],
+                        &pointers[tile * taps * most..],
                         (panel, width, count),
-                        &mut sums,
+                        sums,
                     );
                 }
                 for (r, stored) in stored.iter_mut().enumerate().take(count) {
@@ -320,7 +356,7 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
         kernel: Kernel<W::Row, W>,
         pointers: &[*const u8],
         (mut panel, width, count): (&[W], usize, usize),
-        sums: &mut [f32; MR * NR],
+        sums: &mut [f32],
     ) {
         let mut pointers = pointers;
         for (g, group) in self.weights.shape().groups().iter().enumerate() {
@@ -328,6 +364,7 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
             let (own, rest) = panel.split_at(group.taps * k_len * width);
             let tile = Tile {
                 a: pointers.as_ptr().cast(),
+                rows: count,
                 segments: group.taps,
                 k_len,
                 panel: own.as_ptr(),
@@ -335,23 +372,23 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
                 ldc: width,
                 add: g > 0,
             };
-            // SAFETY: pointers as promised; the panel holds taps × k_len × width numbers; sums has MR × NR numbers
+            // SAFETY: pointers as promised; the panel holds taps × k_len × width numbers; sums has as many rows as a kernel takes
             unsafe { kernel(&tile) };
             pointers = &pointers[group.taps * count..];
             panel = rest;
         }
     }
 
-    /// Lists for each tile of rows what each tap reads: `[tile][tap][rows of the tile]`, tiles `taps × MR` apart.
-    fn gather(&self, rows: std::ops::Range<usize>, pointers: &mut Vec<*const u8>) {
+    /// Lists for each tile of `most` rows what each tap reads: `[tile][tap][rows of the tile]`, tiles `taps × most` apart.
+    fn gather(&self, rows: std::ops::Range<usize>, most: usize, pointers: &mut Vec<*const u8>) {
         let zeros = zeros::<u8>();
         let taps: usize = self.sources.iter().map(|s| s.taps.len()).sum();
         pointers.clear();
-        pointers.resize(rows.len().div_ceil(MR) * MR * taps, zeros);
+        pointers.resize(rows.len().div_ceil(most) * most * taps, zeros);
         let (mut picture, mut y, mut x) = self.grid.at(rows.start);
-        for (tile, first) in rows.clone().step_by(MR).enumerate() {
-            let count = (rows.end - first).min(MR);
-            let tile = &mut pointers[tile * taps * MR..][..taps * MR];
+        for (tile, first) in rows.clone().step_by(most).enumerate() {
+            let count = (rows.end - first).min(most);
+            let tile = &mut pointers[tile * taps * most..][..taps * most];
             for r in 0..count {
                 let mut places = tile[r..].iter_mut().step_by(count);
                 for source in self.sources {
