@@ -434,8 +434,6 @@ impl Pass<'_> {
     }
 }
 
-
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -454,7 +452,10 @@ mod tests {
     #[test]
     fn a_stride_is_one_for_all() {
         let rows = |places: &[usize]| -> Vec<*const bf16> {
-            places.iter().map(|&place| std::ptr::without_provenance(place)).collect()
+            places
+                .iter()
+                .map(|&place| std::ptr::without_provenance(place))
+                .collect()
         };
         assert_eq!(stride(&rows(&[4])), Some(0));
         assert_eq!(stride(&rows(&[8, 8, 8])), Some(0));

@@ -72,6 +72,8 @@ impl<'a> PerImage<'a> {
 
 /// A type that results are stored as.
 pub(crate) trait Stored: Copy + Send + Sync {
+    /// Whether so few bits are kept that an error of 10⁻⁴ does not show.
+    const COARSE: bool;
     /// Rounded to nearest even.
     fn of(value: f32) -> Self;
 
@@ -84,6 +86,8 @@ pub(crate) trait Stored: Copy + Send + Sync {
 }
 
 impl Stored for f32 {
+    const COARSE: bool = false;
+
     #[inline(always)]
     fn of(value: f32) -> Self {
         value
@@ -97,6 +101,8 @@ impl Stored for f32 {
 }
 
 impl Stored for bf16 {
+    const COARSE: bool = true;
+
     #[inline(always)]
     fn of(value: f32) -> Self {
         let bits = value.to_bits();
@@ -220,6 +226,7 @@ unsafe fn body<O: Stored, const NATIVE: bool>(epilogue: &Epilogue<'_>, tile: &Fi
             slopes: epilogue.slopes.map(|slopes| &slopes[column..][..width]),
             scale: epilogue.scale,
             gates: epilogue.gated.then_some(results),
+            coarse: NATIVE && O::COARSE,
         };
         // SAFETY: `results` numbers of a row that the caller promises to be there and nobody else's
         let out = unsafe { std::slice::from_raw_parts_mut(tile.target.out.add(place), results) };
@@ -262,6 +269,8 @@ struct Line<'a> {
     scale: Option<f32>,
     /// How far behind its value a gate is.
     gates: Option<usize>,
+    /// Whether the processor is that of [`Stored::store_native`] and results are [`Stored::COARSE`].
+    coarse: bool,
 }
 
 impl Line<'_> {
@@ -270,13 +279,14 @@ impl Line<'_> {
     fn finished<const N: usize>(&self, first: usize) -> [f32; N] {
         let mut x = self.biased::<N>(first);
         if let Some(behind) = self.gates {
-            let gate = self.biased::<N>(first + behind);
-            each(&mut x, |i, x| *x *= simd::gelu(gate[i]));
+            let mut gate = self.biased::<N>(first + behind);
+            self.gelu(&mut gate);
+            each(&mut x, |i, x| *x *= gate[i]);
         }
         match self.activation {
             None => {}
             Some(Activation::Silu) => each(&mut x, |_, x| *x = simd::silu(*x)),
-            Some(Activation::Gelu) => each(&mut x, |_, x| *x = simd::gelu(*x)),
+            Some(Activation::Gelu) => self.gelu(&mut x),
             Some(Activation::GeluTanh) => each(&mut x, |_, x| *x = simd::gelu_tanh(*x)),
             Some(Activation::QuickGelu) => each(&mut x, |_, x| *x = simd::quick_gelu(*x)),
             Some(Activation::Mish) => each(&mut x, |_, x| *x = simd::mish(*x)),
@@ -312,6 +322,18 @@ impl Line<'_> {
     }
 
     #[inline(always)]
+    fn gelu<const N: usize>(&self, x: &mut [f32; N]) {
+        #[cfg(target_arch = "x86_64")]
+        if self.coarse
+            && let Ok(x) = <&mut [f32; LANES]>::try_from(&mut x[..])
+        {
+            // SAFETY: such a processor has the instructions
+            return unsafe { simd::coarse_gelu(x) };
+        }
+        each(x, |_, x| *x = simd::gelu(*x));
+    }
+
+    #[inline(always)]
     fn biased<const N: usize>(&self, first: usize) -> [f32; N] {
         let mut x = [0f32; N];
         x.copy_from_slice(&self.sums[first..][..N]);
@@ -331,4 +353,3 @@ fn each<const N: usize>(x: &mut [f32; N], mut f: impl FnMut(usize, &mut f32)) {
         i += 1;
     }
 }
-

@@ -35,10 +35,7 @@ pub(crate) struct Rows {
 
 impl Rows {
     /// Of kernels that compute with vectors.
-    const VECTORS: Self = Self {
-        most: MR,
-        even: MR,
-    };
+    const VECTORS: Self = Self { most: MR, even: MR };
     /// Of kernels that compute with tiles: weights are read once for so many rows, whose sums stay in a core's second-level cache.
     const TILES: Self = Self {
         most: MOST_ROWS,
@@ -602,7 +599,9 @@ mod tests {
                 let Some(kernel) = W::kernel(level, rows, width) else {
                     panic!("no kernel for {rows} × {width} at {}", level.name());
                 };
-                for (segments, k_len) in [(1, T::K_STEP), (3, 6), (9, 34), (2, 40), (1, 64), (2, 1056)] {
+                for (segments, k_len) in
+                    [(1, T::K_STEP), (3, 6), (9, 34), (2, 40), (1, 64), (2, 1056)]
+                {
                     if k_len > 100 && (rows * width > 33 * 48) {
                         continue;
                     }

@@ -147,12 +147,7 @@ pub(crate) fn product<W: Weight, O: Stored>(
     if grid.rows() == 0 {
         return;
     }
-    let at_once = W::Row::rows(level);
-    let cut = Cut::new(
-        (grid.rows(), at_once),
-        weights,
-        rayon::current_num_threads(),
-    );
+    let cut = Cut::new(level, grid.rows(), weights, rayon::current_num_threads());
     let next = AtomicUsize::new(0);
     let work = || {
         let mut scratch = Scratch::default();
@@ -233,37 +228,29 @@ struct Cut {
 }
 
 impl Cut {
-    /// A block of rows stays in a core's second-level cache while all panels pass by; with few rows and many weights the panels are shared out
-    /// instead, so that each is fetched once.
     fn new<W: Weight>(
-        (rows, at_once): (usize, Rows),
+        level: Level,
+        rows: usize,
         weights: &panels::Source<'_, W>,
         threads: usize,
     ) -> Self {
-        // with tiles weights would be read faster than they come
-        let (cache, most) = match at_once.most {
-            ..=MR => (384 << 10, 384),
-            most => (1 << 20, 4 * most),
+        let (shape, panels) = (weights.shape(), weights.shape().count());
+        let most_taps = shape.groups().iter().map(|g| g.taps).max().unwrap_or(1);
+        let k_bytes = shape.k::<W>() * size_of::<W::Row>();
+        let sizes = Sizes {
+            rows,
+            panels,
+            k_bytes,
+            taps: most_taps.max(1),
+            weights: shape.bytes::<W>(),
+            is_loose: weights.is_loose(),
+            threads,
         };
-        let even = at_once.even;
-        let shape = weights.shape();
-        let panels = shape.count();
-        let taps: usize = shape.groups().iter().map(|g| g.taps).max().unwrap_or(1);
-        let row_bytes = shape.k::<W>() * size_of::<W::Row>() / taps.clamp(1, 6);
-        let want = 8 * threads;
-        let block = (cache / row_bytes.max(1))
-            .clamp(most / 8, most)
-            .next_multiple_of(even);
-        let (mut block, mut range) = (block.min(rows.next_multiple_of(even)), panels);
-        let loose = weights.is_loose();
-        if loose || (threads > 1 && rows.div_ceil(block) < want) {
-            if loose || shape.bytes::<W>() > 4 << 20 || rows < 96 * threads {
-                block = rows.next_multiple_of(even).min(2048);
-                range = (panels * rows.div_ceil(block)).div_ceil(want).max(1);
-            } else {
-                block = rows.div_ceil(want).next_multiple_of(even).max(MR * 4);
-            }
-        }
+        let at_once = W::Row::rows(level);
+        let (block, range) = match at_once.most {
+            ..=MR => sizes.for_vectors(),
+            _ => sizes.for_tiles(at_once.even),
+        };
         Self {
             rows,
             block,
@@ -286,6 +273,75 @@ impl Cut {
                 panel..(panel + self.range).min(self.panels),
             )
         })
+    }
+}
+
+/// What decides on the [`Cut`] of a product.
+struct Sizes {
+    rows: usize,
+    panels: usize,
+    /// Bytes that a row reads, and how many taps share them with its neighbours.
+    k_bytes: usize,
+    taps: usize,
+    /// Bytes of all weights.
+    weights: usize,
+    is_loose: bool,
+    threads: usize,
+}
+
+impl Sizes {
+    /// Weights that are read again and again without being missed elsewhere.
+    const LIGHT: usize = 4 << 20;
+    /// The most rows of a block where it is its columns that are shared out.
+    const MOST: usize = 2048;
+
+    /// As many tasks as are wanted, so that no thread waits long for the last.
+    fn want(&self) -> usize {
+        8 * self.threads
+    }
+
+    /// A block of rows stays in a core's second-level cache while all panels pass by; with few rows and many weights the panels are shared out
+    /// instead, so that each is fetched once.
+    fn for_vectors(&self) -> (usize, usize) {
+        const CACHE: usize = 384 << 10;
+        let row_bytes = self.k_bytes / self.taps.min(6);
+        let block = (CACHE / row_bytes.max(1))
+            .clamp(48, 384)
+            .next_multiple_of(MR);
+        let whole = self.rows.next_multiple_of(MR);
+        let few = self.threads > 1 && self.rows.div_ceil(block) < self.want();
+        if self.is_loose || (few && (self.weights > Self::LIGHT || self.rows < 96 * self.threads)) {
+            let block = whole.min(Self::MOST);
+            (block, self.range(block))
+        } else if few {
+            let share = self.rows.div_ceil(self.want()).next_multiple_of(MR);
+            (share.max(MR * 4), self.panels)
+        } else {
+            (block.min(whole), self.panels)
+        }
+    }
+
+    /// Tiles multiply faster than the third-level cache gives: a block of rows stays in the second-level cache while many panels pass by, and is as
+    /// large as fits there, so that they pass by seldom. Only where weights are light is it smaller, for there to be enough tasks.
+    fn for_tiles(&self, even: usize) -> (usize, usize) {
+        const CACHE: usize = 1 << 20;
+        const FEWEST: usize = 128;
+        let most = match self.is_loose {
+            true => Self::MOST,
+            false => CACHE / (self.k_bytes / self.taps).max(1),
+        };
+        let mut blocks = self.rows.div_ceil(most.clamp(FEWEST, Self::MOST));
+        if self.weights <= Self::LIGHT && !self.is_loose {
+            blocks = blocks.max(self.want().min(self.rows.div_ceil(FEWEST)));
+        }
+        let block = self.rows.div_ceil(blocks).next_multiple_of(even);
+        (block, self.range(block))
+    }
+
+    /// Panels of a task.
+    fn range(&self, block: usize) -> usize {
+        let tasks = self.panels * self.rows.div_ceil(block);
+        tasks.div_ceil(self.want()).clamp(1, self.panels.max(1))
     }
 }
 
@@ -381,35 +437,48 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
 
     /// Lists for each tile of `most` rows what each tap reads: `[tile][tap][rows of the tile]`, tiles `taps × most` apart.
     fn gather(&self, rows: std::ops::Range<usize>, most: usize, pointers: &mut Vec<*const u8>) {
-        let zeros = zeros::<u8>();
         let taps: usize = self.sources.iter().map(|s| s.taps.len()).sum();
         pointers.clear();
-        pointers.resize(rows.len().div_ceil(most) * most * taps, zeros);
-        let (mut picture, mut y, mut x) = self.grid.at(rows.start);
+        pointers.resize(rows.len().div_ceil(most) * most * taps, zeros());
         for (tile, first) in rows.clone().step_by(most).enumerate() {
             let count = (rows.end - first).min(most);
-            let tile = &mut pointers[tile * taps * most..][..taps * most];
-            for r in 0..count {
-                let mut places = tile[r..].iter_mut().step_by(count);
+            let tile = &mut pointers[tile * taps * most..][..taps * count];
+            let mut done = 0;
+            while done < count {
+                // as many as lie side by side
+                let (picture, y, x) = self.grid.at(first + done);
+                let run = (self.grid.w - x).min(count - done);
+                let mut lines = tile.chunks_exact_mut(count);
                 for source in self.sources {
-                    let (y, x) = (y * source.stride, x * source.stride);
-                    let from = picture % source.pictures * source.h;
-                    for (&(dy, dx), place) in source.taps.iter().zip(&mut places) {
-                        let y = Wrap::place(source.wrap.y, y.cast_signed() + dy, source.h);
-                        let x = Wrap::place(source.wrap.x, x.cast_signed() + dx, source.w);
-                        if let (Some(y), Some(x)) = (y, x) {
-                            let pixel = (from + y) * source.w + x;
-                            *place = source.data[pixel * source.pixel_stride..].as_ptr().cast();
-                        }
+                    for (&tap, line) in source.taps.iter().zip(&mut lines) {
+                        source.list(tap, (picture, y, x), &mut line[done..done + run]);
                     }
                 }
-                x += 1;
-                if x == self.grid.w {
-                    (x, y) = (0, y + 1);
-                }
-                if y == self.grid.h {
-                    (y, picture) = (0, picture + 1);
-                }
+                done += run;
+            }
+        }
+    }
+}
+
+impl<T> Source<'_, T> {
+    /// What a tap reads for results side by side, the first at `(picture, y, x)`. Places outside the picture are left as they are.
+    fn list(
+        &self,
+        (dy, dx): (isize, isize),
+        (picture, y, x): (usize, usize, usize),
+        places: &mut [*const u8],
+    ) {
+        let y = (y * self.stride).cast_signed() + dy;
+        let Some(y) = Wrap::place(self.wrap.y, y, self.h) else {
+            return;
+        };
+        let line = (picture % self.pictures * self.h + y) * self.w;
+        for (i, place) in places.iter_mut().enumerate() {
+            let x = ((x + i) * self.stride).cast_signed() + dx;
+            if let Some(x) = Wrap::place(self.wrap.x, x, self.w) {
+                // `check` compared the length with all pixels
+                let pixel = self.data.as_ptr();
+                *place = pixel.wrapping_add((line + x) * self.pixel_stride).cast();
             }
         }
     }
