@@ -106,8 +106,18 @@ impl Element for bf16 {
 
 /// The most keys whose weights are kept before they are multiplied by values: their panel stays in a core's caches.
 const BLOCK: usize = 256;
-/// Keys whose scores are kept: 24 KiB, inside the first-level cache; whole tiles at every level.
-const SCORES: usize = 16 * MR;
+/// Keys whose scores are kept, by products of vectors: 12 KiB, well inside the first-level cache.
+const SCORES: usize = 8 * MR;
+/// And by products of tiles, which lose less where they have more.
+const MOST_SCORES: usize = 2 * SCORES;
+
+/// Keys whose scores are kept at a level.
+fn scores<T: Operand>(level: Level) -> usize {
+    match T::rows(level).most {
+        ..=MR => SCORES,
+        _ => MOST_SCORES,
+    }
+}
 
 impl Shape {
     /// Bytes of workspace that `attention` needs with that many threads.
@@ -254,7 +264,7 @@ impl Plan {
 
     /// Bytes of [`Scratch`].
     fn scratch_bytes<T>(&self) -> usize {
-        (SCORES + self.shape.width) * NR * size_of::<f32>()
+        (MOST_SCORES + self.shape.width) * NR * size_of::<f32>()
             + (self.key + self.block) * NR * size_of::<T>()
     }
 
@@ -307,7 +317,7 @@ struct Scratch<'a, T> {
     queries: &'a mut [T],
     /// `[keys of a block][lanes]`, as a panel.
     weights: &'a mut [T],
-    /// `[SCORES][lanes]`.
+    /// `[MOST_SCORES][lanes]`.
     scores: &'a mut [f32],
     /// `[width][lanes]`: the results so far, transposed.
     results: &'a mut [f32],
@@ -317,7 +327,7 @@ impl<'a, T: Element> Scratch<'a, T> {
     fn new(plan: &Plan, bytes: &'a mut [u8]) -> Self {
         let (panels, sums) = bytes.split_at_mut((plan.key + plan.block) * NR * size_of::<T>());
         let (queries, weights) = numbers(panels).split_at_mut(plan.key * NR);
-        let (scores, results) = numbers(sums).split_at_mut(SCORES * NR);
+        let (scores, results) = numbers(sums).split_at_mut(MOST_SCORES * NR);
         Self {
             queries,
             weights,
@@ -363,6 +373,7 @@ impl<T: Element> Job<'_, T> {
             Some(_) => 1.0,
         };
         let mut softmax = Softmax::new(lanes, scale);
+        let most = scores::<T>(self.level);
         let end = if shape.causal {
             queries.end.min(shape.keys)
         } else {
@@ -373,8 +384,8 @@ impl<T: Element> Job<'_, T> {
             let count = (end - first).min(block);
             // keys of the block that results already hold
             let mut done = 0;
-            for at in (0..count).step_by(SCORES) {
-                let n = (count - at).min(SCORES);
+            for at in (0..count).step_by(most) {
+                let n = (count - at).min(most);
                 let keys = &keys[(first + at) * key..];
                 let weights =
                     &mut scratch.weights[at * lanes..][..n.next_multiple_of(T::K_STEP) * lanes];
