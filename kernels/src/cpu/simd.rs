@@ -149,8 +149,44 @@ pub(crate) fn gelu(x: f32) -> f32 {
     x * if x < 0.0 { half } else { 1.0 - half }
 }
 
-/// [`gelu`] within 10⁻⁴ of itself in a third of the instructions, for results that are rounded to bf16. A power of two is its whole part's, which
-/// is exact, times that of the rest, by the polynomial of degree 3 that attention uses.
+/// 2ˣ within 7.5·10⁻⁵ of itself: that of the whole part below, which is exact, times that of the rest by the polynomial of degree 3 of least
+/// relative error. 0 far below, +∞ from 128.
+///
+/// # Safety
+/// For functions compiled with AVX-512 F and DQ, and processors that have it.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn coarse_exp2(x: std::arch::x86_64::__m512) -> std::arch::x86_64::__m512 {
+    use std::arch::x86_64::*;
+    // SAFETY: the processor has the instructions
+    unsafe {
+        let f = _mm512_reduce_ps::<0b1001>(x);
+        let mut p = _mm512_set1_ps(0.078_024_52);
+        for c in [0.226_067_18, 0.695_833_5, 0.999_925_2] {
+            p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
+        }
+        _mm512_scalef_ps(p, x)
+    }
+}
+
+/// [`silu`] within 2·10⁻⁴ of itself, without a division, for results that are rounded to bf16.
+///
+/// # Safety
+/// As [`coarse_exp2`].
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) unsafe fn coarse_silu(x: &mut [f32; 16]) {
+    use std::arch::x86_64::*;
+    // SAFETY: the processor has the instructions; 16 numbers are read and written
+    unsafe {
+        let value = _mm512_loadu_ps(x.as_ptr());
+        let power = coarse_exp2(_mm512_mul_ps(value, _mm512_set1_ps(-LOG2_E)));
+        let share = _mm512_rcp14_ps(_mm512_add_ps(power, _mm512_set1_ps(1.0)));
+        _mm512_storeu_ps(x.as_mut_ptr(), _mm512_mul_ps(value, share));
+    }
+}
+
+/// [`gelu`] within 10⁻⁴ of itself in a third of the instructions, for results that are rounded to bf16.
 ///
 /// # Safety
 /// For functions compiled with AVX-512 F and DQ, and processors that have it.
@@ -167,13 +203,7 @@ pub(crate) unsafe fn coarse_gelu(x: &mut [f32; 16]) {
         for i in (0..7).rev() {
             q = _mm512_fmadd_ps(q, t, _mm512_set1_ps(Q[i] * -LOG2_E));
         }
-        let y = _mm512_fmadd_ps(q, t, _mm512_set1_ps(-1.0));
-        let f = _mm512_reduce_ps::<0b1001>(y);
-        let mut p = _mm512_set1_ps(0.078_024_52);
-        for c in [0.226_067_18, 0.695_833_5, 0.999_925_2] {
-            p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
-        }
-        let half = _mm512_scalef_ps(p, y);
+        let half = coarse_exp2(_mm512_fmadd_ps(q, t, _mm512_set1_ps(-1.0)));
         let below = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(value, _mm512_setzero_ps());
         let rest = _mm512_sub_ps(_mm512_set1_ps(1.0), half);
         let share = _mm512_mask_blend_ps(below, rest, half);
@@ -205,7 +235,7 @@ mod tests {
 
     #[test]
     #[cfg(target_arch = "x86_64")]
-    fn a_coarse_gelu_is_close() {
+    fn coarse_activations_are_close() {
         if !Level::Avx512.is_supported() {
             return;
         }
@@ -214,15 +244,26 @@ mod tests {
             // SAFETY: compiled with what it takes
             unsafe { coarse_gelu(x) }
         }
+        #[target_feature(enable = "avx512f,avx512dq")]
+        fn silus(x: &mut [f32; 16]) {
+            // SAFETY: as above
+            unsafe { coarse_silu(x) }
+        }
         for i in -12_000..12_000 {
             let x = std::array::from_fn(|lane| (16 * i + lane as i32) as f32 / 16_000.0);
-            let mut y = x;
+            let (mut gelu_of, mut silu_of) = (x, x.map(|x: f32| 10.0 * x));
             // SAFETY: the processor has been asked
-            unsafe { gelus(&mut y) };
-            for (x, y) in x.into_iter().zip(y) {
-                let want = gelu(x);
-                let off = (y - want).abs();
-                assert!(off <= 1e-4 * want.abs() + 1e-7, "{x}: {y} {want}");
+            unsafe {
+                gelus(&mut gelu_of);
+                silus(&mut silu_of);
+            }
+            for (lane, x) in x.into_iter().enumerate() {
+                let (got, want) = (gelu_of[lane], gelu(x));
+                let off = (got - want).abs();
+                assert!(off <= 1e-4 * want.abs() + 1e-7, "{x}: {got} {want}");
+                let (got, want) = (silu_of[lane], silu(10.0 * x));
+                let off = (got - want).abs();
+                assert!(off <= 2e-4 * want.abs() + 1e-30, "{x}: {got} {want}");
             }
         }
         let mut odd = [0f32; 16];
