@@ -329,8 +329,8 @@ impl Shapes {
         for i in 0..4 {
             set(i, rows[i / 2], 64);
         }
-        for i in 0..2 {
-            set(4 + i, rows[i], 4 * pairs);
+        for (i, &rows) in rows.iter().enumerate() {
+            set(4 + i, rows, 4 * pairs);
             set(6 + i, pairs, 64);
         }
         Self {
