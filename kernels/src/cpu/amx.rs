@@ -106,12 +106,20 @@ struct Part {
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Run {
-    rows: [(*const u8, usize); 2],
+    rows: [Lines; 2],
     weights: *const u8,
     steps: usize,
     /// From one step to the next, in rows and in weights.
     row_step: usize,
     weight_step: usize,
+}
+
+/// Rows of a tile: the first, and bytes from one to the next.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Lines {
+    first: *const u8,
+    apart: usize,
 }
 
 /// A line of a cache.
@@ -182,6 +190,12 @@ impl Room {
                 // SAFETY: passed on
                 unsafe { self.chunk(tile, (rows, vectors), (cut.pairs, add)) };
                 add = true;
+            }
+        }
+        if !add {
+            for r in 0..tile.rows {
+                // SAFETY: a row of sums, of no numbers at all
+                unsafe { tile.c.add(r * tile.ldc).write_bytes(0, SIDE * vectors) };
             }
         }
         // SAFETY: it only gives up what `chunk` set
@@ -277,11 +291,15 @@ impl Room {
             let half = |half: usize| {
                 let (first, count) = (first + half * SIDE, counts[half]);
                 if count == 0 {
-                    return (std::ptr::null(), 0);
+                    return Lines {
+                        first: std::ptr::null(),
+                        apart: 0,
+                    };
                 }
                 let rows = &rows[part.segment * tile.rows + first..][..count];
-                if let Some(stride) = self.strides[first / SIDE * tile.segments + part.segment] {
-                    return (rows[0].wrapping_add(2 * part.pair).cast(), stride);
+                if let Some(apart) = self.strides[first / SIDE * tile.segments + part.segment] {
+                    let first = rows[0].wrapping_add(2 * part.pair).cast();
+                    return Lines { first, apart };
                 }
                 let to = self.copies.as_ptr().cast::<u8>().cast_mut();
                 let to = to.wrapping_add(half * SIDE * line + done);
@@ -292,7 +310,10 @@ impl Room {
                         std::ptr::copy_nonoverlapping(from, to.add(i * line), bytes);
                     }
                 }
-                (to.cast_const(), line)
+                Lines {
+                    first: to.cast_const(),
+                    apart: line,
+                }
             };
             let rows = [half(0), half(1)];
             let k = part.segment * tile.k_len + 2 * part.pair;
