@@ -337,9 +337,13 @@ impl Line<'_> {
     fn biased<const N: usize>(&self, first: usize) -> [f32; N] {
         let mut x = [0f32; N];
         x.copy_from_slice(&self.sums[first..][..N]);
-        for more in [self.bias, self.image].into_iter().flatten() {
-            let more = &more[first..][..N];
-            each(&mut x, |i, x| *x += more[i]);
+        if let Some(bias) = self.bias {
+            let bias = &bias[first..][..N];
+            each(&mut x, |i, x| *x += bias[i]);
+        }
+        if let Some(image) = self.image {
+            let image = &image[first..][..N];
+            each(&mut x, |i, x| *x += image[i]);
         }
         x
     }
