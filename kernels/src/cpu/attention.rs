@@ -21,7 +21,7 @@ use rayon::prelude::*;
 use super::Level;
 use super::aligned::Plain;
 use super::epilogue::{Stored, Target};
-use super::micro::{LANES, MR, NR, Operand, Tile};
+use super::micro::{LANES, MR, NR, Operand, Tile, evenly};
 use exponentials::Step;
 use fused::Keys;
 use pack::Rows;
@@ -94,18 +94,30 @@ impl Element for bf16 {
         weights: &mut [Self],
         sums: &mut [f32; NR],
     ) -> bool {
-        if level.has_bf16() {
+        // products of tiles are faster than the detour by stored scores takes
+        let fused = level == Level::Avx512Bf16;
+        if fused {
             // SAFETY: a level is only in use where the processor has it
             unsafe { fused::weigh(keys, reference, weights, sums) };
         }
-        level.has_bf16()
+        fused
     }
 }
 
 /// The most keys whose weights are kept before they are multiplied by values: their panel stays in a core's caches.
 const BLOCK: usize = 256;
-/// Keys whose scores are kept: 12 KiB, well inside the first-level cache.
+/// Keys whose scores are kept, by products of vectors: 12 KiB, well inside the first-level cache.
 const SCORES: usize = 8 * MR;
+/// And by products of tiles, which lose less where they have more.
+const MOST_SCORES: usize = 2 * SCORES;
+
+/// Keys whose scores are kept at a level.
+fn scores<T: Operand>(level: Level) -> usize {
+    match T::rows(level).most {
+        ..=MR => SCORES,
+        _ => MOST_SCORES,
+    }
+}
 
 impl Shape {
     /// Bytes of workspace that `attention` needs with that many threads.
@@ -252,7 +264,7 @@ impl Plan {
 
     /// Bytes of [`Scratch`].
     fn scratch_bytes<T>(&self) -> usize {
-        (SCORES + self.shape.width) * NR * size_of::<f32>()
+        (MOST_SCORES + self.shape.width) * NR * size_of::<f32>()
             + (self.key + self.block) * NR * size_of::<T>()
     }
 
@@ -305,7 +317,7 @@ struct Scratch<'a, T> {
     queries: &'a mut [T],
     /// `[keys of a block][lanes]`, as a panel.
     weights: &'a mut [T],
-    /// `[SCORES][lanes]`.
+    /// `[MOST_SCORES][lanes]`.
     scores: &'a mut [f32],
     /// `[width][lanes]`: the results so far, transposed.
     results: &'a mut [f32],
@@ -315,7 +327,7 @@ impl<'a, T: Element> Scratch<'a, T> {
     fn new(plan: &Plan, bytes: &'a mut [u8]) -> Self {
         let (panels, sums) = bytes.split_at_mut((plan.key + plan.block) * NR * size_of::<T>());
         let (queries, weights) = numbers(panels).split_at_mut(plan.key * NR);
-        let (scores, results) = numbers(sums).split_at_mut(SCORES * NR);
+        let (scores, results) = numbers(sums).split_at_mut(MOST_SCORES * NR);
         Self {
             queries,
             weights,
@@ -361,6 +373,7 @@ impl<T: Element> Job<'_, T> {
             Some(_) => 1.0,
         };
         let mut softmax = Softmax::new(lanes, scale);
+        let most = scores::<T>(self.level);
         let end = if shape.causal {
             queries.end.min(shape.keys)
         } else {
@@ -371,8 +384,8 @@ impl<T: Element> Job<'_, T> {
             let count = (end - first).min(block);
             // keys of the block that results already hold
             let mut done = 0;
-            for at in (0..count).step_by(SCORES) {
-                let n = (count - at).min(SCORES);
+            for at in (0..count).step_by(most) {
+                let n = (count - at).min(most);
                 let keys = &keys[(first + at) * key..];
                 let weights =
                     &mut scratch.weights[at * lanes..][..n.next_multiple_of(T::K_STEP) * lanes];
@@ -518,23 +531,16 @@ fn product<T: Operand>(
 ) {
     assert!(rows == 0 || left.len() >= (rows - 1) * ld + k);
     assert!(panel.len() >= k * lanes && sums.len() >= rows * lanes && k.is_multiple_of(T::K_STEP));
-    for (i, sums) in sums[..rows * lanes].chunks_mut(MR * lanes).enumerate() {
-        let count = sums.len() / lanes;
-        let Some(kernel) = T::kernel(level, count, lanes) else {
-            return;
-        };
-        let left = &left[i * MR * ld..];
-        let pointers: [*const T; MR] = std::array::from_fn(|r| left.as_ptr().wrapping_add(r * ld));
-        let tile = Tile {
-            a: pointers.as_ptr(),
-            segments: 1,
-            k_len: k,
-            panel: panel.as_ptr(),
-            c: sums.as_mut_ptr(),
-            ldc: lanes,
-            add,
-        };
-        // SAFETY: `count` rows of `k` numbers, a panel of `k × lanes` and `count × lanes` sums, as asserted
-        unsafe { kernel(&tile) };
-    }
+    let tile = Tile {
+        a: std::ptr::null(),
+        rows,
+        segments: 1,
+        k_len: k,
+        panel: panel.as_ptr(),
+        c: sums.as_mut_ptr(),
+        ldc: lanes,
+        add,
+    };
+    // SAFETY: `rows` rows of `k` numbers, a panel of `k × lanes` and `rows × lanes` sums, as asserted
+    unsafe { evenly(level, (left.as_ptr(), ld), lanes, &tile) };
 }

@@ -3,7 +3,7 @@
 use half::bf16;
 
 use super::Level;
-use super::micro::{LANES, MR};
+use super::micro::LANES;
 use super::simd;
 use super::view::Numbers;
 use crate::Activation;
@@ -72,18 +72,22 @@ impl<'a> PerImage<'a> {
 
 /// A type that results are stored as.
 pub(crate) trait Stored: Copy + Send + Sync {
+    /// Whether so few bits are kept that an error of 10⁻⁴ does not show.
+    const COARSE: bool;
     /// Rounded to nearest even.
     fn of(value: f32) -> Self;
 
     /// Rounds a vector by the processor's own instruction.
     ///
     /// # Safety
-    /// For functions that are compiled for [`Level::Avx512Bf16`], and the processors that have it.
+    /// For functions that are compiled for [`Level::Avx512Bf16`], and processors that have it.
     #[cfg(target_arch = "x86_64")]
     unsafe fn store_native(values: &[f32; LANES], out: &mut [Self; LANES]);
 }
 
 impl Stored for f32 {
+    const COARSE: bool = false;
+
     #[inline(always)]
     fn of(value: f32) -> Self {
         value
@@ -97,6 +101,8 @@ impl Stored for f32 {
 }
 
 impl Stored for bf16 {
+    const COARSE: bool = true;
+
     #[inline(always)]
     fn of(value: f32) -> Self {
         let bits = value.to_bits();
@@ -177,7 +183,7 @@ pub(super) unsafe fn finish<O: Stored>(
         }
         match level {
             // SAFETY: passed on; a level is only in use where the processor has it
-            Level::Avx512Bf16 => return unsafe { avx512_bf16(epilogue, tile) },
+            Level::Avx512Bf16 | Level::Amx => return unsafe { avx512_bf16(epilogue, tile) },
             // SAFETY: as above
             Level::Avx512 => return unsafe { avx512(epilogue, tile) },
             // SAFETY: as above
@@ -220,6 +226,7 @@ unsafe fn body<O: Stored, const NATIVE: bool>(epilogue: &Epilogue<'_>, tile: &Fi
             slopes: epilogue.slopes.map(|slopes| &slopes[column..][..width]),
             scale: epilogue.scale,
             gates: epilogue.gated.then_some(results),
+            coarse: NATIVE && O::COARSE,
         };
         // SAFETY: `results` numbers of a row that the caller promises to be there and nobody else's
         let out = unsafe { std::slice::from_raw_parts_mut(tile.target.out.add(place), results) };
@@ -262,6 +269,8 @@ struct Line<'a> {
     scale: Option<f32>,
     /// How far behind its value a gate is.
     gates: Option<usize>,
+    /// Whether the processor is that of [`Stored::store_native`] and results are [`Stored::COARSE`].
+    coarse: bool,
 }
 
 impl Line<'_> {
@@ -270,13 +279,14 @@ impl Line<'_> {
     fn finished<const N: usize>(&self, first: usize) -> [f32; N] {
         let mut x = self.biased::<N>(first);
         if let Some(behind) = self.gates {
-            let gate = self.biased::<N>(first + behind);
-            each(&mut x, |i, x| *x *= simd::gelu(gate[i]));
+            let mut gate = self.biased::<N>(first + behind);
+            self.gelu(&mut gate);
+            each(&mut x, |i, x| *x *= gate[i]);
         }
         match self.activation {
             None => {}
             Some(Activation::Silu) => each(&mut x, |_, x| *x = simd::silu(*x)),
-            Some(Activation::Gelu) => each(&mut x, |_, x| *x = simd::gelu(*x)),
+            Some(Activation::Gelu) => self.gelu(&mut x),
             Some(Activation::GeluTanh) => each(&mut x, |_, x| *x = simd::gelu_tanh(*x)),
             Some(Activation::QuickGelu) => each(&mut x, |_, x| *x = simd::quick_gelu(*x)),
             Some(Activation::Mish) => each(&mut x, |_, x| *x = simd::mish(*x)),
@@ -312,12 +322,28 @@ impl Line<'_> {
     }
 
     #[inline(always)]
+    fn gelu<const N: usize>(&self, x: &mut [f32; N]) {
+        #[cfg(target_arch = "x86_64")]
+        if self.coarse
+            && let Ok(x) = <&mut [f32; LANES]>::try_from(&mut x[..])
+        {
+            // SAFETY: such a processor has the instructions
+            return unsafe { simd::coarse_gelu(x) };
+        }
+        each(x, |_, x| *x = simd::gelu(*x));
+    }
+
+    #[inline(always)]
     fn biased<const N: usize>(&self, first: usize) -> [f32; N] {
         let mut x = [0f32; N];
         x.copy_from_slice(&self.sums[first..][..N]);
-        for more in [self.bias, self.image].into_iter().flatten() {
-            let more = &more[first..][..N];
-            each(&mut x, |i, x| *x += more[i]);
+        if let Some(bias) = self.bias {
+            let bias = &bias[first..][..N];
+            each(&mut x, |i, x| *x += bias[i]);
+        }
+        if let Some(image) = self.image {
+            let image = &image[first..][..N];
+            each(&mut x, |i, x| *x += image[i]);
         }
         x
     }
@@ -331,6 +357,3 @@ fn each<const N: usize>(x: &mut [f32; N], mut f: impl FnMut(usize, &mut f32)) {
         i += 1;
     }
 }
-
-/// The most rows that a tile has.
-pub(super) const ROWS: usize = MR;

@@ -13,11 +13,19 @@ pub enum Level {
     Avx512,
     /// AVX-512 with BF16: products of pairs of bf16, summed in f32.
     Avx512Bf16,
+    /// The same and AMX: products of tiles of bf16, summed in f32.
+    Amx,
 }
 
 impl Level {
     /// All levels, the plainest first.
-    pub const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+    pub const ALL: [Self; 5] = [
+        Self::Portable,
+        Self::Avx2,
+        Self::Avx512,
+        Self::Avx512Bf16,
+        Self::Amx,
+    ];
 
     /// The name that `SD_RS_CPU` takes and reports give.
     pub fn name(self) -> &'static str {
@@ -26,6 +34,7 @@ impl Level {
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512bf16",
+            Self::Amx => "amx",
         }
     }
 
@@ -35,7 +44,7 @@ impl Level {
         Self::ALL.into_iter().find(|level| level.name() == name)
     }
 
-    /// Whether this processor has it.
+    /// Whether this processor has it, and the system lets this process use it.
     pub fn is_supported(self) -> bool {
         match self {
             Self::Portable => true,
@@ -57,6 +66,8 @@ impl Level {
             Self::Avx512Bf16 => {
                 Self::Avx512.is_supported() && is_x86_feature_detected!("avx512bf16")
             }
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => Self::Avx512Bf16.is_supported() && super::amx::is_available(),
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
@@ -84,6 +95,6 @@ impl Level {
 
     /// Whether products of bf16 numbers are native here.
     pub fn has_bf16(self) -> bool {
-        self == Self::Avx512Bf16
+        self >= Self::Avx512Bf16
     }
 }

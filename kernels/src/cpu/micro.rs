@@ -4,26 +4,52 @@
 //! source) for a convolution over channels-last pictures. No operand is copied. A panel holds `width` columns (a multiple of 16, at most
 //! [`NR`]) of all segments, `k` after `k`: `panel[k][column]` in f32, `panel[k / 2][column][k % 2]` in bf16.
 //!
-//! The largest tile is 6 rows by 64 columns: 24 accumulators of 512 bits, four registers of weights, one broadcast. Measured on a
-//! Zen 4 core: 95 % of the instruction peak in bf16 and in f32.
+//! The largest tile of vectors is 6 rows by 64 columns: 24 accumulators of 512 bits, four registers of weights, one broadcast. Measured on a
+//! Zen 4 core: 95 % of the instruction peak in bf16 and in f32. Where the processor multiplies whole tiles ([`super::amx`]), a kernel takes more
+//! rows at once, and loops over tiles itself.
 
 use half::{bf16, f16};
 
 use super::Level;
 use super::aligned::Plain;
+#[cfg(target_arch = "x86_64")]
+use super::amx::bf16_tiles;
 
 /// Columns of a full panel.
 pub(crate) const NR: usize = 64;
 /// Panels' widths are multiples of this.
 pub(crate) const LANES: usize = 16;
-/// The most rows of a tile, at any level.
+/// The most rows of a tile that is computed with vectors.
 pub(crate) const MR: usize = 6;
+/// The most rows that a kernel takes, at any level.
+pub(crate) const MOST_ROWS: usize = 128;
+
+/// How many rows kernels of a level take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Rows {
+    /// At most.
+    pub(crate) most: usize,
+    /// A multiple of this many, if none are to be wasted.
+    pub(crate) even: usize,
+}
+
+impl Rows {
+    /// Of kernels that compute with vectors.
+    const VECTORS: Self = Self { most: MR, even: MR };
+    /// Of kernels that compute with tiles: weights are read once for so many rows, whose sums stay in a core's second-level cache.
+    const TILES: Self = Self {
+        most: MOST_ROWS,
+        even: 32,
+    };
+}
 
 /// What a product reads: rows of f32 or bf16 numbers.
 pub(crate) trait Operand: Copy + Send + Sync + 'static {
     /// Consecutive `k` that a panel keeps together.
     const K_STEP: usize;
-    /// The tile kernel for `rows ≤ MR` and `width ≤ NR` at a level; `None` where there is none for this type.
+    /// How many rows a kernel takes at a level.
+    fn rows(level: Level) -> Rows;
+    /// The kernel for [`Operand::rows`] and `width ≤ NR` at a level; `None` where there is none for this type.
     fn kernel(level: Level, rows: usize, width: usize) -> Option<Kernel<Self>>;
     /// As f32.
     #[cfg(test)]
@@ -45,6 +71,8 @@ pub(crate) type Kernel<T, W = T> = unsafe fn(tile: &Tile<T, W>);
 pub(crate) struct Tile<T, W = T> {
     /// `[segments][rows]` pointers to numbers.
     pub(crate) a: *const *const T,
+    /// As many rows as the kernel was asked for.
+    pub(crate) rows: usize,
     /// How many segments a row has.
     pub(crate) segments: usize,
     /// Numbers of a segment.
@@ -57,6 +85,52 @@ pub(crate) struct Tile<T, W = T> {
     pub(crate) ldc: usize,
     /// Whether the sums are added to what is there.
     pub(crate) add: bool,
+}
+
+/// The product of `tile.rows` rows, however many, the first at `first` and each `apart` numbers behind the one before; `tile.a` is not read.
+///
+/// # Safety
+/// As [`Kernel`] for one segment and a panel of `width` columns; the level has products of `T`.
+pub(crate) unsafe fn evenly<T: Operand>(
+    level: Level,
+    (first, apart): (*const T, usize),
+    width: usize,
+    tile: &Tile<T>,
+) {
+    // SAFETY: passed on
+    unsafe {
+        match T::rows(level).most {
+            ..=MR => by::<T, MR>(level, (first, apart), width, tile),
+            _ => by::<T, MOST_ROWS>(level, (first, apart), width, tile),
+        }
+    }
+}
+
+/// # Safety
+/// As [`evenly`]; kernels take up to `MOST` rows.
+unsafe fn by<T: Operand, const MOST: usize>(
+    level: Level,
+    (first, apart): (*const T, usize),
+    width: usize,
+    tile: &Tile<T>,
+) {
+    for done in (0..tile.rows).step_by(MOST) {
+        let rows = (tile.rows - done).min(MOST);
+        let Some(kernel) = T::kernel(level, rows, width) else {
+            return;
+        };
+        let a: [*const T; MOST] = std::array::from_fn(|r| first.wrapping_add((done + r) * apart));
+        // SAFETY: the caller's promise, for some of the rows
+        unsafe {
+            kernel(&Tile {
+                a: a.as_ptr(),
+                rows,
+                segments: 1,
+                c: tile.c.add(done * tile.ldc),
+                ..*tile
+            });
+        }
+    }
 }
 
 /// `[rows − 1][width / 16 − 1]` of the kernels made by a generic function.
@@ -163,7 +237,7 @@ trait Widens: Copy {
 fn wide<W: Widens>(level: Level, rows: usize, width: usize) -> Option<Kernel<f32, W>> {
     match level {
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 | Level::Avx512Bf16 => pick(table!(avx512_f32, W), rows, width),
+        Level::Avx512 | Level::Avx512Bf16 | Level::Amx => pick(table!(avx512_f32, W), rows, width),
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => pick(table!(avx2_f32, W), rows, width),
         _ => pick(table!(portable_f32, W), rows, width),
@@ -177,6 +251,10 @@ fn pick<T, W>(table: &[[Kernel<T, W>; 4]; MR], rows: usize, width: usize) -> Opt
 
 impl Operand for f32 {
     const K_STEP: usize = 1;
+
+    fn rows(_: Level) -> Rows {
+        Rows::VECTORS
+    }
 
     fn kernel(level: Level, rows: usize, width: usize) -> Option<Kernel<Self>> {
         wide(level, rows, width)
@@ -195,10 +273,25 @@ impl Operand for f32 {
 impl Operand for bf16 {
     const K_STEP: usize = 2;
 
+    fn rows(level: Level) -> Rows {
+        match level {
+            Level::Amx => Rows::TILES,
+            _ => Rows::VECTORS,
+        }
+    }
+
     fn kernel(level: Level, rows: usize, width: usize) -> Option<Kernel<Self>> {
         match level {
             #[cfg(target_arch = "x86_64")]
             Level::Avx512Bf16 => pick(table!(avx512_bf16), rows, width),
+            #[cfg(target_arch = "x86_64")]
+            Level::Amx if (1..=MOST_ROWS).contains(&rows) => match width / LANES {
+                1 => Some(bf16_tiles::<1>),
+                2 => Some(bf16_tiles::<2>),
+                3 => Some(bf16_tiles::<3>),
+                4 => Some(bf16_tiles::<4>),
+                _ => None,
+            },
             _ => None,
         }
     }
@@ -499,12 +592,19 @@ mod tests {
     }
 
     fn check<T: Operand, W: Weight<Row = T>>(level: Level, value: fn(W) -> f32) {
-        for rows in 1..=MR {
+        let most = T::rows(level).most;
+        let large = [15, 16, 17, 31, 32, 33, 50, 64, 100, MOST_ROWS];
+        for rows in (1..=MR).chain(large).filter(|rows| *rows <= most) {
             for width in [16, 32, 48, 64] {
                 let Some(kernel) = W::kernel(level, rows, width) else {
                     panic!("no kernel for {rows} × {width} at {}", level.name());
                 };
-                for (segments, k_len) in [(1, T::K_STEP), (3, 6), (9, 34)] {
+                for (segments, k_len) in
+                    [(1, T::K_STEP), (3, 6), (9, 34), (2, 40), (1, 64), (2, 1056)]
+                {
+                    if k_len > 100 && (rows * width > 33 * 48) {
+                        continue;
+                    }
                     let x: Vec<T> = numbers(segments * rows * k_len, 1)
                         .into_iter()
                         .map(T::from_f32)
@@ -521,6 +621,7 @@ mod tests {
                     for add in [false, true] {
                         let tile = Tile {
                             a: pointers.as_ptr(),
+                            rows,
                             segments,
                             k_len,
                             panel: w.as_ptr(),

@@ -2,6 +2,9 @@
 
 #[allow(unsafe_code)]
 pub(crate) mod aligned;
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+mod amx;
 #[allow(unsafe_code)]
 pub(crate) mod attention;
 #[allow(unsafe_code)]

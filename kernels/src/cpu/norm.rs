@@ -224,21 +224,19 @@ impl GroupNorm<'_> {
                             };
                             let factors = &factors[column..][..side.channels];
                             match side.data {
-                                Numbers::F32(x) => apply_rows(
+                                Numbers::F32(x) => rows_of(
                                     level,
                                     picture_of(x, first, count, side.channels),
                                     factors,
                                     self.activation,
-                                    out,
-                                    place,
+                                    (out, place),
                                 ),
-                                Numbers::Bf16(x) => apply_rows(
+                                Numbers::Bf16(x) => rows_of(
                                     level,
                                     picture_of(x, first, count, side.channels),
                                     factors,
                                     self.activation,
-                                    out,
-                                    place,
+                                    (out, place),
                                 ),
                             }
                             column += side.channels;
@@ -394,6 +392,19 @@ multiversion! {
     }
 }
 
+/// The shorter way, if there is one.
+fn rows_of<I: Number, O: Number>(
+    level: Level,
+    x: &[I],
+    factors: &[f64],
+    activation: Option<Activation>,
+    (out, place): (&mut [O], Place),
+) {
+    if !coarse::apply_rows(level, x, factors, activation, (&mut *out, place)) {
+        apply_rows(level, x, factors, activation, out, place);
+    }
+}
+
 multiversion! {
     fn apply_rows<I: Number, O: Number>(x: &[I], factors: &[f64], activation: Option<Activation>, out: &mut [O], place: Place) {
         match activation {
@@ -510,6 +521,7 @@ fn lanes<I: Number>(x: &[I], f: impl Fn(f32) -> f32) -> f64 {
 }
 
 mod adaptive;
+mod coarse;
 pub(crate) use adaptive::{AdaptiveNorm, rms_norm, rotate};
 
 #[cfg(test)]

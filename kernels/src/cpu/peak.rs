@@ -5,10 +5,13 @@ use std::time::{Duration, Instant};
 use half::bf16;
 
 use super::Level;
-use super::micro::{MR, NR, Operand, Tile};
+use super::aligned::{Aligned, Plain};
+use super::micro::{NR, Operand, Tile};
 
 /// Numbers of a row: a panel stays in the second-level cache, which feeds four vectors of weights to 24 products with ease.
 const K: usize = 512;
+/// Calls between looks at the clock.
+const CALLS: u32 = 100;
 
 /// GFLOP/s of all threads together in products of small blocks that never leave the caches of their core, the best of a few short runs; of bf16
 /// numbers, or of f32.
@@ -22,36 +25,44 @@ pub fn peak_gflops(level: Level, of_bf16: bool) -> f64 {
     }
 }
 
-fn measure<T: Operand>(level: Level) -> f64 {
-    let Some(kernel) = T::kernel(level, MR, NR) else {
+fn measure<T: Operand + Plain>(level: Level) -> f64 {
+    let count = T::rows(level).most;
+    let Some(kernel) = T::kernel(level, count, NR) else {
         return 0.0;
     };
     let run = || {
-        let (rows, panel) = (
-            vec![T::from_f32(0.5); MR * K],
-            vec![T::from_f32(0.5); K * NR],
-        );
-        let mut sums = vec![0f32; MR * NR];
-        let pointers: Vec<*const T> = rows.chunks(K).map(<[T]>::as_ptr).collect();
+        let some = || {
+            // tiles are read a line of a cache at a time
+            let mut some = Aligned::zeros(count.max(NR) * K).ok()?;
+            some.as_mut_slice().fill(T::from_f32(0.5));
+            Some(some)
+        };
+        let (Some(rows), Some(panel)) = (some(), some()) else {
+            return 0.0;
+        };
+        let mut sums = vec![0f32; count * NR];
+        let rows = rows.as_slice().chunks(K).take(count);
+        let pointers: Vec<*const T> = rows.map(<[T]>::as_ptr).collect();
         let tile = Tile {
             a: pointers.as_ptr(),
+            rows: count,
             segments: 1,
             k_len: K,
-            panel: panel.as_ptr(),
+            panel: panel.as_slice().as_ptr(),
             c: sums.as_mut_ptr(),
             ldc: NR,
             add: false,
         };
         let (begin, mut calls) = (Instant::now(), 0u32);
         while begin.elapsed() < Duration::from_millis(20) {
-            for _ in 0..1000 {
-                // SAFETY: MR rows of K numbers, a panel of K × NR, MR × NR sums; the level is one that the processor has
+            for _ in 0..CALLS {
+                // SAFETY: `count` rows of K numbers, a panel of K × NR, `count` × NR sums; the level is one that the processor has
                 unsafe { kernel(&tile) };
             }
-            calls += 1000;
+            calls += CALLS;
         }
         std::hint::black_box(&sums);
-        let flop = 2.0 * (MR * NR * K) as f64 * f64::from(calls);
+        let flop = 2.0 * (count * NR * K) as f64 * f64::from(calls);
         flop / begin.elapsed().as_secs_f64() / 1e9
     };
     let all = || rayon::broadcast(|_| run()).iter().sum::<f64>();

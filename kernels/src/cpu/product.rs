@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Level;
 use super::aligned::Plain;
-use super::epilogue::{self, Epilogue, Finish, ROWS, Stored, Target};
-use super::micro::{Kernel, MR, NR, Tile, Weight};
+use super::epilogue::{self, Epilogue, Finish, Stored, Target};
+use super::micro::{Kernel, MOST_ROWS, MR, NR, Operand, Rows, Tile, Weight};
 use super::panels::{self, Group, PanelShape, Scratch};
 use super::view::Numbers;
 use crate::Wrap;
@@ -90,9 +90,30 @@ impl Grid {
 /// The most channels of a source: as many as there are zeros for taps outside the picture.
 pub(crate) const MOST_CHANNELS: usize = 1 << 15;
 
+/// What a thread's tasks work in; kept so that no call has to find room anew.
+struct Room {
+    /// Where the taps of a task's rows read.
+    pointers: Vec<*const u8>,
+    /// Sums of rows by the columns of a panel, from the first multiple of 64 bytes.
+    sums: Vec<f32>,
+}
+
+impl Room {
+    const LINE: usize = 64;
+
+    /// Sums of so many rows.
+    fn sums(&mut self, rows: usize) -> (&[*const u8], &mut [f32]) {
+        let len = rows * NR;
+        if self.sums.len() < len + Self::LINE / size_of::<f32>() {
+            self.sums = vec![0.0; len + Self::LINE / size_of::<f32>()];
+        }
+        let first = self.sums.as_ptr().align_offset(Self::LINE);
+        (&self.pointers, &mut self.sums[first..][..len])
+    }
+}
+
 thread_local! {
-    /// Where the taps of a task's rows read; kept so that no call has to find room for them anew.
-    static POINTERS: RefCell<Vec<*const u8>> = const { RefCell::new(Vec::new()) };
+    static ROOM: RefCell<Room> = const { RefCell::new(Room { pointers: Vec::new(), sums: Vec::new() }) };
 }
 
 /// `out = epilogue(rows × weights)`.
@@ -126,17 +147,17 @@ pub(crate) fn product<W: Weight, O: Stored>(
     if grid.rows() == 0 {
         return;
     }
-    let cut = Cut::new(grid.rows(), weights, rayon::current_num_threads());
+    let cut = Cut::new(level, grid.rows(), weights, rayon::current_num_threads());
     let next = AtomicUsize::new(0);
     let work = || {
         let mut scratch = Scratch::default();
-        POINTERS.with_borrow_mut(|pointers| {
+        ROOM.with_borrow_mut(|room| {
             loop {
                 let task = next.fetch_add(1, Ordering::Relaxed);
                 let Some((rows, panels)) = cut.task(task) else {
                     return;
                 };
-                job.run(rows, panels, (pointers, &mut scratch));
+                job.run(rows, panels, (room, &mut scratch));
             }
         });
     };
@@ -207,28 +228,29 @@ struct Cut {
 }
 
 impl Cut {
-    /// A block of rows stays in a core's second-level cache while all panels pass by; with few rows and many weights the panels are shared out
-    /// instead, so that each is fetched once.
-    fn new<W: Weight>(rows: usize, weights: &panels::Source<'_, W>, threads: usize) -> Self {
-        const CACHE: usize = 384 << 10;
-        let shape = weights.shape();
-        let panels = shape.count();
-        let taps: usize = shape.groups().iter().map(|g| g.taps).max().unwrap_or(1);
-        let row_bytes = shape.k::<W>() * size_of::<W::Row>() / taps.clamp(1, 6);
-        let want = 8 * threads;
-        let block = (CACHE / row_bytes.max(1))
-            .clamp(48, 384)
-            .next_multiple_of(MR);
-        let (mut block, mut range) = (block.min(rows.next_multiple_of(MR)), panels);
-        let loose = weights.is_loose();
-        if loose || (threads > 1 && rows.div_ceil(block) < want) {
-            if loose || shape.bytes::<W>() > 4 << 20 || rows < 96 * threads {
-                block = rows.next_multiple_of(MR).min(2048);
-                range = (panels * rows.div_ceil(block)).div_ceil(want).max(1);
-            } else {
-                block = rows.div_ceil(want).next_multiple_of(MR).max(MR * 4);
-            }
-        }
+    fn new<W: Weight>(
+        level: Level,
+        rows: usize,
+        weights: &panels::Source<'_, W>,
+        threads: usize,
+    ) -> Self {
+        let (shape, panels) = (weights.shape(), weights.shape().count());
+        let most_taps = shape.groups().iter().map(|g| g.taps).max().unwrap_or(1);
+        let k_bytes = shape.k::<W>() * size_of::<W::Row>();
+        let sizes = Sizes {
+            rows,
+            panels,
+            k_bytes,
+            taps: most_taps.max(1),
+            weights: shape.bytes::<W>(),
+            is_loose: weights.is_loose(),
+            threads,
+        };
+        let at_once = W::Row::rows(level);
+        let (block, range) = match at_once.most {
+            ..=MR => sizes.for_vectors(),
+            _ => sizes.for_tiles(at_once.even),
+        };
         Self {
             rows,
             block,
@@ -254,6 +276,75 @@ impl Cut {
     }
 }
 
+/// What decides on the [`Cut`] of a product.
+struct Sizes {
+    rows: usize,
+    panels: usize,
+    /// Bytes that a row reads, and how many taps share them with its neighbours.
+    k_bytes: usize,
+    taps: usize,
+    /// Bytes of all weights.
+    weights: usize,
+    is_loose: bool,
+    threads: usize,
+}
+
+impl Sizes {
+    /// Weights that are read again and again without being missed elsewhere.
+    const LIGHT: usize = 4 << 20;
+    /// The most rows of a block where it is its columns that are shared out.
+    const MOST: usize = 2048;
+
+    /// As many tasks as are wanted, so that no thread waits long for the last.
+    fn want(&self) -> usize {
+        8 * self.threads
+    }
+
+    /// A block of rows stays in a core's second-level cache while all panels pass by; with few rows and many weights the panels are shared out
+    /// instead, so that each is fetched once.
+    fn for_vectors(&self) -> (usize, usize) {
+        const CACHE: usize = 384 << 10;
+        let row_bytes = self.k_bytes / self.taps.min(6);
+        let block = (CACHE / row_bytes.max(1))
+            .clamp(48, 384)
+            .next_multiple_of(MR);
+        let whole = self.rows.next_multiple_of(MR);
+        let few = self.threads > 1 && self.rows.div_ceil(block) < self.want();
+        if self.is_loose || (few && (self.weights > Self::LIGHT || self.rows < 96 * self.threads)) {
+            let block = whole.min(Self::MOST);
+            (block, self.range(block))
+        } else if few {
+            let share = self.rows.div_ceil(self.want()).next_multiple_of(MR);
+            (share.max(MR * 4), self.panels)
+        } else {
+            (block.min(whole), self.panels)
+        }
+    }
+
+    /// Tiles multiply faster than the third-level cache gives: a block of rows stays in the second-level cache while many panels pass by, and is as
+    /// large as fits there, so that they pass by seldom. Only where weights are light is it smaller, for there to be enough tasks.
+    fn for_tiles(&self, even: usize) -> (usize, usize) {
+        const CACHE: usize = 1 << 20;
+        const FEWEST: usize = 128;
+        let most = match self.is_loose {
+            true => Self::MOST,
+            false => CACHE / (self.k_bytes / self.taps).max(1),
+        };
+        let mut blocks = self.rows.div_ceil(most.clamp(FEWEST, Self::MOST));
+        if self.weights <= Self::LIGHT && !self.is_loose {
+            blocks = blocks.max(self.want().min(self.rows.div_ceil(FEWEST)));
+        }
+        let block = self.rows.div_ceil(blocks).next_multiple_of(even);
+        (block, self.range(block))
+    }
+
+    /// Panels of a task.
+    fn range(&self, block: usize) -> usize {
+        let tasks = self.panels * self.rows.div_ceil(block);
+        tasks.div_ceil(self.want()).clamp(1, self.panels.max(1))
+    }
+}
+
 struct Job<'a, W: Weight, O> {
     level: Level,
     weights: &'a panels::Source<'a, W>,
@@ -268,19 +359,20 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
         &self,
         rows: std::ops::Range<usize>,
         panels: std::ops::Range<usize>,
-        (pointers, scratch): (&mut Vec<*const u8>, &mut Scratch<W>),
+        (room, scratch): (&mut Room, &mut Scratch<W>),
     ) {
-        self.gather(rows.clone(), pointers);
+        let Rows { most, .. } = W::Row::rows(self.level);
+        self.gather(rows.clone(), most, &mut room.pointers);
+        let (pointers, sums) = room.sums(most);
         let shape = self.weights.shape();
         let taps: usize = shape.groups().iter().map(|g| g.taps).sum();
-        let mut sums = [0f32; MR * NR];
-        let mut stored = [0usize; ROWS];
+        let mut stored = [0usize; MOST_ROWS];
         for p in panels {
             let width = shape.width(p);
             let used = (shape.columns() - p * NR).min(NR);
             let panel = self.weights.panel(p, scratch);
-            for (tile, first) in rows.clone().step_by(MR).enumerate() {
-                let count = (rows.end - first).min(MR);
+            for (tile, first) in rows.clone().step_by(most).enumerate() {
+                let count = (rows.end - first).min(most);
                 let Some(kernel) = W::kernel(self.level, count, width) else {
                     return;
                 };
@@ -288,9 +380,9 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
                 unsafe {
                     self.tile(
                         kernel,
-                        &pointers[tile * taps * MR..],
+                        &pointers[tile * taps * most..],
                         (panel, width, count),
-                        &mut sums,
+                        sums,
                     );
                 }
                 for (r, stored) in stored.iter_mut().enumerate().take(count) {
@@ -320,7 +412,7 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
         kernel: Kernel<W::Row, W>,
         pointers: &[*const u8],
         (mut panel, width, count): (&[W], usize, usize),
-        sums: &mut [f32; MR * NR],
+        sums: &mut [f32],
     ) {
         let mut pointers = pointers;
         for (g, group) in self.weights.shape().groups().iter().enumerate() {
@@ -328,6 +420,7 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
             let (own, rest) = panel.split_at(group.taps * k_len * width);
             let tile = Tile {
                 a: pointers.as_ptr().cast(),
+                rows: count,
                 segments: group.taps,
                 k_len,
                 panel: own.as_ptr(),
@@ -335,44 +428,57 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
                 ldc: width,
                 add: g > 0,
             };
-            // SAFETY: pointers as promised; the panel holds taps × k_len × width numbers; sums has MR × NR numbers
+            // SAFETY: pointers as promised; the panel holds taps × k_len × width numbers; sums has as many rows as a kernel takes
             unsafe { kernel(&tile) };
             pointers = &pointers[group.taps * count..];
             panel = rest;
         }
     }
 
-    /// Lists for each tile of rows what each tap reads: `[tile][tap][rows of the tile]`, tiles `taps × MR` apart.
-    fn gather(&self, rows: std::ops::Range<usize>, pointers: &mut Vec<*const u8>) {
-        let zeros = zeros::<u8>();
+    /// Lists for each tile of `most` rows what each tap reads: `[tile][tap][rows of the tile]`, tiles `taps × most` apart.
+    fn gather(&self, rows: std::ops::Range<usize>, most: usize, pointers: &mut Vec<*const u8>) {
         let taps: usize = self.sources.iter().map(|s| s.taps.len()).sum();
         pointers.clear();
-        pointers.resize(rows.len().div_ceil(MR) * MR * taps, zeros);
-        let (mut picture, mut y, mut x) = self.grid.at(rows.start);
-        for (tile, first) in rows.clone().step_by(MR).enumerate() {
-            let count = (rows.end - first).min(MR);
-            let tile = &mut pointers[tile * taps * MR..][..taps * MR];
-            for r in 0..count {
-                let mut places = tile[r..].iter_mut().step_by(count);
+        pointers.resize(rows.len().div_ceil(most) * most * taps, zeros());
+        for (tile, first) in rows.clone().step_by(most).enumerate() {
+            let count = (rows.end - first).min(most);
+            let tile = &mut pointers[tile * taps * most..][..taps * count];
+            let mut done = 0;
+            while done < count {
+                // as many as lie side by side
+                let (picture, y, x) = self.grid.at(first + done);
+                let run = (self.grid.w - x).min(count - done);
+                let mut lines = tile.chunks_exact_mut(count);
                 for source in self.sources {
-                    let (y, x) = (y * source.stride, x * source.stride);
-                    let from = picture % source.pictures * source.h;
-                    for (&(dy, dx), place) in source.taps.iter().zip(&mut places) {
-                        let y = Wrap::place(source.wrap.y, y.cast_signed() + dy, source.h);
-                        let x = Wrap::place(source.wrap.x, x.cast_signed() + dx, source.w);
-                        if let (Some(y), Some(x)) = (y, x) {
-                            let pixel = (from + y) * source.w + x;
-                            *place = source.data[pixel * source.pixel_stride..].as_ptr().cast();
-                        }
+                    for (&tap, line) in source.taps.iter().zip(&mut lines) {
+                        source.list(tap, (picture, y, x), &mut line[done..done + run]);
                     }
                 }
-                x += 1;
-                if x == self.grid.w {
-                    (x, y) = (0, y + 1);
-                }
-                if y == self.grid.h {
-                    (y, picture) = (0, picture + 1);
-                }
+                done += run;
+            }
+        }
+    }
+}
+
+impl<T> Source<'_, T> {
+    /// What a tap reads for results side by side, the first at `(picture, y, x)`. Places outside the picture are left as they are.
+    fn list(
+        &self,
+        (dy, dx): (isize, isize),
+        (picture, y, x): (usize, usize, usize),
+        places: &mut [*const u8],
+    ) {
+        let y = (y * self.stride).cast_signed() + dy;
+        let Some(y) = Wrap::place(self.wrap.y, y, self.h) else {
+            return;
+        };
+        let line = (picture % self.pictures * self.h + y) * self.w;
+        for (i, place) in places.iter_mut().enumerate() {
+            let x = ((x + i) * self.stride).cast_signed() + dx;
+            if let Some(x) = Wrap::place(self.wrap.x, x, self.w) {
+                // `check` compared the length with all pixels
+                let pixel = self.data.as_ptr();
+                *place = pixel.wrapping_add((line + x) * self.pixel_stride).cast();
             }
         }
     }

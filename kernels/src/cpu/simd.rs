@@ -24,7 +24,7 @@ macro_rules! multiversion {
                 fn avx2 $(<$($t: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
                 match level {
                     // SAFETY: a level is only in use where the processor has it
-                    $crate::cpu::Level::Avx512 | $crate::cpu::Level::Avx512Bf16 => return unsafe { avx512($($arg),*) },
+                    $crate::cpu::Level::Avx512 | $crate::cpu::Level::Avx512Bf16 | $crate::cpu::Level::Amx => return unsafe { avx512($($arg),*) },
                     // SAFETY: as above
                     $crate::cpu::Level::Avx2 => return unsafe { avx2($($arg),*) },
                     $crate::cpu::Level::Portable => {}
@@ -120,22 +120,24 @@ pub(crate) fn mish(x: f32) -> f32 {
     x * (m / (m + 2.0))
 }
 
+/// The polynomial q of [`gelu`].
+const Q: [f32; 8] = [
+    0.797_887_5,
+    0.318_281_92,
+    0.036_435_854,
+    -0.004_962_659,
+    1.442_931_4e-4,
+    1.091_052e-4,
+    -2.317_422_7e-5,
+    1.625_924_9e-6,
+];
+
 /// `x/2 · (1 + erf(x/√2))`, absolute error below 1e-7 · max(1, |x|).
 ///
 /// 1 − erf(t/√2) = e^(−t·q(t)), where q is a polynomial fitted to 0 < t ≤ 5.8 by least squares, weighted so that the error of the result is
 /// even; at 5.8 the left side is 7e-9, and what lies beyond is taken for it.
 #[inline(always)]
 pub(crate) fn gelu(x: f32) -> f32 {
-    const Q: [f32; 8] = [
-        0.797_887_5,
-        0.318_281_92,
-        0.036_435_854,
-        -0.004_962_659,
-        1.442_931_4e-4,
-        1.091_052e-4,
-        -2.317_422_7e-5,
-        1.625_924_9e-6,
-    ];
     let t = x.abs().min(5.8);
     let mut q = Q[7];
     let mut i = 7;
@@ -145,6 +147,68 @@ pub(crate) fn gelu(x: f32) -> f32 {
     }
     let half = 0.5 * exp(-t * q);
     x * if x < 0.0 { half } else { 1.0 - half }
+}
+
+/// 2ˣ within 7.5·10⁻⁵ of itself: that of the whole part below, which is exact, times that of the rest by the polynomial of degree 3 of least
+/// relative error. 0 far below, +∞ from 128.
+///
+/// # Safety
+/// For functions compiled with AVX-512 F and DQ, and processors that have it.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn coarse_exp2(x: std::arch::x86_64::__m512) -> std::arch::x86_64::__m512 {
+    use std::arch::x86_64::*;
+    // SAFETY: the processor has the instructions
+    unsafe {
+        let f = _mm512_reduce_ps::<0b1001>(x);
+        let mut p = _mm512_set1_ps(0.078_024_52);
+        for c in [0.226_067_18, 0.695_833_5, 0.999_925_2] {
+            p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
+        }
+        _mm512_scalef_ps(p, x)
+    }
+}
+
+/// [`silu`] within 2·10⁻⁴ of itself, without a division, for results that are rounded to bf16.
+///
+/// # Safety
+/// As [`coarse_exp2`].
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) unsafe fn coarse_silu(x: &mut [f32; 16]) {
+    use std::arch::x86_64::*;
+    // SAFETY: the processor has the instructions; 16 numbers are read and written
+    unsafe {
+        let value = _mm512_loadu_ps(x.as_ptr());
+        let power = coarse_exp2(_mm512_mul_ps(value, _mm512_set1_ps(-LOG2_E)));
+        let share = _mm512_rcp14_ps(_mm512_add_ps(power, _mm512_set1_ps(1.0)));
+        _mm512_storeu_ps(x.as_mut_ptr(), _mm512_mul_ps(value, share));
+    }
+}
+
+/// [`gelu`] within 10⁻⁴ of itself in a third of the instructions, for results that are rounded to bf16.
+///
+/// # Safety
+/// For functions compiled with AVX-512 F and DQ, and processors that have it.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) unsafe fn coarse_gelu(x: &mut [f32; 16]) {
+    use std::arch::x86_64::*;
+    // SAFETY: the processor has the instructions; 16 numbers are read and written
+    unsafe {
+        let value = _mm512_loadu_ps(x.as_ptr());
+        // the second operand where one is not a number
+        let t = _mm512_min_ps(_mm512_set1_ps(5.8), _mm512_abs_ps(value));
+        let mut q = _mm512_set1_ps(Q[7] * -LOG2_E);
+        for i in (0..7).rev() {
+            q = _mm512_fmadd_ps(q, t, _mm512_set1_ps(Q[i] * -LOG2_E));
+        }
+        let half = coarse_exp2(_mm512_fmadd_ps(q, t, _mm512_set1_ps(-1.0)));
+        let below = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(value, _mm512_setzero_ps());
+        let rest = _mm512_sub_ps(_mm512_set1_ps(1.0), half);
+        let share = _mm512_mask_blend_ps(below, rest, half);
+        _mm512_storeu_ps(x.as_mut_ptr(), _mm512_mul_ps(value, share));
+    }
 }
 
 #[cfg(test)]
@@ -167,6 +231,46 @@ mod tests {
                 assert!((f64::from(*y) / want - 1.0).abs() < 4e-7, "{x}: {y} {want}");
             }
         }
+    }
+
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn coarse_activations_are_close() {
+        if !Level::Avx512.is_supported() {
+            return;
+        }
+        #[target_feature(enable = "avx512f,avx512dq")]
+        fn gelus(x: &mut [f32; 16]) {
+            // SAFETY: compiled with what it takes
+            unsafe { coarse_gelu(x) }
+        }
+        #[target_feature(enable = "avx512f,avx512dq")]
+        fn silus(x: &mut [f32; 16]) {
+            // SAFETY: as above
+            unsafe { coarse_silu(x) }
+        }
+        for i in -12_000..12_000 {
+            let x = std::array::from_fn(|lane| (16 * i + lane as i32) as f32 / 16_000.0);
+            let (mut gelu_of, mut silu_of) = (x, x.map(|x: f32| 10.0 * x));
+            // SAFETY: the processor has been asked
+            unsafe {
+                gelus(&mut gelu_of);
+                silus(&mut silu_of);
+            }
+            for (lane, x) in x.into_iter().enumerate() {
+                let (got, want) = (gelu_of[lane], gelu(x));
+                let off = (got - want).abs();
+                assert!(off <= 1e-4 * want.abs() + 1e-7, "{x}: {got} {want}");
+                let (got, want) = (silu_of[lane], silu(10.0 * x));
+                let off = (got - want).abs();
+                assert!(off <= 2e-4 * want.abs() + 1e-30, "{x}: {got} {want}");
+            }
+        }
+        let mut odd = [0f32; 16];
+        odd[..3].copy_from_slice(&[f32::NAN, f32::INFINITY, f32::NEG_INFINITY]);
+        // SAFETY: as above
+        unsafe { gelus(&mut odd) };
+        assert!(odd[0].is_nan() && odd[1] > f32::MAX && odd[2] <= 0.0 && odd[3] == 0.0);
     }
 
     #[test]

@@ -23,7 +23,7 @@ use rayon::prelude::*;
 
 use super::Level;
 use super::epilogue::{Epilogue, Stored, Target};
-use super::micro::{LANES, MR, NR, Tile};
+use super::micro::{LANES, MR, NR, Tile, evenly};
 use super::product::MOST_CHANNELS;
 use super::view::Numbers;
 use crate::Wrap;
@@ -453,29 +453,19 @@ impl<T: Kept, I: Kept, O: Stored> Job<'_, T, I, O> {
                 .wrapping_add(position * plan.position + at * plan.row);
             let products = products.wrapping_add(position * plan.product_position());
             for (i, weights) in weights.chunks(CHUNK * width).enumerate() {
-                for first in (0..tiles.len()).step_by(MR) {
-                    let count = (tiles.len() - first).min(MR);
-                    let Some(kernel) = T::kernel(self.level, count, width) else {
-                        return;
-                    };
-                    let rows: [*const T; MR] = std::array::from_fn(|r| {
-                        operands
-                            .wrapping_add((first + r) * plan.row + i * CHUNK)
-                            .cast_const()
-                    });
-                    let (k_len, c) = (weights.len() / width, products.wrapping_add(first * NR));
-                    let tile = Tile {
-                        a: rows.as_ptr(),
-                        segments: 1,
-                        k_len,
-                        panel: weights.as_ptr(),
-                        c,
-                        ldc: NR,
-                        add: i > 0,
-                    };
-                    // SAFETY: `count` rows of `k` numbers, by the caller's promise; a panel of `k_len × width`; products have room for a block
-                    unsafe { kernel(&tile) };
-                }
+                let rows = operands.wrapping_add(i * CHUNK).cast_const();
+                let tile = Tile {
+                    a: std::ptr::null(),
+                    rows: tiles.len(),
+                    segments: 1,
+                    k_len: weights.len() / width,
+                    panel: weights.as_ptr(),
+                    c: products,
+                    ldc: NR,
+                    add: i > 0,
+                };
+                // SAFETY: rows of `k` numbers, by the caller's promise; a panel of `k_len × width`; products have room for a block
+                unsafe { evenly(self.level, (rows, plan.row), width, &tile) };
             }
         }
         let output = Output::<O, S> {

@@ -37,7 +37,7 @@ use crate::{Error, Padding, Result, Tensor};
 pub enum Precision {
     /// 32-bit throughout.
     F32,
-    /// Operands of products in bf16, sums in f32. Needs [`Level::Avx512Bf16`].
+    /// Operands of products in bf16, sums in f32. Needs [`Level::Avx512Bf16`] or more.
     Bf16,
 }
 
@@ -107,14 +107,16 @@ impl Options {
     ///
     /// `most` is how many pixels the largest picture of the network has.
     ///
-    /// Winograd's forms take 2.25 and 4 times fewer products, and 1.8 and 4 times the memory for weights. F(4×4) in bf16 rounds too much.
+    /// Winograd's forms take 2.25 and 4 times fewer products, and 1.8 and 4 times the memory for weights. F(4×4) in bf16 rounds too much, and
+    /// where products are of tiles the transforms alone would take longer than all products of the definition.
     fn form(&self, part: &Part, columns: usize, (size, most): ((usize, usize), usize)) -> Form {
         let channels = part.weight.shape().get(1).copied().unwrap_or(0);
         let is_3x3 = part.kernel == (3, 3) && part.stride == 1 && part.padding == Padding::same(1);
         // few channels or pixels: transforms cost more than they save. The lowest level has most weights and least work
         let pixels = size.0 * size.1;
         let worth = pixels >= 16 * 16 || (pixels >= 8 * 8 && 16 * pixels >= most);
-        if !is_3x3 || channels.min(columns) < 32 || !worth {
+        let by_tiles = self.precision.is_bf16() && self.level == Level::Amx;
+        if !is_3x3 || channels.min(columns) < 32 || !worth || by_tiles {
             return Form::Direct;
         }
         if self.precision.is_bf16() {

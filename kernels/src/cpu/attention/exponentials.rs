@@ -76,7 +76,9 @@ pub(super) fn single(level: Level, step: &mut Step<'_>, weights: &mut [f32]) -> 
     match level {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: a level is only in use where the processor has it; sizes as asserted
-        Level::Avx512 | Level::Avx512Bf16 => unsafe { x86::single(step, weights, &mut block) },
+        Level::Avx512 | Level::Avx512Bf16 | Level::Amx => unsafe {
+            x86::single(step, weights, &mut block)
+        },
         _ => plain(
             level,
             step.scores,

@@ -223,6 +223,69 @@ fn equals_the_definition_at_odd_shapes() {
     }
 }
 
+/// Bits of a 3×3 convolution by so many threads, whose rows lie evenly in part.
+fn bits<T: Operand + Weight<Row = T>>(
+    level: Level,
+    threads: usize,
+    (h, w): (usize, usize),
+) -> Vec<u32> {
+    let (channels, columns) = (40, 150);
+    let group = Group { taps: 9, channels };
+    let weights = numbers(columns * channels * 9, 3);
+    let panels = Panels::<T>::pack(columns, &[group], |column, _, out| {
+        let n = out.len();
+        out.copy_from_slice(&weights[column * n..][..n]);
+    })
+    .unwrap();
+    let data: Vec<T> = numbers(2 * h * w * channels, 4)
+        .into_iter()
+        .map(<T as Operand>::from_f32)
+        .collect();
+    let taps: Vec<(isize, isize)> = (0..9).map(|t| (t / 3 - 1, t % 3 - 1)).collect();
+    let source = Source {
+        data: &data,
+        pictures: 2,
+        h,
+        w,
+        channels,
+        pixel_stride: channels,
+        stride: 1,
+        taps: &taps,
+        wrap: Wrap { x: true, y: false },
+    };
+    let mut out = vec![0f32; 2 * h * w * columns];
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build()
+        .unwrap();
+    pool.install(|| {
+        product(
+            level,
+            &panels::Source::Packed(&panels),
+            (Grid::plain(2, h, w), &[source]),
+            &Epilogue::default(),
+            &mut out,
+        );
+    });
+    out.into_iter().map(f32::to_bits).collect()
+}
+
+#[test]
+fn bits_do_not_depend_on_threads() {
+    for size in [(5, 7), (16, 16), (21, 40)] {
+        at_every_level(|level, brain| {
+            let of = |threads| match brain {
+                true => bits::<bf16>(level, threads, size),
+                false => bits::<f32>(level, threads, size),
+            };
+            let one = of(1);
+            for threads in [2, 3, 7] {
+                assert!(one == of(threads), "{} {size:?} {threads}", level.name());
+            }
+        });
+    }
+}
+
 /// A row of `values` times columns of ones.
 fn row_sums<T: Operand + Weight<Row = T>>(level: Level, rows: usize, values: &[f32]) -> Vec<f32> {
     let (channels, columns) = (values.len() / rows, 3);
@@ -261,7 +324,8 @@ fn extreme_values_stay_in_their_rows() {
     values[9] = f32::INFINITY;
     values[16] = f32::NAN;
     values[24..32].fill(1e-30);
-    values[32..].copy_from_slice(&[3e38, -3e38, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]);
+    // tiles sum numbers of even and of odd places apart
+    values[32..].copy_from_slice(&[3e38, 0.0, -3e38, 0.0, 0.0, 0.0, 0.0, 1.0]);
     at_every_level(|level, brain| {
         let out = if brain {
             row_sums::<bf16>(level, 5, &values)

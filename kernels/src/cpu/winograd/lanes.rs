@@ -225,7 +225,7 @@ pub(super) unsafe fn vectorised<W: Work>(level: Level, work: W) {
     match level {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: passed on; a level is only in use where the processor has it
-        Level::Avx512Bf16 => unsafe { x86::avx512_bf16(work) },
+        Level::Avx512Bf16 | Level::Amx => unsafe { x86::avx512_bf16(work) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above
         Level::Avx512 => unsafe { x86::avx512(work) },
