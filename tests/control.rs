@@ -355,6 +355,7 @@ fn run_latents(base: &Path, parts: &[PathBuf], run: &Value) -> Tensor {
 fn steered_latents(engine: Engine, parts: &[PathBuf], run: &Value) -> Tensor {
     let checkpoints: Vec<Checkpoint> = parts.iter().map(|path| open(path)).collect();
     let engine = engine.with_controls(&checkpoints).unwrap();
+    assert!(engine.warnings().is_empty(), "{:?}", engine.warnings());
     let controls = list(&run["pictures"]).iter().enumerate();
     let controls = controls.map(|(i, of)| {
         let size = (number(&of[1][0]), number(&of[1][1]));

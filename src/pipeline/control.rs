@@ -2,6 +2,9 @@
 //! call, and how they are recorded into the UNet's graph.
 
 mod lite;
+mod steer;
+
+pub(super) use steer::{steer, values};
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -9,10 +12,9 @@ use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
-use sd_kernels::{Source, Tensor, Weights, ops};
-use sd_models::controlnet::{self, ControlNet, Hint, Ramp, Strength};
-use sd_models::denoiser::{Inputs, Residuals, Steering};
-use sd_models::lllite::{Lllite, Looking, View};
+use sd_kernels::{Source, Weights};
+use sd_models::controlnet::{self, ControlNet, Ramp, Strength};
+use sd_models::lllite::{Lllite, View};
 use sd_models::t2i_adapter::{self, T2iAdapter};
 use sd_models::unet;
 
@@ -22,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::picture::{Grey, Picture};
 use crate::sampling::Trajectory;
 use crate::spec::{Component, ControlSpec};
-use crate::weights::{ControlLoraSource, below};
+use crate::weights::{CheckpointSource, ControlLoraSource, below};
 
 /// A picture for one ControlNet, ControlNet-LLLite or T2I-Adapter of an engine; the n-th belongs to the n-th.
 #[derive(Debug, Clone, PartialEq)]
@@ -96,6 +98,7 @@ pub(super) struct LoadedControl {
     weights: Weights,
     /// Pixels that a latent is wide.
     scale: usize,
+    unused: Vec<String>,
 }
 
 enum Network {
@@ -156,9 +159,6 @@ fn kind_name(index: usize) -> String {
     format!("{} kind", label(index))
 }
 
-/// Makes the tensor that stands for an input: a node or data.
-pub(super) type Give<'a> = dyn Fn(&str, &[usize]) -> Result<Tensor> + 'a;
-
 impl LoadedControl {
     /// Builds a network over a model's UNet; `base` are that one's weights.
     ///
@@ -171,14 +171,17 @@ impl LoadedControl {
         base: &Arc<dyn Source>,
         (dtype, device): (DType, &Device),
     ) -> Result<Self> {
-        let source: Arc<dyn Source> = match spec {
-            ControlSpec::Net(component) => source(component),
+        let own = match spec {
+            ControlSpec::Net(component) | ControlSpec::Lora(component) => source(component),
             ControlSpec::Lite(component) => source(component),
             ControlSpec::Adapter(component) => source(component),
-            ControlSpec::Lora(component) => Arc::new(ControlLoraSource {
-                own: source(component),
+        };
+        let source: Arc<dyn Source> = match spec {
+            ControlSpec::Lora(_) => Arc::new(ControlLoraSource {
+                own: Arc::clone(&own),
                 base: Arc::clone(base),
             }),
+            _ => Arc::<CheckpointSource>::clone(&own),
         };
         let weights = below(&label(index), source, dtype, device);
         let network = match spec {
@@ -200,7 +203,13 @@ impl LoadedControl {
             network,
             weights,
             scale,
+            unused: spec.left(&own.found()),
         })
+    }
+
+    /// Tensors of its file that nothing asked for.
+    pub(super) fn unused(&self) -> &[String] {
+        &self.unused
     }
 
     /// Reads all weights, for the eager executor.
@@ -365,141 +374,6 @@ impl LoadedControl {
         let side = |latents: usize| latents * self.scale / factor.max(1);
         vec![batch, channels * factor * factor, side(h), side(w)]
     }
-}
-
-/// What networks add to a UNet.
-#[derive(Default)]
-pub(super) struct Steered<'a> {
-    residuals: Option<Residuals>,
-    features: Vec<Tensor>,
-    lites: Vec<Looking<'a>>,
-}
-
-impl Steered<'_> {
-    /// The same beside pictures that stand with the text.
-    pub(super) fn beside<'a>(&'a self, images: &'a [unet::ImagePrompt<'a>]) -> Steering<'a> {
-        Steering {
-            residuals: self.residuals.as_ref(),
-            features: &self.features,
-            lites: &self.lites,
-            images,
-        }
-    }
-}
-
-/// What the networks of `acting` add to a UNet that takes `inputs`.
-///
-/// # Errors
-/// When the shapes do not fit.
-pub(super) fn steer<'a>(
-    loaded: &'a [LoadedControl],
-    acting: &[Acting],
-    inputs: &Inputs<'_>,
-    give: &Give<'_>,
-) -> Result<Steered<'a>> {
-    let (batch, _, h, w) = inputs.sample.dims4()?;
-    let mut steered = Steered::default();
-    for one in acting {
-        let Some(control) = loaded.get(one.index) else {
-            return Err(Error::Numeric("a control network is missing".to_owned()));
-        };
-        let picture = || give(&hint_name(one.index), &control.hint_shape(batch, (w, h)));
-        match &control.network {
-            Network::Net(net) => {
-                let more = steer_net(net, one, inputs, (&picture()?, give))?;
-                steered.residuals = Some(match steered.residuals {
-                    Some(residuals) => residuals.plus(&more)?,
-                    None => more,
-                });
-            }
-            Network::Lite(lite) => {
-                let views = lite.config().views().into_iter();
-                let pictures = views.map(|view| {
-                    let (across, down) = view.squares((w, h));
-                    let (high, wide) = (down * view.stride, across * view.stride);
-                    let shape = [batch, view.channels, high, wide];
-                    Ok((view, give(&view_name(one.index, view), &shape)?))
-                });
-                let pictures = pictures.collect::<Result<_>>()?;
-                steered
-                    .lites
-                    .push(lite.look(one.strength.scale, &pictures)?);
-            }
-            Network::Adapter(adapter) => {
-                let more = adapter.forward(&picture()?, one.strength.scale)?;
-                let features = &mut steered.features;
-                *features = match features.len() {
-                    0 => more,
-                    count if count == more.len() => {
-                        let sums = features.iter().zip(&more).map(|(a, b)| ops::add(a, b));
-                        sums.collect::<sd_kernels::Result<_>>()?
-                    }
-                    _ => {
-                        return Err(Error::Usage(
-                            "the T2I-Adapters have different numbers of features; they are not for one family"
-                                .to_owned(),
-                        ));
-                    }
-                };
-            }
-        }
-    }
-    Ok(steered)
-}
-
-/// What a ControlNet adds.
-fn steer_net(
-    net: &ControlNet,
-    one: &Acting,
-    inputs: &Inputs<'_>,
-    (picture, give): (&Tensor, &Give<'_>),
-) -> Result<Residuals> {
-    let (batch, ..) = inputs.sample.dims4()?;
-    let config = net.config();
-    let width = config.union.map_or(0, |union| union.kinds * union.number);
-    let sinusoids = match one.kind {
-        Some(kind) => Some((kind, give(&kind_name(one.index), &[batch, width])?)),
-        None => None,
-    };
-    // a ControlNet has half the UNet's inputs only where it has the layers for them
-    let inputs = Inputs {
-        added: inputs.added.filter(|_| config.trunk.added.is_some()),
-        label: inputs.label.filter(|_| config.trunk.classes.is_some()),
-        guidance: inputs
-            .guidance
-            .filter(|_| config.trunk.time.condition.is_some()),
-        ..*inputs
-    };
-    let hint = Hint {
-        picture,
-        kind: sinusoids.as_ref().map(|(kind, x)| (*kind, x)),
-    };
-    Ok(net.forward(&inputs, hint, one.strength)?)
-}
-
-/// Numbers of the inputs of `acting` for `n` pictures.
-///
-/// # Errors
-/// When the executor fails.
-pub(super) fn values(
-    loaded: &[LoadedControl],
-    acting: &[Acting],
-    n: usize,
-) -> Result<Vec<(Cow<'static, str>, Vec<f32>)>> {
-    let mut all = Vec::new();
-    for one in acting {
-        for (name, hint) in one.hints.iter() {
-            all.push((Cow::from(name.clone()), hint.repeat(n)));
-        }
-        let network = loaded.get(one.index).map(|control| &control.network);
-        if let (Some(Network::Net(net)), Some(which)) = (network, one.kind)
-            && let Some(sinusoids) = net.embed_kind(which)?
-        {
-            let sinusoids: Vec<f32> = sinusoids.into_data()?.flatten_all()?.to_vec1()?;
-            all.push((Cow::from(kind_name(one.index)), sinusoids.repeat(n)));
-        }
-    }
-    Ok(all)
 }
 
 /// For each call of a run whether what has `span` acts: by the part of the calls, as diffusers counts, or of the steps, as A1111 does.

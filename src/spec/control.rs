@@ -1,5 +1,6 @@
 //! A file or folder that steers a UNet by a picture: a ControlNet, a Control-LoRA, a ControlNet-LLLite or a T2I-Adapter.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -12,6 +13,9 @@ use sd_models::{controlnet, lllite, t2i_adapter, unet};
 
 /// What such a model is called where a folder of it is opened.
 pub const CONTROL: &str = "controlnet";
+
+/// An empty tensor by which Control-LoRAs are known.
+const LORA_MARK: &str = "lora_controlnet";
 
 /// Which kind, with its structure and tensors.
 pub enum ControlSpec {
@@ -70,7 +74,7 @@ impl ControlSpec {
             let (config, layout) = lite_names::read(unet, tensors.names(), &shapes).map_err(bad)?;
             return Ok(Self::Lite(Component::new(config, tensors, layout)));
         }
-        if tensors.info("lora_controlnet").is_some() {
+        if tensors.info(LORA_MARK).is_some() {
             let (config, layout) = names::read_lora(unet, &shapes).map_err(bad)?;
             return Ok(Self::Lora(Component::new(config, tensors, layout)));
         }
@@ -89,6 +93,19 @@ impl ControlSpec {
                 family.phrase()
             ))),
         }
+    }
+
+    /// Tensors of its file that are of no use, beside those that were `found`; fit to be printed.
+    pub fn left(&self, found: &BTreeSet<String>) -> Vec<String> {
+        let tensors = match self {
+            Self::Net(component) | Self::Lora(component) => &component.tensors,
+            Self::Lite(component) => &component.tensors,
+            Self::Adapter(component) => &component.tensors,
+        };
+        let left = tensors.names().filter(|name| {
+            !found.contains(*name) && *name != LORA_MARK && checkpoint::leftover(name).is_none()
+        });
+        left.map(checkpoint::printable).collect()
     }
 
     /// What it is called in messages.

@@ -264,6 +264,18 @@ fn reason(tensors: &[Stored], base: &str) -> String {
     reason
 }
 
+/// What is told of a file of these tensors on a model.
+fn warnings(tensors: &[Stored], base: &str) -> Vec<String> {
+    let dir = Dir::new();
+    let (file, folder) = (dir.path("lite.safetensors"), dir.path("base"));
+    save(tensors.iter(), &file);
+    Case::load(base).write_folder(&folder, &FolderForm::default());
+    let model = Checkpoint::open(&folder).unwrap();
+    let engine = Engine::load(&model, &Device::Cpu, DType::F32).unwrap();
+    let engine = engine.with_controls([&open(&file)]).unwrap();
+    engine.warnings().to_vec()
+}
+
 #[test]
 fn modules_that_do_not_fit_are_refused() {
     let lites = Lites::load();
@@ -287,6 +299,16 @@ fn modules_that_do_not_fit_are_refused() {
             || end == "conditioning1.2.weight" && reason.contains("mid.0.weight");
         assert!(named, "{end}: {reason}");
     }
+    let mut more = lites.tensors("lite-xl");
+    let last = more.last().unwrap().name.clone();
+    let (module, _) = last.split_once('.').unwrap();
+    more.push(zeros(&format!("{module}.depth"), &[1]));
+    let told = warnings(&more, "single-sdxl");
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(
+        told[0].ends_with(&format!("1 tensor is not used: `{module}.depth`")),
+        "{told:?}"
+    );
     let mut more = lites.tensors("lite-xl");
     let name = "lllite_unet_input_blocks_4_1_transformer_blocks_0_ff_net_2";
     more.push(zeros(&format!("{name}.down.0.weight"), &[64, 512]));
