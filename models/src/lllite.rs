@@ -35,8 +35,8 @@ pub struct Module {
 impl Module {
     /// Pixels of a side that become one place of a sequence; none where that is no number.
     pub fn stride(&self) -> Option<usize> {
-        let sides = self.convolutions.iter().map(|(_, side)| *side);
-        sides.fold(Some(1), |all: Option<usize>, side| all?.checked_mul(side))
+        let mut sides = self.convolutions.iter().map(|(_, side)| *side);
+        sides.try_fold(1, usize::checked_mul)
     }
 
     /// The picture that it takes.

@@ -77,7 +77,6 @@ fn executors_and_types_agree() {
         let says = relative(&want, &plain);
         let eager = relative(&latents_of(&dir, &flags, ("f32", true)), &want);
         let half = relative(&latents_of(&dir, &flags, ("bf16", false)), &want);
-        println!("{name}: changes {says:.3}, eager {eager:.1e}, bf16 {half:.3}");
         assert!(
             says > 3.0 * half,
             "{name}: it changes {says:.3} only, bf16 {half:.3}"
