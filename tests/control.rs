@@ -1,7 +1,10 @@
 //! Networks that steer by a picture against diffusers, from every form of file. The cases are described in `fixtures/control/README.md`.
 
+mod begun;
+mod executors;
 mod hints;
 mod images;
+mod lite;
 mod lora;
 mod refusals;
 
@@ -304,6 +307,7 @@ fn one_call_of_each_network() {
                 residuals: residuals.as_ref(),
                 features: &features,
                 images: &[],
+                lites: &[],
             },
             ..inputs
         };
@@ -343,9 +347,15 @@ fn open(path: &Path) -> Checkpoint {
 
 /// The latents of a run by the model at `base` with the networks at `parts`.
 fn run_latents(base: &Path, parts: &[PathBuf], run: &Value) -> Tensor {
-    let checkpoints: Vec<Checkpoint> = parts.iter().map(|path| open(path)).collect();
     let engine = Engine::load(&Checkpoint::open(base).unwrap(), &Device::Cpu, DType::F32).unwrap();
+    steered_latents(engine, parts, run)
+}
+
+/// The same of an engine that is there.
+fn steered_latents(engine: Engine, parts: &[PathBuf], run: &Value) -> Tensor {
+    let checkpoints: Vec<Checkpoint> = parts.iter().map(|path| open(path)).collect();
     let engine = engine.with_controls(&checkpoints).unwrap();
+    assert!(engine.warnings().is_empty(), "{:?}", engine.warnings());
     let controls = list(&run["pictures"]).iter().enumerate();
     let controls = controls.map(|(i, of)| {
         let size = (number(&of[1][0]), number(&of[1][1]));
@@ -440,6 +450,8 @@ fn single_files_are_what_folders_are() {
         ("sketch", Form::Original(""), "sketch"),
         ("sketch", Form::Single, "sketch"),
         ("sketch-xl", Form::Original(""), "sketch-xl"),
+        ("sketch-xl", Form::Single, "sketch-xl"),
+        ("depth-xl", Form::Original("control_model."), "depth-xl"),
     ];
     for (name, form, run) in forms {
         let mut runs = list(&cases.record["runs"]).iter();
@@ -450,5 +462,18 @@ fn single_files_are_what_folders_are() {
         let got = run_latents(&base, &[part.write(&dir, form)], run);
         let key = text(&run["expected"]);
         close(&format!("{name} {form:?}"), &got, &cases.expected[key], RUN);
+    }
+    // the light one has no run of its own
+    let mut runs = list(&cases.record["runs"]).iter();
+    let run = runs.find(|r| r["name"] == "sketch").unwrap();
+    let of = |form| {
+        let dir = Dir::new();
+        let part = cases.part("color");
+        let base = write_base(&part.base(), &dir, run);
+        run_latents(&base, &[part.write(&dir, form)], run)
+    };
+    let want = crate::models::flat(&of(Form::Folder));
+    for form in [Form::Original(""), Form::Single] {
+        assert_eq!(crate::models::flat(&of(form)), want, "{form:?}");
     }
 }

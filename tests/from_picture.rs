@@ -28,7 +28,7 @@ fn record(name: &str) -> Value {
 }
 
 /// The model of a run: one of `fixtures/models`, perhaps with another first layer and scheduler.
-fn model(run: &Value) -> Case {
+pub(crate) fn model(run: &Value) -> Case {
     let mut case = Case::load(text(&run["model"]));
     let network = &run["network"];
     let component = &mut case.record["components"][text(&network["component"])];
@@ -64,7 +64,7 @@ fn word<T: ValueEnum + Default>(run: &Value, key: &str) -> T {
     word.unwrap_or_default()
 }
 
-fn request(record: &Value, run: &Value) -> Request {
+pub(crate) fn request(record: &Value, run: &Value) -> Request {
     let size = pair(&run["size"]);
     let mut source = Source::new(open("picture", size));
     source.strength = run["strength"].as_f64();

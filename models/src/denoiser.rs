@@ -3,6 +3,7 @@
 use sd_kernels::{Error, Result, Tensor, Weights, ops};
 
 use crate::layers::{SINUSOIDS, sinusoids};
+use crate::lllite;
 use crate::variant::{Outputs, Variant};
 use crate::{flux, mmdit, unet};
 
@@ -36,6 +37,8 @@ pub struct Steering<'a> {
     pub features: &'a [Tensor],
     /// Of IP-Adapters.
     pub images: &'a [unet::ImagePrompt<'a>],
+    /// Of ControlNet-LLLites.
+    pub lites: &'a [lllite::Looking<'a>],
 }
 
 /// What a ControlNet adds to the skips of a UNet, in the order in which they are made, and behind its middle.

@@ -14,6 +14,7 @@ pub mod denoiser;
 pub mod flux;
 pub mod image_projection;
 pub mod layers;
+pub mod lllite;
 pub mod mmdit;
 pub mod t2i_adapter;
 pub mod t5;

@@ -59,6 +59,11 @@ const WHOLE: &[Marker] = &[
         "a Control-LoRA",
         &[Is("lora_controlnet")],
     ),
+    kind(
+        Family::ControlNet,
+        "a ControlNet-LLLite",
+        &[Starts("lllite_unet_")],
+    ),
     row(Family::ControlNet, &[Starts("control_model.")]),
     row(Family::ControlNet, &[Holds("input_hint_block.")]),
     row(Family::ControlNet, &[Starts("controlnet_cond_embedding.")]),

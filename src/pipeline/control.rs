@@ -1,13 +1,20 @@
-//! Pictures that steer: ControlNets and T2I-Adapters beside the UNet. What is asked of them, what of it acts at which call, and how they are
-//! recorded into the UNet's graph.
+//! Pictures that steer: ControlNets and T2I-Adapters beside the UNet, ControlNet-LLLites within. What is asked of them, what of it acts at which
+//! call, and how they are recorded into the UNet's graph.
+
+mod lite;
+mod steer;
+
+pub(super) use steer::{steer, values};
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
-use sd_kernels::{Source, Tensor, Weights, ops};
-use sd_models::controlnet::{self, ControlNet, Hint, Ramp, Strength};
-use sd_models::denoiser::{Inputs, Residuals};
+use sd_kernels::{Source, Weights};
+use sd_models::controlnet::{self, ControlNet, Ramp, Strength};
+use sd_models::lllite::{Lllite, View};
 use sd_models::t2i_adapter::{self, T2iAdapter};
 use sd_models::unet;
 
@@ -17,9 +24,9 @@ use crate::error::{Error, Result};
 use crate::picture::{Grey, Picture};
 use crate::sampling::Trajectory;
 use crate::spec::{Component, ControlSpec};
-use crate::weights::{ControlLoraSource, below};
+use crate::weights::{CheckpointSource, ControlLoraSource, below};
 
-/// A picture for one ControlNet or T2I-Adapter of an engine; the n-th belongs to the n-th.
+/// A picture for one ControlNet, ControlNet-LLLite or T2I-Adapter of an engine; the n-th belongs to the n-th.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ControlRequest {
     /// The picture.
@@ -91,10 +98,12 @@ pub(super) struct LoadedControl {
     weights: Weights,
     /// Pixels that a latent is wide.
     scale: usize,
+    unused: Vec<String>,
 }
 
 enum Network {
     Net(Box<ControlNet>),
+    Lite(Lllite),
     Adapter(T2iAdapter),
 }
 
@@ -106,8 +115,17 @@ pub(super) struct Acting {
     pub(super) strength: Strength,
     pub(super) one_sided: bool,
     kind: Option<usize>,
-    /// `[c, h, w]` as the network wants it.
-    hint: Arc<Vec<f32>>,
+    /// `[c, h, w]` as the network wants them, by the names of a plan's inputs.
+    hints: Arc<Vec<(String, Vec<f32>)>>,
+}
+
+impl Acting {
+    /// What it is to the plan: inputs of these names, the same during a run and for all pictures of a batch.
+    pub(super) fn inputs(&self) -> impl Iterator<Item = Cow<'static, str>> {
+        let hints = self.hints.iter().map(|(name, _)| name.clone());
+        let kind = self.kind.map(|_| kind_name(self.index));
+        hints.chain(kind).map(Cow::from)
+    }
 }
 
 /// A request resolved, for a whole run.
@@ -123,13 +141,23 @@ fn label(index: usize) -> String {
     format!("control {index}")
 }
 
-/// What a control is to the plan: an input by this name, the same during a run and for all pictures of a batch.
-pub(super) fn input_names(index: usize) -> [Cow<'static, str>; 2] {
-    ["hint", "kind"].map(|what| Cow::from(format!("{} {what}", label(index))))
+fn hint_name(index: usize) -> String {
+    format!("{} hint", label(index))
 }
 
-/// Makes the tensor that stands for an input: a node or data.
-pub(super) type Give<'a> = dyn Fn(&str, &[usize]) -> Result<Tensor> + 'a;
+/// The same of a picture that a ControlNet-LLLite takes.
+fn view_name(index: usize, view: View) -> String {
+    let View {
+        stride,
+        level,
+        channels,
+    } = view;
+    format!("{} {stride} {level} {channels}", hint_name(index))
+}
+
+fn kind_name(index: usize) -> String {
+    format!("{} kind", label(index))
+}
 
 impl LoadedControl {
     /// Builds a network over a model's UNet; `base` are that one's weights.
@@ -143,13 +171,17 @@ impl LoadedControl {
         base: &Arc<dyn Source>,
         (dtype, device): (DType, &Device),
     ) -> Result<Self> {
-        let source: Arc<dyn Source> = match spec {
-            ControlSpec::Net(component) => source(component),
+        let own = match spec {
+            ControlSpec::Net(component) | ControlSpec::Lora(component) => source(component),
+            ControlSpec::Lite(component) => source(component),
             ControlSpec::Adapter(component) => source(component),
-            ControlSpec::Lora(component) => Arc::new(ControlLoraSource {
-                own: source(component),
+        };
+        let source: Arc<dyn Source> = match spec {
+            ControlSpec::Lora(_) => Arc::new(ControlLoraSource {
+                own: Arc::clone(&own),
                 base: Arc::clone(base),
             }),
+            _ => Arc::<CheckpointSource>::clone(&own),
         };
         let weights = below(&label(index), source, dtype, device);
         let network = match spec {
@@ -157,6 +189,9 @@ impl LoadedControl {
             | ControlSpec::Lora(Component { config, .. }) => {
                 fits(config, (unet, scale))?;
                 Network::Net(Box::new(ControlNet::load(&weights, config)))
+            }
+            ControlSpec::Lite(component) => {
+                Network::Lite(Lllite::load(&weights, &component.config))
             }
             ControlSpec::Adapter(component) => {
                 adapter_fits(&component.config, unet)?;
@@ -168,7 +203,13 @@ impl LoadedControl {
             network,
             weights,
             scale,
+            unused: spec.left(&own.found()),
         })
+    }
+
+    /// Tensors of its file that nothing asked for.
+    pub(super) fn unused(&self) -> &[String] {
+        &self.unused
     }
 
     /// Reads all weights, for the eager executor.
@@ -185,10 +226,19 @@ impl LoadedControl {
         self.weights.bytes()
     }
 
-    /// Channels of the hint, and how many pixels of a side become channels.
+    /// The pictures that a ControlNet-LLLite takes.
+    fn views(&self) -> Option<Vec<View>> {
+        match &self.network {
+            Network::Lite(lite) => Some(lite.config().views()),
+            Network::Net(_) | Network::Adapter(_) => None,
+        }
+    }
+
+    /// Channels of the one picture that others take, and how many pixels of a side become channels.
     fn hint_form(&self) -> (usize, usize) {
         match &self.network {
             Network::Net(net) => (net.config().hint_channels, 1),
+            Network::Lite(_) => (3, 1),
             Network::Adapter(adapter) => (adapter.config().hint_channels, adapter.config().factor),
         }
     }
@@ -197,7 +247,7 @@ impl LoadedControl {
     fn kinds(&self) -> Option<usize> {
         match &self.network {
             Network::Net(net) => net.config().union.map(|union| union.kinds),
-            Network::Adapter(_) => None,
+            Network::Lite(_) | Network::Adapter(_) => None,
         }
     }
 
@@ -207,6 +257,11 @@ impl LoadedControl {
 
     /// One that acts as far as sizes go: for estimates.
     pub(super) fn stand_in(&self, index: usize) -> Acting {
+        let names = match self.views() {
+            Some(views) => views.iter().map(|view| view_name(index, *view)).collect(),
+            None => vec![hint_name(index)],
+        };
+        let hints = names.into_iter().map(|name| (name, Vec::new()));
         Acting {
             index,
             strength: Strength {
@@ -215,7 +270,7 @@ impl LoadedControl {
             },
             one_sided: false,
             kind: self.kinds().map(|_| 0),
-            hint: Arc::default(),
+            hints: Arc::new(hints.collect()),
         }
     }
 
@@ -252,6 +307,56 @@ impl LoadedControl {
                 )));
             }
         };
+        let ramp = match &self.network {
+            Network::Net(_) => request.mode.ramp(),
+            Network::Lite(_) if request.mode != ControlMode::Balanced => {
+                return Err(Error::Usage(
+                    "--control-mode is for ControlNets and T2I-Adapters, and this is a ControlNet-LLLite; leave it out, and say with --control-scale how much it has to say".to_owned(),
+                ));
+            }
+            Network::Lite(_) | Network::Adapter(_) => Ramp::Flat,
+        };
+        Ok(Acting {
+            index,
+            strength: Strength {
+                scale: request.scale,
+                ramp,
+            },
+            one_sided: request.mode.is_one_sided() || self.pools(),
+            kind,
+            hints: Arc::new(self.hints(request, index, (width, height))?),
+        })
+    }
+
+    /// The request's picture as the network wants it.
+    fn hints(
+        &self,
+        request: &ControlRequest,
+        index: usize,
+        (width, height): (usize, usize),
+    ) -> Result<Vec<(String, Vec<f32>)>> {
+        let hint = |channels: usize, bgr: bool| {
+            hint(
+                (&request.picture, request.mask.as_ref()),
+                (request.preprocessor, request.resize),
+                (width, height),
+                (channels, bgr),
+            )
+        };
+        if let Some(views) = self.views() {
+            let latents = (width / self.scale.max(1), height / self.scale.max(1));
+            let mut planes = BTreeMap::new();
+            let mut hints = Vec::with_capacity(views.len());
+            for view in views {
+                let planar = match planes.entry(view.channels) {
+                    Entry::Occupied(made) => made.into_mut(),
+                    Entry::Vacant(none) => none.insert(hint(view.channels, false)?),
+                };
+                let values = lite::viewed(planar, (width, height), view, latents)?;
+                hints.push((view_name(index, view), values));
+            }
+            return Ok(hints);
+        }
         let (channels, factor) = self.hint_form();
         if !width.is_multiple_of(factor) || !height.is_multiple_of(factor) {
             return Err(Error::Usage(format!(
@@ -259,25 +364,8 @@ impl LoadedControl {
             )));
         }
         let bgr = matches!(&self.network, Network::Net(net) if net.config().bgr);
-        let hint = hint(
-            (&request.picture, request.mask.as_ref()),
-            (request.preprocessor, request.resize),
-            (width, height),
-            (channels, bgr),
-        )?;
-        Ok(Acting {
-            index,
-            strength: Strength {
-                scale: request.scale,
-                ramp: match &self.network {
-                    Network::Net(_) => request.mode.ramp(),
-                    Network::Adapter(_) => Ramp::Flat,
-                },
-            },
-            one_sided: request.mode.is_one_sided() || self.pools(),
-            kind,
-            hint: Arc::new(unshuffled(hint, (channels, width, height), factor)),
-        })
+        let values = unshuffled(hint(channels, bgr)?, (channels, width, height), factor);
+        Ok(vec![(hint_name(index), values)])
     }
 
     /// The shape of the hint for latents `[b, _, h, w]`.
@@ -286,97 +374,6 @@ impl LoadedControl {
         let side = |latents: usize| latents * self.scale / factor.max(1);
         vec![batch, channels * factor * factor, side(h), side(w)]
     }
-}
-
-/// What networks add to a UNet that takes `inputs`, those of `acting`.
-///
-/// # Errors
-/// When the shapes do not fit.
-pub(super) fn steer(
-    loaded: &[LoadedControl],
-    acting: &[Acting],
-    inputs: &Inputs<'_>,
-    give: &Give<'_>,
-) -> Result<(Option<Residuals>, Vec<Tensor>)> {
-    let (batch, _, h, w) = inputs.sample.dims4()?;
-    let mut residuals: Option<Residuals> = None;
-    let mut features: Vec<Tensor> = Vec::new();
-    for one in acting {
-        let Some(control) = loaded.get(one.index) else {
-            return Err(Error::Numeric("a control network is missing".to_owned()));
-        };
-        let [hint_name, kind_name] = input_names(one.index);
-        let picture = give(&hint_name, &control.hint_shape(batch, (w, h)))?;
-        match &control.network {
-            Network::Net(net) => {
-                let config = net.config();
-                let width = config.union.map_or(0, |union| union.kinds * union.number);
-                let sinusoids = match one.kind {
-                    Some(kind) => Some((kind, give(&kind_name, &[batch, width])?)),
-                    None => None,
-                };
-                // a ControlNet has half the UNet's inputs only where it has the layers for them
-                let inputs = Inputs {
-                    added: inputs.added.filter(|_| config.trunk.added.is_some()),
-                    label: inputs.label.filter(|_| config.trunk.classes.is_some()),
-                    guidance: inputs
-                        .guidance
-                        .filter(|_| config.trunk.time.condition.is_some()),
-                    ..*inputs
-                };
-                let hint = Hint {
-                    picture: &picture,
-                    kind: sinusoids.as_ref().map(|(kind, x)| (*kind, x)),
-                };
-                let more = net.forward(&inputs, hint, one.strength)?;
-                residuals = Some(match residuals {
-                    Some(residuals) => residuals.plus(&more)?,
-                    None => more,
-                });
-            }
-            Network::Adapter(adapter) => {
-                let more = adapter.forward(&picture, one.strength.scale)?;
-                features = match features.len() {
-                    0 => more,
-                    count if count == more.len() => {
-                        let sums = features.iter().zip(&more).map(|(a, b)| ops::add(a, b));
-                        sums.collect::<sd_kernels::Result<_>>()?
-                    }
-                    _ => {
-                        return Err(Error::Usage(
-                            "the T2I-Adapters have different numbers of features; they are not for one family"
-                                .to_owned(),
-                        ));
-                    }
-                };
-            }
-        }
-    }
-    Ok((residuals, features))
-}
-
-/// Numbers of the inputs of `acting` for `n` pictures.
-///
-/// # Errors
-/// When the executor fails.
-pub(super) fn values(
-    loaded: &[LoadedControl],
-    acting: &[Acting],
-    n: usize,
-) -> Result<Vec<(Cow<'static, str>, Vec<f32>)>> {
-    let mut all = Vec::new();
-    for one in acting {
-        let [hint, kind] = input_names(one.index);
-        all.push((hint, one.hint.repeat(n)));
-        let network = loaded.get(one.index).map(|control| &control.network);
-        if let (Some(Network::Net(net)), Some(which)) = (network, one.kind)
-            && let Some(sinusoids) = net.embed_kind(which)?
-        {
-            let sinusoids: Vec<f32> = sinusoids.into_data()?.flatten_all()?.to_vec1()?;
-            all.push((kind, sinusoids.repeat(n)));
-        }
-    }
-    Ok(all)
 }
 
 /// For each call of a run whether what has `span` acts: by the part of the calls, as diffusers counts, or of the steps, as A1111 does.

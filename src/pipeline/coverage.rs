@@ -135,22 +135,12 @@ impl Coverage {
 
     /// One sentence about the tensors that nothing asked for, if there are any.
     pub fn warning(&self, checkpoint: &Checkpoint) -> Option<String> {
-        let count = self.unused.len();
-        let hint = match count {
-            0 => return None,
-            1..=NAMED => "",
+        let sentence = unused(checkpoint, &self.unused)?;
+        let hint = match self.unused.len() {
+            0..=NAMED => "",
             _ => "; `sd-rs inspect` lists more of them",
         };
-        Some(format!(
-            "{}: {count} {} not used: {}{hint}",
-            checkpoint.path().display(),
-            if count == 1 {
-                "tensor is"
-            } else {
-                "tensors are"
-            },
-            list_some(&in_backticks(&self.unused), NAMED),
-        ))
+        Some(format!("{sentence}{hint}"))
     }
 
     /// Configs are made by strangers: a network of a million layers would take all memory before the first missing tensor is seen.
@@ -299,6 +289,23 @@ fn unet_blocks(config: &unet::Config) -> usize {
         sum.saturating_add(depths.fold(0, |sum: usize, depth| {
             sum.saturating_add(depth).saturating_add(1)
         }))
+    })
+}
+
+/// A sentence about tensors that nothing asked for, if there are any.
+pub(super) fn unused(checkpoint: &Checkpoint, names: &[String]) -> Option<String> {
+    let count = names.len();
+    (count > 0).then(|| {
+        format!(
+            "{}: {count} {} not used: {}",
+            checkpoint.path().display(),
+            if count == 1 {
+                "tensor is"
+            } else {
+                "tensors are"
+            },
+            list_some(&in_backticks(names), NAMED),
+        )
     })
 }
 

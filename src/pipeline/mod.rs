@@ -268,6 +268,9 @@ impl Engine {
                 other => other,
             })?;
             self.warnings.extend(checkpoint.warnings().iter().cloned());
+            let loaded = self.networks.controls().last();
+            let left = loaded.and_then(|control| coverage::unused(checkpoint, control.unused()));
+            self.warnings.extend(left);
         }
         self.load_time += start.elapsed();
         Ok(self)

@@ -1,5 +1,6 @@
-//! A file or folder that steers a UNet by a picture: a ControlNet, a Control-LoRA or a T2I-Adapter.
+//! A file or folder that steers a UNet by a picture: a ControlNet, a Control-LoRA, a ControlNet-LLLite or a T2I-Adapter.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -7,11 +8,14 @@ use serde_json::Value;
 use super::Component;
 use crate::checkpoint::{self, Checkpoint, Family, TensorSet};
 use crate::error::{Error, Result};
-use crate::weights::{controlnet as names, t2i_adapter as adapter_names};
-use sd_models::{controlnet, t2i_adapter, unet};
+use crate::weights::{controlnet as names, lllite as lite_names, t2i_adapter as adapter_names};
+use sd_models::{controlnet, lllite, t2i_adapter, unet};
 
 /// What such a model is called where a folder of it is opened.
 pub const CONTROL: &str = "controlnet";
+
+/// An empty tensor by which Control-LoRAs are known.
+const LORA_MARK: &str = "lora_controlnet";
 
 /// Which kind, with its structure and tensors.
 pub enum ControlSpec {
@@ -19,6 +23,8 @@ pub enum ControlSpec {
     Net(Component<controlnet::Config>),
     /// A ControlNet that is a UNet's and a difference.
     Lora(Component<controlnet::Config>),
+    /// A ControlNet-LLLite.
+    Lite(Component<lllite::Config>),
     /// A T2I-Adapter.
     Adapter(Component<t2i_adapter::Config>),
 }
@@ -64,7 +70,11 @@ impl ControlSpec {
         }
         let bad = |reason| Error::bad_model(path, reason);
         let shapes = |name: &str| tensors.info(name).map(|info| info.shape.clone());
-        if tensors.info("lora_controlnet").is_some() {
+        if tensors.names().any(lite_names::is_lllite) {
+            let (config, layout) = lite_names::read(unet, tensors.names(), &shapes).map_err(bad)?;
+            return Ok(Self::Lite(Component::new(config, tensors, layout)));
+        }
+        if tensors.info(LORA_MARK).is_some() {
             let (config, layout) = names::read_lora(unet, &shapes).map_err(bad)?;
             return Ok(Self::Lora(Component::new(config, tensors, layout)));
         }
@@ -85,12 +95,26 @@ impl ControlSpec {
         }
     }
 
+    /// Tensors of its file that are of no use, beside those that were `found`; fit to be printed.
+    pub fn left(&self, found: &BTreeSet<String>) -> Vec<String> {
+        let tensors = match self {
+            Self::Net(component) | Self::Lora(component) => &component.tensors,
+            Self::Lite(component) => &component.tensors,
+            Self::Adapter(component) => &component.tensors,
+        };
+        let left = tensors.names().filter(|name| {
+            !found.contains(*name) && *name != LORA_MARK && checkpoint::leftover(name).is_none()
+        });
+        left.map(checkpoint::printable).collect()
+    }
+
     /// What it is called in messages.
     pub fn title(&self) -> &'static str {
         match self {
             Self::Net(net) if net.config.union.is_some() => "ControlNet (union)",
             Self::Net(_) => "ControlNet",
             Self::Lora(_) => "Control-LoRA",
+            Self::Lite(_) => "ControlNet-LLLite",
             Self::Adapter(_) => "T2I-Adapter",
         }
     }
@@ -112,9 +136,6 @@ fn refusal(tensors: &TensorSet) -> Option<&'static str> {
         return Some(
             "this is a ControlNet kept as the difference from its base model (key `difference`), which is not supported; give the full ControlNet",
         );
-    }
-    if any("lllite_") {
-        return Some("this is a ControlNet-LLLite, which is not supported yet; give a ControlNet");
     }
     if any("controlnet_blocks.") || any("controlnet_x_embedder.") {
         return Some(

@@ -10,6 +10,7 @@ pub(crate) mod image_prompt;
 pub mod layout;
 pub(crate) mod ldm_unet;
 pub(crate) mod ldm_vae;
+pub(crate) mod lllite;
 pub(crate) mod mmdit;
 mod numbers;
 mod quantised;

@@ -489,6 +489,14 @@ fn adapters_and_parts() {
             "a ControlNet",
         ),
         (
+            &[(
+                "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight",
+                w,
+            )],
+            Family::ControlNet,
+            "a ControlNet-LLLite",
+        ),
+        (
             &[("lora_controlnet", &[]), ("input_blocks.0.0.up", w)],
             Family::ControlNet,
             "a Control-LoRA",

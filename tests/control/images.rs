@@ -45,6 +45,13 @@ fn write_encoder(images: &Images, dir: &Dir, folder: bool) -> PathBuf {
     file
 }
 
+/// An adapter as a file, with a folder of the tower that it reads.
+pub(super) fn write(dir: &Dir, name: &str) {
+    let images = load();
+    adapter(&images, name).write(dir, Form::Single);
+    write_encoder(&images, dir, true);
+}
+
 fn open_encoder(path: &Path) -> Checkpoint {
     Checkpoint::open_part(path, IMAGE_ENCODER, &ReadOptions::default()).unwrap()
 }

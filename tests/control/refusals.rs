@@ -2,11 +2,10 @@
 
 use super::*;
 
-fn refused(cases: &Cases, base: &str, path: &Path) -> String {
+pub(super) fn refused(base: &str, path: &Path) -> String {
     let dir = Dir::new();
     let case = Case::load(base);
     case.write_folder(dir.root(), &FolderForm::default());
-    let _ = cases;
     let engine = Engine::load(
         &Checkpoint::open(dir.root()).unwrap(),
         &Device::Cpu,
@@ -19,7 +18,7 @@ fn refused(cases: &Cases, base: &str, path: &Path) -> String {
     }
 }
 
-fn zeros(name: &str, shape: &[usize]) -> Stored {
+pub(super) fn zeros(name: &str, shape: &[usize]) -> Stored {
     let count: usize = shape.iter().product();
     Stored {
         name: name.to_owned(),
@@ -36,10 +35,6 @@ fn relatives_are_refused_by_name() {
     let edges = cases.part("edges");
     let mut difference = edges.original("control_model.");
     difference.push(zeros("difference", &[0]));
-    let lllite = vec![zeros(
-        "lllite_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.down.0.weight",
-        &[16, 64],
-    )];
     let flux = vec![
         zeros("controlnet_x_embedder.weight", &[64, 64]),
         zeros("controlnet_blocks.0.weight", &[64, 64]),
@@ -51,13 +46,12 @@ fn relatives_are_refused_by_name() {
     ];
     for (name, tensors, words) in [
         ("difference", difference, "difference from its base model"),
-        ("lllite", lllite, "ControlNet-LLLite"),
         ("flux", flux, "Stable Diffusion 3 or FLUX"),
         ("style", style, "style adapter"),
     ] {
         let file = dir.path(&format!("{name}.safetensors"));
         save(tensors.iter(), &file);
-        let reason = refused(&cases, "single-sd1", &file);
+        let reason = refused("single-sd1", &file);
         assert!(reason.contains(words), "{name}: {reason}");
         assert!(!reason.contains('\n'), "{reason}");
     }
@@ -68,22 +62,22 @@ fn networks_of_other_families_are_refused() {
     let cases = Cases::load();
     let dir = Dir::new();
     let xl = cases.part("depth-xl").write(&dir, Form::Folder);
-    let reason = refused(&cases, "single-sd1", &xl);
+    let reason = refused("single-sd1", &xl);
     assert!(reason.contains("made for this family"), "{reason}");
     let sketch = cases.part("sketch").write(&dir, Form::Folder);
-    let reason = refused(&cases, "single-sdxl", &sketch);
+    let reason = refused("single-sdxl", &sketch);
     assert!(reason.contains("made for this family"), "{reason}");
     let edges = cases.part("edges");
     let mut tensors = edges.weights();
     tensors.retain(|tensor| tensor.name != "controlnet_mid_block.bias");
     let file = dir.path("lacking.safetensors");
     save(tensors.iter(), &file);
-    let reason = refused(&cases, "single-sd1", &file);
+    let reason = refused("single-sd1", &file);
     assert!(reason.contains("controlnet_mid_block.bias"), "{reason}");
     let base = dir.path("base");
     Case::load("single-sd1")
         .write_single_file(&base, &crate::support::weights::SingleForm::default());
-    let reason = refused(&cases, "single-sd1", &base);
+    let reason = refused("single-sd1", &base);
     assert!(reason.contains("expected a ControlNet"), "{reason}");
 }
 

@@ -38,22 +38,22 @@ impl Attention {
     /// # Errors
     /// When the shapes do not fit or the executor fails.
     pub fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
-        self.forward_also(x, context, &|_, seen, _| Ok(seen))
+        self.forward_also([x, context, context], &|_, seen, _| Ok(seen))
     }
 
-    /// The same, where `also` adds to what was seen, by the queries and the number of heads, before the last projection.
+    /// The same, where queries `[b, s, width]`, keys and values `[b, t, context width]` are made of what is not the same, and `also` adds to what
+    /// was seen, by the queries and the number of heads, before the last projection.
     ///
     /// # Errors
     /// When the shapes do not fit or the executor fails.
     pub fn forward_also(
         &self,
-        x: &Tensor,
-        context: &Tensor,
+        [x, keys, values]: [&Tensor; 3],
         also: &dyn Fn(&Tensor, Tensor, usize) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let q = self.to_q.forward(x)?; // [b, s, width]
-        let k = self.to_k.forward(context)?; // [b, t, width]
-        let v = self.to_v.forward(context)?; // [b, t, width]
+        let k = self.to_k.forward(keys)?; // [b, t, width]
+        let v = self.to_v.forward(values)?; // [b, t, width]
         let y = ops::attention(&q, &k, &v, self.heads, false)?;
         self.to_out.forward(&also(&q, y, self.heads)?)
     }
@@ -66,13 +66,13 @@ impl Attention {
         self.to_out.forward(&self.to_v.forward(x)?)
     }
 
-    /// How much each place of `x [b, s, width]` is looked at by all: `[b, s, 1]`.
+    /// How much each place of `keys [b, s, width]` is looked at by all of `x`: `[b, s, 1]`.
     ///
     /// # Errors
     /// As [`Attention::forward`].
-    pub fn mass(&self, x: &Tensor) -> Result<Tensor> {
+    pub fn mass(&self, x: &Tensor, keys: &Tensor) -> Result<Tensor> {
         let op = Op::AttentionMass { heads: self.heads };
-        ops::apply(op, &[&self.to_q.forward(x)?, &self.to_k.forward(x)?])
+        ops::apply(op, &[&self.to_q.forward(x)?, &self.to_k.forward(keys)?])
     }
 }
 

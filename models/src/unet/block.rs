@@ -165,7 +165,10 @@ impl MidBlock {
     /// How much its pixels are looked at by each other, `[b, 1, h, w]`, when `x` enters it; nothing without a transformer.
     pub(super) fn mass(&self, x: &Tensor, given: &Given<'_>) -> Result<Option<Tensor>> {
         match &self.first.transformer {
-            Some(transformer) => transformer.mass(&self.first.resnet.forward(x, Some(given.temb))?),
+            Some(transformer) => {
+                let x = self.first.resnet.forward(x, Some(given.temb))?;
+                transformer.mass(&x, given)
+            }
             None => Ok(None),
         }
     }

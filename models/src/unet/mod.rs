@@ -25,6 +25,7 @@ use sd_kernels::{Error, Padding, Result, Tensor, Weights, ops};
 
 pub use crate::denoiser::{Inputs, Residuals, Steering};
 use crate::layers::{Conv2d, GroupNorm};
+use crate::lllite::Looking;
 use crate::variant::{Outputs, Tap, Variant};
 
 /// What every block is given beside its input.
@@ -34,6 +35,8 @@ pub(crate) struct Given<'a> {
     /// What cross-attention looks at.
     context: Context<'a>,
     variant: &'a Variant,
+    /// What stands in front of attention.
+    lites: &'a [Looking<'a>],
     /// What entered the last layer of the block on the way up that was computed last.
     deep: RefCell<Option<Tensor>>,
 }
@@ -44,6 +47,7 @@ impl<'a> Given<'a> {
             temb,
             context,
             variant,
+            lites: &[],
             deep: RefCell::default(),
         }
     }
@@ -135,10 +139,14 @@ impl UNet {
             residuals,
             features,
             images,
+            lites,
         } = inputs.steering;
         // 1. time, and what is embedded beside it
         let temb = self.trunk.embed(inputs, None)?; // [b, time width]
-        let given = Given::new(&temb, Context::new(inputs.context, images), variant);
+        let given = Given {
+            lites,
+            ..Given::new(&temb, Context::new(inputs.context, images), variant)
+        };
 
         // 2. in
         let mut x = self.trunk.enter(inputs.sample)?; // [b, c0, h, w]

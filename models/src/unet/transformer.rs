@@ -8,6 +8,7 @@ use super::Given;
 use super::config::Level;
 use super::image_prompt::ImagePrompt;
 use crate::layers::{Attention, FeedForward, GroupNorm, LayerNorm, Linear};
+use crate::lllite::steered;
 
 /// Epsilon of the group norm in front, whatever the network's own.
 const GROUP_EPS: f64 = 1e-6;
@@ -97,14 +98,15 @@ impl Transformer {
     }
 
     /// How much pixels of `x [b, c, h, w]` are looked at in the first block: `[b, 1, h, w]`.
-    pub(super) fn mass(&self, x: &Tensor) -> Result<Option<Tensor>> {
+    pub(super) fn mass(&self, x: &Tensor, given: &Given<'_>) -> Result<Option<Tensor>> {
         let (_, _, h, w) = x.dims4()?;
         let Some(block) = self.blocks.first() else {
             return Ok(None);
         };
         let sequence = ops::flatten(&self.norm.forward(x)?)?;
         let y = block.norm1.forward(&self.proj_in.forward(&sequence)?)?;
-        ops::unflatten(&block.attn1.mass(&y)?, h, w).map(Some)
+        let [q, k, _] = block.steered(&y, given)?;
+        ops::unflatten(&block.attn1.mass(&q, &k)?, h, w).map(Some)
     }
 }
 
@@ -116,6 +118,7 @@ struct Block {
     only_cross_attention: bool,
     norm2: LayerNorm,
     attn2: Attention,
+    attn2_name: String,
     norm3: LayerNorm,
     feed_forward: FeedForward,
 }
@@ -138,26 +141,43 @@ impl Block {
             only_cross_attention: level.only_cross_attention,
             norm2: norm("norm2"),
             attn2: attention("attn2", level.context),
+            attn2_name: weights.at("attn2").prefix().to_owned(),
             norm3: norm("norm3"),
             feed_forward: FeedForward::load(&weights.at("ff"), c),
         }
+    }
+
+    /// What queries, keys and values of the self-attention are made of: `h [b, s, c]`, unless a picture steers them.
+    fn steered(&self, h: &Tensor, given: &Given<'_>) -> Result<[Tensor; 3]> {
+        if given.lites.is_empty() {
+            return Ok([h.clone(), h.clone(), h.clone()]);
+        }
+        let input = |part| steered(given.lites, &format!("{}.{part}", self.attn1_name), h);
+        Ok([input("to_q")?, input("to_k")?, input("to_v")?])
     }
 
     /// `x [b, s, c]` → `[b, s, c]`.
     fn forward(&self, x: &Tensor, given: &Given<'_>) -> Result<Tensor> {
         let h = self.norm1.forward(x)?;
         let context = &given.context;
+        let nothing = |_: &Tensor, seen, _| Ok(seen);
+        let [q, k, v] = self.steered(&h, given)?;
         let seen = if self.only_cross_attention {
-            self.attn1.forward(&h, context.text)?
+            self.attn1.forward(&q, context.text)?
         } else if given.variant.identities.contains(&self.attn1_name) {
-            self.attn1.identity(&h)?
+            self.attn1.identity(&v)?
         } else {
-            self.attn1.forward(&h, &h)?
+            self.attn1.forward_also([&q, &k, &v], &nothing)?
         };
         let x = ops::add(&seen, x)?;
         let h = self.norm2.forward(&x)?;
+        let q = match given.lites {
+            [] => h,
+            lites => steered(lites, &format!("{}.to_q", self.attn2_name), &h)?,
+        };
         let also = |q: &Tensor, seen, heads| context.images(q, seen, heads);
-        let x = ops::add(&self.attn2.forward_also(&h, context.text, &also)?, &x)?;
+        let text = context.text;
+        let x = ops::add(&self.attn2.forward_also([&q, text, text], &also)?, &x)?;
         ops::add(&self.feed_forward.forward(&self.norm3.forward(&x)?)?, &x)
     }
 }

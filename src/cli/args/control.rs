@@ -17,7 +17,7 @@ use crate::spec::CONTROL;
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Pictures that steer")]
 pub struct ControlArgs {
-    /// A ControlNet, Control-LoRA or T2I-Adapter: a file, a folder, or a name as --model takes; may be repeated, as all of these
+    /// A ControlNet, Control-LoRA, ControlNet-LLLite or T2I-Adapter: a file, a folder, or a name as --model takes; may be repeated, as all of these
     #[arg(long, value_name = "MODEL", visible_alias = "t2i-adapter")]
     pub controlnet: Vec<PathBuf>,
     /// The picture that it looks at
@@ -41,7 +41,7 @@ pub struct ControlArgs {
     /// The part of the steps at which it ceases to act [default: 1]
     #[arg(long, value_name = "F")]
     pub control_end: Vec<f64>,
-    /// Whether picture or prompt matters more [default: balanced]
+    /// Whether picture or prompt matters more; not for ControlNet-LLLites [default: balanced]
     #[arg(long, value_name = "MODE", value_enum)]
     pub control_mode: Vec<ControlMode>,
     /// What the picture is, for a ControlNet of several kinds (union), by its number

@@ -12,7 +12,7 @@ use sd_models::variant::{Outputs, Variant};
 use super::super::conditions::{
     ADDED, CONTEXT, Conditions, DEEP, EXTRA, GUIDANCE, LABEL, REFERENCE,
 };
-use super::super::control::{Acting, input_names, steer, values};
+use super::super::control::{Acting, steer, values};
 use super::super::image_prompt::{ActingImage, image_input, prompts};
 use super::{Networks, precision};
 use crate::error::Result;
@@ -192,16 +192,13 @@ impl Networks {
             ..inputs
         };
         let give = |name: &str, shape: &[usize]| Ok(graph.input(name, shape));
-        let (residuals, features) = steer(&self.controls, beside.controls, &bare, &give)?;
+        let steered = steer(&self.controls, beside.controls, &bare, &give)?;
         let images = beside.images.iter();
         let tokens = images.map(|one| graph.input(&image_input(one.index), one.tokens.dims()));
         let tokens: Vec<sd_kernels::Tensor> = tokens.collect();
+        let images = prompts(&self.image_prompts, beside.images, &tokens);
         let inputs = Inputs {
-            steering: Steering {
-                residuals: residuals.as_ref(),
-                features: &features,
-                images: &prompts(&self.image_prompts, beside.images, &tokens),
-            },
+            steering: steered.beside(&images),
             ..inputs
         };
         let deep = match config.unet().and_then(|unet| unet.levels.first()) {
@@ -225,7 +222,7 @@ impl Networks {
         const SHARE: f64 = 0.8;
         let pictures = || {
             let controls = beside.controls.iter();
-            controls.flat_map(|one| input_names(one.index))
+            controls.flat_map(Acting::inputs)
         };
         let images = beside.images.iter().map(|one| image_input(one.index));
         let constant = [CONTEXT, ADDED, GUIDANCE, EXTRA, REFERENCE, LABEL]
@@ -340,18 +337,15 @@ impl Denoiser<'_> {
                 };
                 let acting = &conditions.controls;
                 let steered = || steer(controls, acting, &bare, &give);
-                let (residuals, features) = ops::wrapped(self.wrap, steered)?;
+                let steered = ops::wrapped(self.wrap, steered)?;
                 let images = &conditions.images;
                 let tokens = images
                     .iter()
                     .map(|one| Ok(one.tokens.to_dtype(*dtype)?.into()));
                 let tokens = tokens.collect::<Result<Vec<sd_kernels::Tensor>>>()?;
+                let images = prompts(image_prompts, images, &tokens);
                 let inputs = Inputs {
-                    steering: Steering {
-                        residuals: residuals.as_ref(),
-                        features: &features,
-                        images: &prompts(image_prompts, images, &tokens),
-                    },
+                    steering: steered.beside(&images),
                     ..inputs
                 };
                 let deep = deep.map(|deep| deep.to_dtype(*dtype)).transpose()?;
