@@ -39,6 +39,8 @@ mod models;
 mod parts;
 /// Pictures from files, resized and blurred, against Pillow and OpenCV.
 mod picture;
+/// Pictures drawn anew tile by tile, against runs of their own.
+mod redraw;
 /// Noise levels, trajectories and random numbers against diffusers, k-diffusion and torch.
 mod samplers;
 /// Runs that begin at a picture, and inpainting's levels, against diffusers' schedulers and k-diffusion's samplers.
@@ -49,6 +51,8 @@ mod samplers_sde;
 mod sdxl;
 /// Temporary folders, running the binary.
 mod support;
+/// Upscalers of attention within windows against spandrel.
+mod swin;
 /// T5's tokens against transformers, and tokenizers that folders bring.
 mod t5;
 /// Prompt grammar, tokens and chunks against transformers and A1111's rules.

@@ -357,9 +357,8 @@ fn what_is_no_upscaler_is_refused_by_name() {
         assert_eq!(error.code(), "bad-model", "{error}");
         error.to_string()
     };
-    let table = "layers.0.residual_group.blocks.0.attn.relative_position_bias_table";
-    let swin: &[(&str, &[usize])] = &[("conv_first.weight", &[60, 3, 3, 3]), (table, &[225, 6])];
-    assert!(refused(swin).contains("SwinIR"));
+    let dat: &[(&str, &[usize])] = &[("layers.0.blocks.0.attn.qkv.weight", &[180, 60])];
+    assert!(refused(dat).contains("DAT"));
     let face: &[(&str, &[usize])] = &[
         ("quantize.embedding.weight", &[8, 4]),
         ("position_emb", &[4, 4]),

@@ -23,6 +23,7 @@
 //! | `AdaptiveNorm` | `[b, s, c]`, `[b, n · c]` → `[b, s, c]` |
 //! | `RmsNorm` | `[.., c]` → same |
 //! | `Attention` | `q [b, s, c]`, `k, v [b, t, c]` → `[b, s, c]` |
+//! | `WindowAttention` | `q, k, v [b, h · w, c]` → `[b, h · w, c]` |
 //! | `Rotate` | `[b, s, c]` → same |
 //! | `Gate` | `[b, s, c]`, `[b, n · c]` → `[b, s, c]` |
 //! | `Join` | `[b, s, c]`, `[b, t, c]` → `[b, s + t, c]` |
@@ -32,13 +33,14 @@
 //! | `LowFrequencies`, `Amplify` | `[b, c, h, w]` → same |
 //! | `Geglu` | `[.., 2c]` → `[.., c]` |
 //! | `Activate` | any → same |
-//! | `Prelu` | `[b, c, h, w]` → same |
+//! | `Prelu`, `Shift` | `[b, c, h, w]` → same |
 //! | `Add`, `Multiply` | two of the same shape → same |
 //! | `AddChannels`, `ScaleShift` | `[b, c, h, w]`, `[b, c]` or `[b, 2c]` → `[b, c, h, w]` |
 //! | `Affine` | any → same (`x · scale + shift`) |
 //! | `Concat` | `[b, c, h, w]`, `[b, d, h, w]` → `[b, c + d, h, w]`; `[b, s, c]`, `[b, s, d]` → `[b, s, c + d]` |
 //! | `Upsample` | `[b, c, h, w]` → `[b, c, H, W]`, nearest |
 //! | `AveragePool` | `[b, c, h, w]` → `[b, c, ⌈h/2⌉, ⌈w/2⌉]` |
+//! | `Means` | `[b, c, h, w]` → `[b, c]` |
 //! | `Flatten`, `Unflatten` | `[b, c, h, w]` ↔ `[b, h·w, c]` |
 //! | `Sinusoid` | `[b]` → `[b, width]` |
 //! | `Embed` | ids `[b, s]` → `[b, s, c]` |
@@ -53,11 +55,13 @@ pub mod param;
 pub mod plan;
 pub mod profile;
 mod tensor;
+pub mod windows;
 
 pub use graph::Graph;
 pub use op::{Activation, Op, Padding, PatchOrder, Relative, Turns, Window, Wrap};
 pub use param::{LowRank, Param, Reader, Source, Weights};
 pub use tensor::Tensor;
+pub use windows::{Keys, WindowBias, Windows};
 
 /// What can go wrong in an operation or while weights are asked for.
 #[derive(Debug, thiserror::Error)]

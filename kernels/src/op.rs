@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::windows::Windows;
 use crate::{Error, Param, Result};
 
 /// A pointwise non-linearity.
@@ -24,6 +25,8 @@ pub enum Activation {
         /// The part, in hundredths.
         percent: u8,
     },
+    /// `1 / (1 + e⁻ˣ)`.
+    Sigmoid,
 }
 
 impl Activation {
@@ -200,6 +203,8 @@ pub enum Op {
         causal: bool,
         relative: Option<Relative>,
     },
+    /// Attention within the windows of the picture that a sequence is.
+    WindowAttention(Box<Windows>),
     /// Turns pairs of neighbouring numbers in each of `heads` slices of the last axis.
     Rotate { heads: usize, turns: Turns },
     /// `x · values`, `x [b, s, c]`, by the sequence's own vector `[b, n · c]`, of which `slot` is the place counted in widths.
@@ -234,6 +239,8 @@ pub enum Op {
     Activate(Activation),
     /// `x`, and below 0 `x` times its channel's slope `[c]` (He et al., "Delving Deep into Rectifiers", arXiv 1502.01852).
     Prelu { slopes: Param },
+    /// Adds a number a channel, the same ones to every picture: `[b, c, h, w] + [c]`.
+    Shift { values: Arc<Vec<f32>> },
     /// Sum of two tensors of one shape.
     Add,
     /// Adds a value a channel: `[b, c, h, w] + [b, c]`.
@@ -248,6 +255,8 @@ pub enum Op {
     Upsample { h: usize, w: usize },
     /// Means of 2×2 pixels; an odd last row or column counts alone, as `torch.nn.AvgPool2d(2, ceil_mode=True)`.
     AveragePool,
+    /// Each channel's mean over the picture.
+    Means,
     /// `[b, c, h, w]` → `[b, h·w, c]`.
     Flatten,
     /// `[b, h·w, c]` → `[b, c, h, w]`.
@@ -316,6 +325,7 @@ impl Op {
             Self::AdaptiveNorm { .. } => "adaptive_norm",
             Self::RmsNorm { .. } => "rms_norm",
             Self::Attention { .. } => "attention",
+            Self::WindowAttention(_) => "window_attention",
             Self::Rotate { .. } => "rotate",
             Self::Gate { .. } => "gate",
             Self::Multiply => "multiply",
@@ -329,6 +339,7 @@ impl Op {
             Self::Geglu => "geglu",
             Self::Activate(_) => "activate",
             Self::Prelu { .. } => "prelu",
+            Self::Shift { .. } => "shift",
             Self::Add => "add",
             Self::AddChannels => "add_channels",
             Self::ScaleShift => "scale_shift",
@@ -336,6 +347,7 @@ impl Op {
             Self::Concat => "concat",
             Self::Upsample { .. } => "upsample",
             Self::AveragePool => "average_pool",
+            Self::Means => "means",
             Self::Flatten => "flatten",
             Self::Unflatten { .. } => "unflatten",
             Self::Sinusoid { .. } => "sinusoid",
@@ -349,7 +361,9 @@ impl Op {
         match self {
             Self::Conv2d { weight, .. } if weight.shape()[2..] != [1, 1] => LayerClass::Conv3x3,
             Self::Conv2d { .. } | Self::Linear { .. } => LayerClass::Linear,
-            Self::Attention { .. } | Self::AttentionMass { .. } => LayerClass::Attention,
+            Self::Attention { .. } | Self::WindowAttention(_) | Self::AttentionMass { .. } => {
+                LayerClass::Attention
+            }
             Self::GroupNorm { .. }
             | Self::Statistics { .. }
             | Self::LayerNorm { .. }
@@ -374,6 +388,10 @@ impl Op {
                 relative: Some(relative),
                 ..
             } => vec![&relative.table],
+            Self::WindowAttention(windows) => {
+                let bias = windows.bias.params().into_iter();
+                bias.chain(&windows.cosine).collect()
+            }
             _ => Vec::new(),
         }
     }
@@ -503,6 +521,15 @@ impl Op {
             (Self::Attention { heads, .. }, _) => Err(wrong(format!(
                 "q [b, s, c], k and v [b, t, c] with c divisible by {heads} heads"
             ))),
+            (Self::WindowAttention(windows), [q @ [_, s, c], k, v])
+                if k == q && v == q && windows.fits(*s, *c) =>
+            {
+                Ok(q.to_vec())
+            }
+            (Self::WindowAttention(windows), _) => Err(wrong(format!(
+                "q, k and v of a picture of {:?} pixels in windows of {}, with tables for {} heads",
+                windows.size, windows.side, windows.heads
+            ))),
             (Self::AttentionMass { heads }, [[b, _, c], [bk, t, ck]])
                 if (b, c) == (bk, ck) && *heads > 0 && c % heads == 0 =>
             {
@@ -522,6 +549,7 @@ impl Op {
             (Self::Prelu { slopes }, [x @ [_, c, _, _]]) if slopes.shape() == [*c] => {
                 Ok(x.to_vec())
             }
+            (Self::Shift { values }, [x @ [_, c, _, _]]) if values.len() == *c => Ok(x.to_vec()),
             (Self::Add | Self::Multiply, [x, y]) if x == y => Ok(x.to_vec()),
             (Self::AddChannels, [x @ [b, c, _, _], [tb, tc]]) if b == tb && c == tc => {
                 Ok(x.to_vec())
@@ -537,6 +565,7 @@ impl Op {
             }
             (Self::Upsample { h, w }, [[b, c, _, _]]) => Ok(vec![*b, *c, *h, *w]),
             (Self::AveragePool, [[b, c, h, w]]) => Ok(vec![*b, *c, h.div_ceil(2), w.div_ceil(2)]),
+            (Self::Means, [[b, c, h, w]]) if *h > 0 && *w > 0 => Ok(vec![*b, *c]),
             (Self::Flatten, [[b, c, h, w]]) => Ok(vec![*b, h * w, *c]),
             (Self::Unflatten { h, w }, [[b, s, c]]) if *s == h * w => Ok(vec![*b, *c, *h, *w]),
             (Self::Sinusoid { width, .. }, [[b]]) => Ok(vec![*b, *width]),
@@ -569,6 +598,10 @@ impl Op {
             Self::Conv2d { weight, .. } => 2 * elements * count(&weight.shape()[1..]),
             Self::Linear { weight, .. } => 2 * elements * weight.shape()[1] as u64,
             Self::Attention { .. } => 4 * elements * inputs[1][1] as u64,
+            Self::WindowAttention(windows) => {
+                4 * elements * (windows.key_side() * windows.key_side()) as u64
+            }
+            Self::Means => count(inputs[0]),
             Self::AttentionMass { .. } => 2 * count(inputs[0]) * inputs[1][1] as u64,
             Self::LowFrequencies { .. } => 28 * elements,
             Self::GroupNorm { .. }

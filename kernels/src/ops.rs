@@ -1,11 +1,14 @@
 //! The operations that networks call. Each checks its shapes, then computes or records; see [`crate::op::Op`] for their meaning.
 
 use std::cell::Cell;
+use std::sync::Arc;
 use std::time::Instant;
 
 use crate::param::Beside;
 use crate::tensor::{Tensor, Value};
-use crate::{Activation, Error, Op, Padding, Param, PatchOrder, Result, Wrap, eager, profile};
+use crate::{
+    Activation, Error, Op, Padding, Param, PatchOrder, Result, Windows, Wrap, eager, profile,
+};
 
 thread_local! {
     /// How convolutions of this thread's networks pad.
@@ -173,6 +176,23 @@ pub fn prelu(x: &Tensor, slopes: &Param) -> Result<Tensor> {
     apply(Op::Prelu { slopes }, &[x])
 }
 
+/// Adds a number a channel to `x [b, c, h, w]`.
+///
+/// # Errors
+/// As [`apply`].
+pub fn shift(x: &Tensor, values: &Arc<Vec<f32>>) -> Result<Tensor> {
+    let values = Arc::clone(values);
+    apply(Op::Shift { values }, &[x])
+}
+
+/// Each channel's mean: `[b, c, h, w]` → `[b, c]`.
+///
+/// # Errors
+/// As [`apply`].
+pub fn means(x: &Tensor) -> Result<Tensor> {
+    apply(Op::Means, &[x])
+}
+
 /// `torch.pixel_shuffle`: `[b, c · r², h, w]` → `[b, c, h · r, w · r]`.
 ///
 /// # Errors
@@ -217,6 +237,14 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, heads: usize, causal: bool)
         relative: None,
     };
     apply(op, &[q, k, v])
+}
+
+/// Attention of `q, k, v [b, h · w, c]` within the windows of a picture.
+///
+/// # Errors
+/// As [`apply`].
+pub fn window_attention(q: &Tensor, k: &Tensor, v: &Tensor, windows: Windows) -> Result<Tensor> {
+    apply(Op::WindowAttention(Box::new(windows)), &[q, k, v])
 }
 
 /// Product of two tensors of one shape, number by number.

@@ -57,7 +57,7 @@ pub enum Family {
     Embedding,
     /// A hypernetwork.
     Hypernetwork,
-    /// An ESRGAN-like upscaler.
+    /// An upscaler of finished pictures: ESRGAN, SwinIR and their kin.
     Upscaler,
     /// A tiny autoencoder.
     Taesd,
@@ -262,7 +262,7 @@ impl Family {
             Self::IpAdapter => ("ip-adapter", "an IP-Adapter"),
             Self::Embedding => ("embedding", "a textual-inversion embedding"),
             Self::Hypernetwork => ("hypernetwork", "a hypernetwork"),
-            Self::Upscaler => ("upscaler", "an upscaler of the ESRGAN kind"),
+            Self::Upscaler => ("upscaler", "an upscaler"),
             Self::Taesd => ("taesd", "a tiny autoencoder (TAESD)"),
             Self::TextEncoder => ("text-encoder", "a CLIP text encoder alone"),
             Self::T5 => ("t5", "a T5 text encoder alone"),

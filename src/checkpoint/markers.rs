@@ -193,6 +193,21 @@ const PARTS: &[Marker] = &[
         "compact",
         &[Is("body.0.weight"), Is("body.1.weight")],
     ),
+    kind(
+        Family::Upscaler,
+        "HAT",
+        &[Holds("layers.0.residual_group.overlap_attn.")],
+    ),
+    kind(
+        Family::Upscaler,
+        "Swin2SR",
+        &[Holds("layers.0.residual_group.blocks.0.attn.logit_scale")],
+    ),
+    kind(
+        Family::Upscaler,
+        "SwinIR",
+        &[Holds("layers.0.residual_group.blocks.0.norm1.")],
+    ),
     row(Family::Upscaler, &[Is("conv_first.weight")]),
     row(Family::Upscaler, &[Is("model.0.weight")]),
     row(Family::T5, &[Holds("block.0.layer.0.SelfAttention.")]),

@@ -8,6 +8,8 @@ mod hires;
 mod image;
 mod image_prompt;
 mod preview;
+mod redraw;
+mod sampling;
 mod upscale;
 
 use std::path::PathBuf;
@@ -22,6 +24,8 @@ pub use hires::{HiresArgs, pairs as hires_pairs};
 pub use image::ImageArgs;
 pub use image_prompt::ImagePromptArgs;
 pub use preview::{PreviewArgs, PreviewHow};
+pub use redraw::{RedrawArgs, Resampler};
+pub use sampling::SamplingArgs;
 pub use upscale::UpscaleArgs;
 
 use crate::adapters::{DoraNorm, Mode};
@@ -71,7 +75,7 @@ pub enum Command {
     Control(ControlMapArgs),
     /// Change a model's form: single file, folder, GGUF; its type; merge it
     Convert(Box<ConvertArgs>),
-    /// Make pictures larger with a network of the ESRGAN family
+    /// Make pictures larger with a network of the ESRGAN family or SwinIR's, with a Stable Diffusion model tile by tile, or with both
     Upscale(Box<UpscaleArgs>),
 }
 
@@ -197,9 +201,9 @@ pub struct GenerateArgs {
     /// Previews
     #[command(flatten)]
     pub preview: PreviewArgs,
-    /// What not to show
-    #[arg(short, long, allow_hyphen_values = true)]
-    pub negative_prompt: Option<String>,
+    /// How it is made
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
     /// A .safetensors, .ckpt or .gguf file, a diffusers folder, a name or hash in the models folder, or a Hub repository
     /// `owner/name[@revision][:file]` [default: the demonstration checkpoint in this binary]
     #[arg(short, long)]
@@ -243,30 +247,12 @@ pub struct GenerateArgs {
     /// Pixels, a multiple of 8 [default: the model's own size]
     #[arg(short = 'H', long)]
     pub height: Option<usize>,
-    /// Sampling steps [default: the model family's own]
-    #[arg(long)]
-    pub steps: Option<usize>,
-    /// Guidance; 1 is none [default: the model family's own]
-    #[arg(long, allow_negative_numbers = true)]
-    pub cfg_scale: Option<f64>,
-    /// A sampler by A1111's, ComfyUI's, diffusers' or stable-diffusion.cpp's name [default: the model's own]
-    #[arg(long)]
-    pub sampler: Option<String>,
-    /// A schedule by any of these tools' names
-    #[arg(long)]
-    pub schedule: Option<String>,
-    /// Image i uses seed + i [default: random, printed]
-    #[arg(short, long, allow_negative_numbers = true)]
-    pub seed: Option<i128>,
     /// Images computed together
     #[arg(short, long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     pub batch_size: u16,
     /// Batches
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     pub count: u16,
-    /// Leave out the text encoder's last layers, in A1111's numbering; 1 leaves none
-    #[arg(long)]
-    pub clip_skip: Option<usize>,
     /// A model that finishes pictures: the SDXL refiner
     #[arg(long, value_name = "MODEL", help_heading = "SDXL")]
     pub refiner: Option<PathBuf>,

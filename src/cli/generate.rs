@@ -254,31 +254,26 @@ struct Job<'a> {
     template: &'a str,
 }
 
-fn request(args: &GenerateArgs) -> Result<Request> {
-    let seed = match args.seed {
-        // -1 means random in every tool
-        None | Some(-1) => None,
-        Some(seed) => Some(u64::try_from(seed).map_err(|_| {
-            Error::Usage(format!(
-                "--seed is {seed}, expected 0 to {} (or -1 for a random one)",
-                u64::MAX
-            ))
-        })?),
-    };
+/// What the flags ask for, but for pictures.
+///
+/// # Errors
+/// [`Error::Usage`] for what cannot be; whatever reading a mask gives.
+pub(super) fn request(args: &GenerateArgs) -> Result<Request> {
+    let sampling = &args.sampling;
     Ok(Request {
         prompt: args.prompt.clone(),
-        negative_prompt: args.negative_prompt.clone(),
+        negative_prompt: sampling.negative_prompt.clone(),
         prompt_syntax: args.prompt_syntax,
         width: args.width,
         height: args.height,
-        steps: args.steps,
-        cfg_scale: args.cfg_scale,
-        sampler: args.sampler.clone(),
-        schedule: args.schedule.clone(),
-        seed,
+        steps: sampling.steps,
+        cfg_scale: sampling.cfg_scale,
+        sampler: sampling.sampler.clone(),
+        schedule: sampling.schedule.clone(),
+        seed: sampling.seed()?,
         batch_size: usize::from(args.batch_size),
         count: usize::from(args.count),
-        clip_skip: args.clip_skip,
+        clip_skip: sampling.clip_skip,
         rng: args.rng,
         source: None,
         hires: args.hires.hires(),

@@ -1,35 +1,64 @@
 //! `sd-rs upscale`: pictures from files, larger ones into files.
 
+mod redraw;
+
 use std::collections::BTreeSet;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::args::UpscaleArgs;
 use super::fetch::{Opened, open_part};
 use super::{interrupt, print_line, set_threads};
-use crate::device;
+use crate::device::{self, DtypeChoice};
 use crate::error::{Error, Result};
 use crate::memory::peak_resident;
 use crate::output::{self, png};
-use crate::picture::Picture;
-use crate::upscale::{Tiling, Upscaler};
+use crate::picture::{Filter, Picture};
+use crate::pipeline::{Control, Event, Redrawn};
+use crate::upscale::{MAX_FACTOR, Upscaler};
+use redraw::Painter;
 
 /// What pictures' names end in.
 const PICTURES: [&str; 4] = ["png", "jpg", "jpeg", "webp"];
 
+/// How often a picture is enlarged where neither flags nor a network say: as A1111's script does.
+const FACTOR: f64 = 2.0;
+
 /// What does not change from picture to picture.
 struct Job<'a> {
     args: &'a UpscaleArgs,
-    upscaler: Upscaler,
-    model: String,
-    dtype: &'static str,
+    network: Option<Network>,
+    painter: Option<Painter>,
     threads: usize,
     bar: ProgressBar,
     load: Duration,
+}
+
+/// What enlarges.
+struct Network {
+    upscaler: Upscaler,
+    model: String,
+    dtype: &'static str,
+}
+
+impl Network {
+    fn open(args: &UpscaleArgs, device: &candle_core::Device) -> Result<Option<Self>> {
+        let Some(model) = &args.model else {
+            return Ok(None);
+        };
+        let dtype = device::dtype(args.dtype.unwrap_or(DtypeChoice::F32), device)?;
+        let Opened { checkpoint, name } =
+            open_part(model, "upscaler", &args.library, args.no_mmap)?;
+        Ok(Some(Self {
+            upscaler: Upscaler::load(&checkpoint, device, dtype)?,
+            model: name,
+            dtype: device::dtype_name(dtype),
+        }))
+    }
 }
 
 /// Runs the command.
@@ -40,19 +69,22 @@ pub(super) fn run(args: &UpscaleArgs, quiet: bool) -> Result<()> {
     let start = Instant::now();
     interrupt::listen();
     let threads = set_threads(args.threads)?;
+    redraw::check(args)?;
     let device = device::open(args.device)?;
-    let dtype = device::dtype(args.dtype, &device)?;
     let inputs = inputs(&args.inputs)?;
     if let Some(output) = &args.output {
         check_targets(&targets(&inputs, output)?, args.overwrite)?;
     }
-    let Opened { checkpoint, name } =
-        open_part(&args.model, "upscaler", &args.library, args.no_mmap)?;
-    let upscaler = Upscaler::load(&checkpoint, &device, dtype)?;
+    let network = Network::open(args, &device)?;
+    let name = network.as_ref().map(|network| network.model.as_str());
+    let painter = Painter::open(args, name, &device)?;
     let targets = match &args.output {
         Some(output) => targets(&inputs, output)?,
         None => {
-            let factor = args.scale.unwrap_or(upscaler.scale() as f64);
+            let own = network
+                .as_ref()
+                .map(|network| network.upscaler.scale() as f64);
+            let factor = args.scale.or(own).unwrap_or(FACTOR);
             let targets = beside(&inputs, factor);
             check_targets(&targets, args.overwrite)?;
             targets
@@ -60,9 +92,8 @@ pub(super) fn run(args: &UpscaleArgs, quiet: bool) -> Result<()> {
     };
     let job = Job {
         args,
-        upscaler,
-        model: name,
-        dtype: device::dtype_name(dtype),
+        network,
+        painter,
         threads,
         bar: progress_bar(quiet),
         load: start.elapsed(),
@@ -90,18 +121,22 @@ impl Job<'_> {
         let picture = Picture::open(input)?;
         // texts of files that have none, or that are damaged, are none
         let texts = png::read_text(input).unwrap_or_default().texts;
-        let tiling = self.args.tiling();
-        let mut watch = |done: usize, all: usize| {
-            self.bar.set_length(all as u64);
-            self.bar.set_position(done as u64);
-            !interrupt::stopped()
-        };
-        let larger = match self.args.scale {
-            Some(factor) => {
-                let upscaler = &self.upscaler;
-                upscaler.enlarge_to(&picture, factor, tiling, &mut watch)?
+        let mut larger = self.enlarge(&picture)?;
+        let mut texts = texts;
+        let drawn = match &self.painter {
+            Some(painter) => {
+                let drawn = self.paint(painter, &larger)?;
+                texts = vec![
+                    (
+                        png::PARAMETERS.to_owned(),
+                        painter.parameters(&drawn).print(),
+                    ),
+                    (png::REQUEST.to_owned(), painter.json(&drawn).to_string()),
+                ];
+                larger = drawn.picture.clone();
+                Some((painter, drawn))
             }
-            None => self.upscaler.enlarge(&picture, tiling, &mut watch)?,
+            None => None,
         };
         let computed = start.elapsed();
         let alpha = larger.alpha();
@@ -114,10 +149,10 @@ impl Job<'_> {
         if !output::save_bytes(target, &bytes, self.args.overwrite)? {
             return Ok(()); // the picture itself went to the standard output
         }
-        let tiles = self.tiles(&picture, tiling);
+        let drawn = drawn.map(|(painter, drawn)| painter.json(&drawn));
         tracing::info!("{}: {:.2} s", input.display(), computed.as_secs_f64());
         self.bar.suspend(|| match self.args.json {
-            true => print_line(&self.json((input, &picture), (target, &larger), tiles, computed)),
+            true => print_line(&self.json((input, &picture), (target, &larger), drawn, computed)),
             false => print_line(&format!(
                 "{} ({}x{})",
                 target.display(),
@@ -127,30 +162,76 @@ impl Job<'_> {
         })
     }
 
-    fn tiles(&self, picture: &Picture, tiling: Tiling) -> Option<usize> {
-        let size = (picture.width() as usize, picture.height() as usize);
-        self.upscaler.tiles(size, tiling).ok()
+    /// The picture made larger, by the network or without one.
+    fn enlarge(&self, picture: &Picture) -> Result<Picture> {
+        let Some(network) = &self.network else {
+            let factor = self.args.scale.unwrap_or(FACTOR);
+            return resized(picture, factor, self.args.redraw.resampler.filter());
+        };
+        let (upscaler, tiling) = (&network.upscaler, self.args.tiling());
+        self.bar.set_message("upscaling");
+        let mut watch = |done: usize, all: usize| {
+            self.bar.set_length(all as u64);
+            self.bar.set_position(done as u64);
+            !interrupt::stopped()
+        };
+        match self.args.scale {
+            Some(factor) => upscaler.enlarge_to(picture, factor, tiling, &mut watch),
+            None => upscaler.enlarge(picture, tiling, &mut watch),
+        }
+    }
+
+    /// The larger picture drawn anew.
+    fn paint(&self, painter: &Painter, picture: &Picture) -> Result<Redrawn> {
+        self.bar.set_message("drawing");
+        let size = (picture.width(), picture.height());
+        self.bar.set_length(painter.tiles(size).unwrap_or(1) as u64);
+        painter.paint(picture, &mut |tile, all, event| {
+            self.bar.set_position(tile as u64);
+            match event {
+                Event::Warning(text) => self.bar.suspend(|| tracing::warn!("{text}")),
+                Event::Step { done, total } => {
+                    let tile = tile + 1;
+                    let told = format!("tile {tile} of {all}, step {done} of {total}");
+                    self.bar.suspend(|| tracing::debug!("{told}"));
+                }
+                _ => {}
+            }
+            match interrupt::stopped() {
+                true => Control::Stop,
+                false => Control::Continue,
+            }
+        })
+    }
+
+    /// The network's tiles.
+    fn tiles(&self, (width, height): (u32, u32)) -> Option<usize> {
+        let (size, tiling) = ((width as usize, height as usize), self.args.tiling());
+        let network = self.network.as_ref()?;
+        network.upscaler.tiles(size, tiling).ok()
     }
 
     fn json(
         &self,
         (input, from): (&Path, &Picture),
         (path, to): (&Path, &Picture),
-        tiles: Option<usize>,
+        drawn: Option<Value>,
         computed: Duration,
     ) -> String {
-        json!({
+        let upscaler = self.network.as_ref().map(|network| &network.upscaler);
+        let mut object = json!({
             "path": path.display().to_string(),
             "input": input.display().to_string(),
             "width": to.width(),
             "height": to.height(),
             "input_width": from.width(),
             "input_height": from.height(),
-            "model": self.model,
-            "network": self.upscaler.config().name(),
-            "network_scale": self.upscaler.scale(),
-            "tiles": tiles,
-            "dtype": self.dtype,
+            "model": self.network.as_ref().map(|network| &network.model),
+            "network": upscaler.map(|upscaler| upscaler.config().name()),
+            "network_scale": upscaler.map(Upscaler::scale),
+            "network_reach": upscaler.and_then(|upscaler| upscaler.config().reach()),
+            "tiles": self.tiles((from.width(), from.height())),
+            "dtype": self.network.as_ref().map(|network| network.dtype),
             "device": "cpu",
             "threads": self.threads,
             "timings": {
@@ -158,9 +239,24 @@ impl Job<'_> {
                 "upscale_s": computed.as_secs_f64(),
             },
             "peak_rss_bytes": peak_resident(),
-        })
-        .to_string()
+        });
+        if let (Some(drawn), Some(fields)) = (drawn, object.as_object_mut()) {
+            fields.insert("drawn".to_owned(), drawn);
+        }
+        object.to_string()
     }
+}
+
+/// The picture `factor` times as wide and high.
+fn resized(picture: &Picture, factor: f64, filter: Filter) -> Result<Picture> {
+    if !(factor.is_finite() && factor > 0.0 && factor <= MAX_FACTOR) {
+        return Err(Error::Usage(format!(
+            "the scale is {factor}, expected more than 0 and at most {MAX_FACTOR}"
+        )));
+    }
+    // at most 64 times what a side may be, and sides are checked
+    let side = |pixels: u32| (f64::from(pixels) * factor).round().max(1.0) as u32;
+    picture.resize(side(picture.width()), side(picture.height()), filter)
 }
 
 /// The pictures that were named, those of folders in the order of their names.
@@ -252,10 +348,11 @@ fn progress_bar(quiet: bool) -> ProgressBar {
         return ProgressBar::hidden();
     }
     let bar = ProgressBar::new(0);
-    let template = "upscaling {wide_bar} {pos}/{len} tiles  {eta} left";
+    let template = "{msg:9} {wide_bar} {pos}/{len} tiles  {eta} left";
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style);
     }
+    bar.set_message("upscaling");
     bar.enable_steady_tick(Duration::from_millis(200));
     bar
 }

@@ -233,6 +233,7 @@ fn activation(activation: Activation) -> &'static str {
         Activation::Mish => "mish",
         Activation::Relu => "relu",
         Activation::LeakyRelu { .. } => "leaky_relu",
+        Activation::Sigmoid => "sigmoid",
     }
 }
 

@@ -1,4 +1,4 @@
-//! Pictures made larger by a network of the ESRGAN family: opened once, run on pictures of any size, tile by tile.
+//! Pictures made larger by a network of the ESRGAN family or of SwinIR's: opened once, run on pictures of any size, tile by tile.
 //!
 //! ```text
 //! Checkpoint ─► weights::upscaler: structure and names ─► Upscaler::load
@@ -69,7 +69,7 @@ impl Upscaler {
             refused(match detection.family {
                 Family::Upscaler | Family::Unknown => reason,
                 _ => format!(
-                    "this is {}, expected an upscaler of the ESRGAN family",
+                    "this is {}, expected an upscaler (of the ESRGAN family, SwinIR, Swin2SR, HAT)",
                     detection.title()
                 ),
             })
@@ -291,7 +291,9 @@ impl Upscaler {
 
     /// How tiles lie along both sides.
     fn axes(&self, (width, height): (usize, usize), tiling: Tiling) -> Result<(Axis, Axis)> {
-        let (reach, multiple) = (self.config.reach(), self.config.multiple());
+        let multiple = self.config.multiple();
+        // farther than that lies nothing
+        let reach = self.config.reach().unwrap_or(MAX_SIDE as usize);
         let side = match tiling.side {
             Some(0) => width.max(height),
             Some(side) => side,

@@ -16,6 +16,7 @@ mod numbers;
 mod quantised;
 mod random;
 mod source;
+pub(crate) mod swin;
 pub(crate) mod t2i_adapter;
 pub(crate) mod t5;
 pub(crate) mod taesd;

@@ -1,16 +1,17 @@
-//! Upscalers of the ESRGAN family: which network a file holds, its structure from names and shapes, and what its tensors are called.
+//! Upscalers: which network a file holds, and for the ESRGAN family its structure from names and shapes, and what its tensors are called.
 //!
-//! Three spellings of the same network are about: the first ESRGAN's numbered layers, BSRGAN's and RealSR's words, and BasicSR's, which ours are.
+//! Three spellings of that family's network are about: the first ESRGAN's numbered layers, BSRGAN's and RealSR's words, and BasicSR's, which ours are.
 
 use sd_models::upscaler::{CompactConfig, Config, RrdbConfig};
 
 use super::layout::{Inner, Layout, inner};
 use super::ldm_unet::Shapes;
+use super::swin;
 
 /// More blocks and layers than any has.
-const MAX_BLOCKS: usize = 512;
+pub(super) const MAX_BLOCKS: usize = 512;
 /// The widest layer that is taken.
-const MAX_CHANNELS: usize = 4096;
+pub(super) const MAX_CHANNELS: usize = 4096;
 
 /// Where dense blocks' convolutions lie in a numbered file.
 const NUMBERED: &[Inner] = &[
@@ -21,38 +22,34 @@ const NUMBERED: &[Inner] = &[
     inner("conv5", "conv5.0"),
 ];
 
-/// What frameworks put before all names.
-const PREFIXES: [&str; 9] = [
+/// What training keeps weights below: averaged ones come first.
+const WRAPPERS: [&str; 8] = [
     "",
     "params_ema.",
+    "params-ema.",
     "params.",
-    "module.",
-    "netG.",
-    "generator.",
+    "model_state_dict.",
+    "state_dict.",
     "model.",
     "net.",
-    "state_dict.",
 ];
+/// What frameworks put before all names.
+const PREFIXES: [&str; 4] = ["", "module.", "netG.", "generator."];
 
 /// A network that is known and not built, and the names that only it has.
 const OTHERS: &[(&str, &[&str])] = &[
     ("GFPGAN", &["stylegan_decoder.style_mlp.1.weight"]),
     ("CodeFormer", &["quantize.embedding.weight", "position_emb"]),
     ("RestoreFormer", &["quantize.embedding.weight"]),
-    (
-        "Swin2SR",
-        &["layers.0.residual_group.blocks.0.attn.logit_scale"],
-    ),
-    (
-        "HAT",
-        &["layers.0.residual_group.overlap_attn.relative_position_bias_table"],
-    ),
-    (
-        "SwinIR",
-        &["layers.0.residual_group.blocks.0.attn.relative_position_bias_table"],
-    ),
-    ("SwinIR", &["layers.0.residual_group.blocks.0.norm1.weight"]),
+    ("RGT", &["layers.0.blocks.0.gamma"]),
     ("DAT", &["layers.0.blocks.0.attn.qkv.weight"]),
+    ("DRCT", &["layers.0.swin1.norm1.weight"]),
+    ("ATD", &["layers.0.residual_group.td"]),
+    (
+        "CRAFT",
+        &["layers.0.residual_group.hf_blocks.0.attn.temperature"],
+    ),
+    ("GRL", &["norm_start.weight", "norm_end.weight"]),
     (
         "OmniSR",
         &["residual_layer.0.residual_layer.0.layer.0.fn.0.weight"],
@@ -69,15 +66,18 @@ pub(crate) struct Found {
     pub(crate) config: Config,
     pub(crate) layout: Layout,
     /// What its names begin with.
-    prefix: &'static str,
+    prefix: String,
 }
 
 impl Found {
     /// Whether a stored name would be one of the network's, if that had such a tensor.
     pub(crate) fn covers(&self, name: &str) -> bool {
         // other copies of the weights, which are not read
-        let copy = name.starts_with("params.") || name.starts_with("params_ema.");
-        name.starts_with(self.prefix) && (!copy || !self.prefix.is_empty())
+        let copy = WRAPPERS[1..4]
+            .iter()
+            .any(|wrapper| name.starts_with(wrapper));
+        let index = matches!(self.config, Config::Swin(_)) && swin::is_index(name);
+        name.starts_with(&self.prefix) && (!copy || !self.prefix.is_empty()) && !index
     }
 }
 
@@ -86,11 +86,15 @@ impl Found {
 /// # Errors
 /// A sentence that says which network it is instead, or what is missing.
 pub(crate) fn read(shapes: &Shapes<'_>) -> Result<Found, String> {
-    for prefix in PREFIXES {
+    let prefixes = WRAPPERS.iter().flat_map(|wrapper| {
+        let inner = PREFIXES.iter();
+        inner.map(move |prefix| format!("{wrapper}{prefix}"))
+    });
+    for prefix in prefixes {
         let below = |name: &str| shapes(&format!("{prefix}{name}"));
         if let Some(spelling) = Spelling::find(&below) {
             let config = read_rrdb(spelling, &below)?;
-            let layout = spelling.layout(prefix, &config);
+            let layout = spelling.layout(&prefix, &config);
             return Ok(Found {
                 config: Config::Rrdb(config),
                 layout,
@@ -101,7 +105,14 @@ pub(crate) fn read(shapes: &Shapes<'_>) -> Result<Found, String> {
             let config = read_compact(&below)?;
             return Ok(Found {
                 config: Config::Compact(config),
-                layout: Layout::identity(prefix),
+                layout: Layout::identity(&prefix),
+                prefix,
+            });
+        }
+        if let Some((config, layout)) = swin::read(&prefix, &below)? {
+            return Ok(Found {
+                config: Config::Swin(config),
+                layout,
                 prefix,
             });
         }
@@ -110,11 +121,11 @@ pub(crate) fn read(shapes: &Shapes<'_>) -> Result<Found, String> {
             .find(|(_, names)| names.iter().all(|name| below(name).is_some()));
         if let Some((name, _)) = other {
             return Err(format!(
-                "it is a {name} network, which is not built; use one of the ESRGAN family (ESRGAN, Real-ESRGAN, compact)"
+                "it is a {name} network, which is not built; use one of the ESRGAN family (ESRGAN, Real-ESRGAN, compact) or SwinIR, Swin2SR or HAT"
             ));
         }
     }
-    Err("it holds no upscaler that is known: neither layers of ESRGAN (`model.1.sub.0…`, `body.0.rdb1…`) nor of a compact network (`body.0…`)".to_owned())
+    Err("it holds no upscaler that is known: neither layers of ESRGAN (`model.1.sub.0…`, `body.0.rdb1…`), nor of a compact network (`body.0…`), nor of SwinIR and its kin (`layers.0.residual_group…`)".to_owned())
 }
 
 /// How an RRDB network's tensors are called.
@@ -214,7 +225,7 @@ impl Spelling {
 }
 
 /// The first two axes of a convolution's weight: channels out and in.
-fn channels(shapes: &Shapes<'_>, name: &str) -> Result<(usize, usize), String> {
+pub(super) fn channels(shapes: &Shapes<'_>, name: &str) -> Result<(usize, usize), String> {
     match shapes(name).as_deref() {
         Some(&[output, input, 3, 3])
             if (1..=MAX_CHANNELS).contains(&output) && (1..=MAX_CHANNELS).contains(&input) =>

@@ -295,6 +295,7 @@ impl Line<'_> {
                 let slope = Activation::slope(percent);
                 each(&mut x, |_, x| *x = simd::leaky(*x, slope));
             }
+            Some(Activation::Sigmoid) => each(&mut x, |_, x| *x = simd::sigmoid(*x)),
         }
         if let Some(slopes) = self.slopes {
             let slopes = &slopes[first..][..N];

@@ -24,6 +24,8 @@ pub(crate) mod product;
 pub(crate) mod simd;
 pub(crate) mod view;
 #[allow(unsafe_code)]
+pub(crate) mod windows;
+#[allow(unsafe_code)]
 pub(crate) mod winograd;
 
 pub use level::Level;

@@ -419,6 +419,7 @@ multiversion! {
                 let slope = Activation::slope(percent);
                 affine(x, factors, out, place, |x| simd::leaky(x, slope));
             }
+            Some(Activation::Sigmoid) => affine(x, factors, out, place, simd::sigmoid),
         }
     }
 }

@@ -92,6 +92,12 @@ pub(crate) fn silu(x: f32) -> f32 {
     x / (1.0 + exp(-x))
 }
 
+/// `1 / (1 + e⁻ˣ)`.
+#[inline(always)]
+pub(crate) fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
 /// `x`, and below 0 `x · slope`; what is not a number stays so.
 #[inline(always)]
 pub(crate) fn leaky(x: f32, slope: f32) -> f32 {

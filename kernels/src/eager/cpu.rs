@@ -36,7 +36,7 @@ fn pointwise(activation: Activation) -> Option<fn(f32) -> f32> {
         Activation::QuickGelu => quick_gelu,
         Activation::Mish => mish,
         Activation::Relu => |x| x.max(0.0),
-        Activation::LeakyRelu { .. } => return None,
+        Activation::LeakyRelu { .. } | Activation::Sigmoid => return None,
     })
 }
 

@@ -10,6 +10,7 @@ mod conv;
 mod cpu;
 mod features;
 mod sequence;
+mod windows;
 
 use candle_core::{D, DType, Device, Tensor};
 
@@ -79,6 +80,7 @@ pub fn run(op: &Op, inputs: &[&Tensor]) -> Result<Tensor> {
             Some(y) => y,
             None => attention(x, inputs[1], inputs[2], *heads, *causal)?,
         },
+        Op::WindowAttention(how) => windows::attention((x, inputs[1], inputs[2]), how)?,
         Op::Geglu => {
             if let Some(y) = cpu::geglu(x)? {
                 y
@@ -93,6 +95,11 @@ pub fn run(op: &Op, inputs: &[&Tensor]) -> Result<Tensor> {
             let slopes = slopes.value()?.reshape((1, (), 1, 1))?;
             (x.relu()? - x.neg()?.relu()?.broadcast_mul(&slopes)?)?
         }
+        Op::Shift { values } => {
+            let values = Tensor::new(values.as_slice(), x.device())?;
+            x.broadcast_add(&values.to_dtype(x.dtype())?.reshape((1, (), 1, 1))?)?
+        }
+        Op::Means => x.to_dtype(DType::F32)?.mean((2, 3))?.to_dtype(x.dtype())?,
         Op::Add => (x + inputs[1])?,
         Op::AddChannels => {
             let (b, c) = inputs[1].dims2()?;
@@ -306,6 +313,7 @@ fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
             let slope = f64::from(Activation::slope(percent));
             (x.relu()? - (x.neg()?.relu()? * slope)?)?
         }
+        Activation::Sigmoid => candle_nn::ops::sigmoid(x)?,
     })
 }
 

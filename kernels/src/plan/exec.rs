@@ -16,6 +16,7 @@ use crate::cpu::norm::{AdaptiveNorm, GroupNorm, Side, layer_norm, rms_norm, rota
 use crate::cpu::panels::{self, Panels};
 use crate::cpu::product::{Grid, Source, product};
 use crate::cpu::view::NumbersMut;
+use crate::cpu::windows::WindowAttention;
 use crate::cpu::winograd::{self, Kept, WinogradWeights, convolve};
 use crate::{Result, Wrap};
 
@@ -170,6 +171,16 @@ impl Memory<'_> {
                         workspace,
                     ),
                 }
+                Ok(())
+            }
+            (Work::WindowAttention { q, k, v, windows }, Prepared::Table(tables)) => {
+                let attention = WindowAttention {
+                    batch: self.batch(step.out),
+                    channels: self.channels(step.out),
+                    windows,
+                    tables,
+                };
+                attention.run(level, [self.read(*q), self.read(*k), self.read(*v)], out);
                 Ok(())
             }
             (Work::LayerNorm { source, eps, .. }, Prepared::Affine { weight, bias }) => {

@@ -24,9 +24,35 @@ impl Memory<'_> {
                 scale,
                 by_mean,
             } => self.amplify(*source, (*scale, *by_mean), out),
+            Work::Means(source) => self.means(*source, out),
             _ => return Err(Error::Mixed { op: "plan" }),
         }
         Ok(())
+    }
+
+    /// Sums of as many rows a task, whatever the number of threads, and then of tasks.
+    fn means(&self, source: ValueId, out: NumbersMut<'_>) {
+        const ROWS: usize = 1024;
+        let (c, pixels) = (self.channels(source), self.pixels(source));
+        let x = self.read(source);
+        let pieces = pixels.div_ceil(ROWS);
+        let tasks = (0..self.batch(source) * pieces).into_par_iter();
+        let sums: Vec<Vec<f64>> = tasks
+            .map(|task| {
+                let (picture, first) = (task / pieces, task % pieces * ROWS);
+                let mut sums = vec![0f64; c];
+                for row in first..(first + ROWS).min(pixels) {
+                    let row = (picture * pixels + row) * c;
+                    let columns = sums.iter_mut().enumerate();
+                    columns.for_each(|(j, sum)| *sum += f64::from(at(x, row + j)));
+                }
+                sums
+            })
+            .collect();
+        fill(out, c, |picture, j| {
+            let of = sums[picture * pieces..][..pieces].iter();
+            (of.map(|sums| sums[j]).sum::<f64>() / pixels as f64) as f32
+        });
     }
 
     /// One head of one sequence a task, its queries in order.

@@ -3,6 +3,8 @@
 //!
 //! Nodes are visited in recorded order. A product is held back until somebody needs its result; whoever follows and can be absorbed is.
 
+use std::sync::Arc;
+
 use super::Options;
 use super::ir::{
     Form, Input, Output, Part, Product, Program, Rate, Step, Type, Value, ValueId, View, Work,
@@ -356,6 +358,17 @@ impl<'a> Fuser<'a> {
                 causal: *causal,
                 relative: relative.clone(),
             },
+            Op::WindowAttention(windows) => Work::WindowAttention {
+                q: self.ready(x)?,
+                k: self.ready(inputs[1])?,
+                v: self.ready(inputs[2])?,
+                windows: windows.clone(),
+            },
+            Op::Shift { values } => Work::Shift {
+                source: self.ready(x)?,
+                values: Arc::clone(values),
+            },
+            Op::Means => Work::Means(self.ready(x)?),
             Op::AttentionMass { heads } => Work::AttentionMass {
                 q: self.ready(x)?,
                 k: self.ready(inputs[1])?,
@@ -662,7 +675,9 @@ impl<'a> Fuser<'a> {
                 LayerClass::Conv3x3
             }
             Work::Product(_) => LayerClass::Linear,
-            Work::Attention { .. } | Work::AttentionMass { .. } => LayerClass::Attention,
+            Work::Attention { .. } | Work::WindowAttention { .. } | Work::AttentionMass { .. } => {
+                LayerClass::Attention
+            }
             Work::GroupNorm { .. }
             | Work::Statistics { .. }
             | Work::LayerNorm { .. }
@@ -714,7 +729,9 @@ fn choose_types(program: &mut Program, options: &Options) {
         }
         match &step.work {
             // attention stores what it reads
-            Work::Attention { .. } => program.values[step.out].kind = Type::Bf16,
+            Work::Attention { .. } | Work::WindowAttention { .. } => {
+                program.values[step.out].kind = Type::Bf16;
+            }
             Work::Product(product) => only_norms[step.out] = product.residual.is_none(),
             _ => {}
         }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::cpu::winograd;
 use crate::op::{PatchOrder, Relative, Turns};
+use crate::windows::Windows;
 use crate::{Activation, Padding, Param, Window, Wrap};
 
 /// The place of a value in [`Program::values`].
@@ -173,6 +174,12 @@ pub(super) enum Work {
         causal: bool,
         relative: Option<Relative>,
     },
+    WindowAttention {
+        q: ValueId,
+        k: ValueId,
+        v: ValueId,
+        windows: Box<Windows>,
+    },
     Rotate {
         source: ValueId,
         heads: usize,
@@ -218,6 +225,10 @@ pub(super) enum Work {
         source: ValueId,
         slopes: Param,
     },
+    Shift {
+        source: ValueId,
+        values: Arc<Vec<f32>>,
+    },
     Add(ValueId, ValueId),
     AddChannels(ValueId, ValueId),
     ScaleShift(ValueId, ValueId),
@@ -234,6 +245,7 @@ pub(super) enum Work {
         w: usize,
     },
     AveragePool(View),
+    Means(ValueId),
     Sinusoid {
         source: ValueId,
         flip_sin_to_cos: bool,
@@ -268,7 +280,9 @@ impl Work {
             Self::GroupNorm { sources, given, .. } => {
                 sources.iter().copied().chain(*given).collect()
             }
-            Self::Attention { q, k, v, .. } => vec![*q, *k, *v],
+            Self::Attention { q, k, v, .. } | Self::WindowAttention { q, k, v, .. } => {
+                vec![*q, *k, *v]
+            }
             Self::AttentionMass { q, k, .. } => vec![*q, *k],
             Self::Add(a, b)
             | Self::AddChannels(a, b)
@@ -283,6 +297,7 @@ impl Work {
             | Self::RmsNorm { source, .. }
             | Self::Rotate { source, .. }
             | Self::Prelu { source, .. }
+            | Self::Shift { source, .. }
             | Self::Tokens { source, .. }
             | Self::Affine { source, .. }
             | Self::Sinusoid { source, .. }
@@ -290,6 +305,7 @@ impl Work {
             | Self::Amplify { source, .. }
             | Self::Embed { ids: source, .. }
             | Self::Geglu(source)
+            | Self::Means(source)
             | Self::Activate(source, _) => vec![*source],
             Self::Upsample { source, .. }
             | Self::LowFrequencies { source, .. }
@@ -308,7 +324,9 @@ impl Work {
                 .iter()
                 .flat_map(|p| p.sources.iter().map(|s| s.value))
                 .collect(),
-            Self::Attention { q, k, v, .. } => vec![*q, *k, *v],
+            Self::Attention { q, k, v, .. } | Self::WindowAttention { q, k, v, .. } => {
+                vec![*q, *k, *v]
+            }
             _ => Vec::new(),
         }
     }

@@ -85,6 +85,7 @@ fn activate(activation: Activation, x: f32) -> f32 {
         Activation::Mish => simd::mish(x),
         Activation::Relu => x.max(0.0),
         Activation::LeakyRelu { percent } => simd::leaky(x, Activation::slope(percent)),
+        Activation::Sigmoid => simd::sigmoid(x),
     }
 }
 
@@ -106,6 +107,10 @@ impl Memory<'_> {
             (Work::Prelu { source, .. }, Prepared::Table(slopes)) => {
                 let x = self.read(*source);
                 fill(out, c, |row, j| simd::leaky(at(x, row * c + j), slopes[j]));
+            }
+            (Work::Shift { source, values }, _) => {
+                let x = self.read(*source);
+                fill(out, c, |row, j| at(x, row * c + j) + values[j]);
             }
             (Work::Add(a, b), _) => {
                 let (a, b) = (self.read(*a), self.read(*b));

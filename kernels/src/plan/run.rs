@@ -327,6 +327,11 @@ fn prepare(
             let lengths = (program.values[*q].pixels, program.values[*k].pixels);
             Prepared::Table(Arc::new(biases(relative, &table, *heads, lengths)))
         }
+        Work::WindowAttention { q, windows, .. } => {
+            let width = program.values[*q].channels / windows.heads.max(1);
+            let tables = windows.tables(width, &|param| store.vector(param))?;
+            Prepared::Table(Arc::new(tables))
+        }
         _ => Prepared::Nothing,
     })
 }

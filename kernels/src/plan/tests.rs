@@ -12,6 +12,8 @@ use crate::{
     Window, Wrap, graph::SharedNorms, ops,
 };
 
+mod windows;
+
 /// Weights made up from their names, rounded to a type that they are stored as; `U8` stands for a compressed one.
 struct Made(DType);
 

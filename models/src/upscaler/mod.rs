@@ -1,10 +1,13 @@
-//! Networks that make finished pictures larger, those of the ESRGAN family. Pictures are `[b, c, h, w]` in 0 … 1 on both sides, red first.
+//! Networks that make finished pictures larger: those of the ESRGAN family, and those of attention within windows. Pictures are `[b, c, h, w]` in 0 … 1 on both sides, red first.
 
 mod compact;
 mod rrdb;
+mod swin;
+mod swin_block;
 
 pub use compact::{Compact, CompactConfig};
 pub use rrdb::{Rrdb, RrdbConfig};
+pub use swin::{Link, Swin, SwinConfig, SwinGroup, SwinKind, Tail};
 
 use sd_kernels::{Result, Tensor, Weights};
 
@@ -15,6 +18,8 @@ pub enum Config {
     Rrdb(RrdbConfig),
     /// The compact networks of Real-ESRGAN.
     Compact(CompactConfig),
+    /// SwinIR, Swin2SR, HAT.
+    Swin(SwinConfig),
 }
 
 impl Config {
@@ -25,6 +30,11 @@ impl Config {
             Self::Rrdb(config) if config.unshuffle > 1 => "Real-ESRGAN",
             Self::Rrdb(_) => "ESRGAN",
             Self::Compact(_) => "compact",
+            Self::Swin(config) => match config.kind {
+                SwinKind::First => "SwinIR",
+                SwinKind::Second { .. } => "Swin2SR",
+                SwinKind::Hybrid { .. } => "HAT",
+            },
         }
     }
 
@@ -33,6 +43,7 @@ impl Config {
         match self {
             Self::Rrdb(config) => config.scale(),
             Self::Compact(config) => config.scale,
+            Self::Swin(config) => config.scale(),
         }
     }
 
@@ -41,6 +52,7 @@ impl Config {
         match self {
             Self::Rrdb(config) => config.input,
             Self::Compact(config) => config.input,
+            Self::Swin(config) => config.input,
         }
     }
 
@@ -49,6 +61,7 @@ impl Config {
         match self {
             Self::Rrdb(config) => config.output,
             Self::Compact(config) => config.output,
+            Self::Swin(config) => config.output,
         }
     }
 
@@ -57,14 +70,16 @@ impl Config {
         match self {
             Self::Rrdb(config) => config.unshuffle,
             Self::Compact(_) => 1,
+            Self::Swin(config) => config.multiple(),
         }
     }
 
-    /// How far a pixel that goes out looks, in pixels of the picture that comes in: what lies farther away has no influence on it.
-    pub fn reach(&self) -> usize {
+    /// How far a pixel that goes out looks, in pixels of the picture that comes in: what lies farther away has no influence on it. None: at all.
+    pub fn reach(&self) -> Option<usize> {
         match self {
-            Self::Rrdb(config) => config.reach(),
-            Self::Compact(config) => config.convs,
+            Self::Rrdb(config) => Some(config.reach()),
+            Self::Compact(config) => Some(config.convs),
+            Self::Swin(config) => config.reach(),
         }
     }
 }
@@ -75,6 +90,8 @@ pub enum Upscaler {
     Rrdb(Box<Rrdb>),
     /// The compact networks of Real-ESRGAN.
     Compact(Compact),
+    /// SwinIR, Swin2SR, HAT.
+    Swin(Box<Swin>),
 }
 
 impl Upscaler {
@@ -83,6 +100,7 @@ impl Upscaler {
         match config {
             Config::Rrdb(config) => Self::Rrdb(Box::new(Rrdb::load(weights, config))),
             Config::Compact(config) => Self::Compact(Compact::load(weights, config)),
+            Config::Swin(config) => Self::Swin(Box::new(Swin::load(weights, config))),
         }
     }
 
@@ -94,6 +112,7 @@ impl Upscaler {
         match self {
             Self::Rrdb(network) => network.forward(x),
             Self::Compact(network) => network.forward(x),
+            Self::Swin(network) => network.forward(x),
         }
     }
 }

@@ -105,8 +105,17 @@ impl ControlArgs {
     /// # Errors
     /// [`Error::Usage`] when the flags' numbers do not fit; when a picture cannot be read.
     pub(in crate::cli) fn requests(&self) -> Result<Vec<ControlRequest>> {
+        self.requests_of(None)
+    }
+
+    /// The same where all look at one picture if none is given.
+    ///
+    /// # Errors
+    /// As [`ControlArgs::requests`].
+    pub(in crate::cli) fn requests_of(&self, own: Option<&Picture>) -> Result<Vec<ControlRequest>> {
         let count = self.controlnet.len();
-        if self.control_image.len() != count {
+        let own = own.filter(|_| self.control_image.is_empty());
+        if self.control_image.len() != count && own.is_none() {
             return Err(Error::Usage(format!(
                 "there are {count} of --controlnet and {} of --control-image, expected one picture for each",
                 self.control_image.len()
@@ -127,13 +136,14 @@ impl ControlArgs {
                 "there are {more} of --control-{name} and {count} of --controlnet, expected at most one for each"
             )));
         }
-        (0..count).map(|i| self.request(i)).collect()
+        (0..count).map(|i| self.request(i, own)).collect()
     }
 
-    fn request(&self, i: usize) -> Result<ControlRequest> {
-        let picture = match self.control_image.get(i) {
-            Some(path) => Picture::open(path)?,
-            None => return Err(Error::Usage("a --control-image is missing".to_owned())),
+    fn request(&self, i: usize, own: Option<&Picture>) -> Result<ControlRequest> {
+        let picture = match (self.control_image.get(i), own) {
+            (Some(path), _) => Picture::open(path)?,
+            (None, Some(own)) => own.clone(),
+            (None, None) => return Err(Error::Usage("a --control-image is missing".to_owned())),
         };
         let mask = match self.control_mask.get(i) {
             Some(path) => Some(Picture::open(path)?.to_luma()),

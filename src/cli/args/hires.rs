@@ -19,7 +19,7 @@ pub struct HiresArgs {
     #[arg(long, value_name = "WxH", value_parser = super::size)]
     pub hires_size: Option<(usize, usize)>,
     /// How it is enlarged: latent, latent-antialiased, latent-bicubic, latent-bicubic-antialiased, latent-nearest, latent-nearest-exact,
-    /// lanczos, nearest, or a network of the ESRGAN family: a file, or a name in the models folders
+    /// lanczos, nearest, or a network as `upscale --model` takes: a file, or a name in the models folders
     #[arg(
         long,
         value_name = "HOW",
