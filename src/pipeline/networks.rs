@@ -6,7 +6,7 @@ mod tiled;
 
 pub use autoencoder::Posterior;
 use autoencoder::{EncoderParts, vae_options};
-pub(super) use calls::Denoiser;
+pub(super) use calls::{Denoiser, Outside, Predicted};
 use calls::{Beside, Work};
 
 use std::collections::BTreeSet;

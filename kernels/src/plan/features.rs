@@ -24,6 +24,12 @@ impl Memory<'_> {
                 scale,
                 by_mean,
             } => self.amplify(*source, (*scale, *by_mean), out),
+            Work::Merge { source, places } => self.merged((*source, *places), id, out)?,
+            Work::Unmerge {
+                source,
+                places,
+                residual,
+            } => self.unmerged((*source, *places), *residual, (id, out))?,
             _ => return Err(Error::Mixed { op: "plan" }),
         }
         Ok(())

@@ -2,10 +2,10 @@
 
 use std::cell::Cell;
 
-use sd_kernels::{Error, Result, Tensor, Weights, ops};
+use sd_kernels::{Error, Op, Result, Tensor, Weights, ops};
 
-use super::Given;
 use super::config::Level;
+use super::given::{Given, Kind};
 use super::image_prompt::ImagePrompt;
 use crate::layers::{Attention, FeedForward, GroupNorm, LayerNorm, Linear};
 
@@ -90,7 +90,7 @@ impl Transformer {
         let sequence = ops::flatten(&self.norm.forward(x)?)?; // [b, h·w, c]
         let mut y = self.proj_in.forward(&sequence)?;
         for block in &self.blocks {
-            y = block.forward(&y, given)?;
+            y = block.forward(&y, (h, w), given)?;
         }
         let y = ops::unflatten(&self.proj_out.forward(&y)?, h, w)?; // [b, c, h, w]
         ops::add(x, &y)
@@ -143,21 +143,52 @@ impl Block {
         }
     }
 
-    /// `x [b, s, c]` → `[b, s, c]`.
-    fn forward(&self, x: &Tensor, given: &Given<'_>) -> Result<Tensor> {
+    /// `x [b, h · w, c]` → `[b, h · w, c]`.
+    fn forward(&self, x: &Tensor, size: (usize, usize), given: &Given<'_>) -> Result<Tensor> {
+        let x = self.first(x, size, given)?;
+        let x = match given.take(Kind::Cross, x.shape())? {
+            Some(seen) => ops::add(&seen, &x)?,
+            None => {
+                let (h, context) = (self.norm2.forward(&x)?, &given.context);
+                let also = |q: &Tensor, seen, heads| context.images(q, seen, heads);
+                let seen = self.attn2.forward_also(&h, context.text, &also)?;
+                given.keep(Kind::Cross, &seen);
+                ops::add(&seen, &x)?
+            }
+        };
+        ops::add(&self.feed_forward.forward(&self.norm3.forward(&x)?)?, &x)
+    }
+
+    /// `x [b, h · w, c]` with what the first attention sees on it.
+    fn first(&self, x: &Tensor, size: (usize, usize), given: &Given<'_>) -> Result<Tensor> {
+        let kind = match self.only_cross_attention {
+            true => Kind::Cross,
+            false => Kind::Own,
+        };
+        if let Some(seen) = given.take(kind, x.shape())? {
+            return ops::add(&seen, x);
+        }
         let h = self.norm1.forward(x)?;
-        let context = &given.context;
+        let places = given.places(x, size)?;
+        let h = match &places {
+            Some((places, count)) => ops::apply(Op::Merge { count: *count }, &[&h, places])?,
+            None => h,
+        };
         let seen = if self.only_cross_attention {
-            self.attn1.forward(&h, context.text)?
+            self.attn1.forward(&h, given.context.text)?
         } else if given.variant.identities.contains(&self.attn1_name) {
             self.attn1.identity(&h)?
         } else {
             self.attn1.forward(&h, &h)?
         };
-        let x = ops::add(&seen, x)?;
-        let h = self.norm2.forward(&x)?;
-        let also = |q: &Tensor, seen, heads| context.images(q, seen, heads);
-        let x = ops::add(&self.attn2.forward_also(&h, context.text, &also)?, &x)?;
-        ops::add(&self.feed_forward.forward(&self.norm3.forward(&x)?)?, &x)
+        let seen = match &places {
+            Some((places, _)) if !given.keeps(kind) => {
+                return ops::apply(Op::Unmerge, &[&seen, places, x]);
+            }
+            Some((places, _)) => ops::apply(Op::Unmerge, &[&seen, places])?,
+            None => seen,
+        };
+        given.keep(kind, &seen);
+        ops::add(&seen, x)
     }
 }
