@@ -378,7 +378,9 @@ fn shortcuts_are_told_and_are_for_unets() {
     let models = Models::new(&runs, &["sd1-odd", "sdxl", "sd35"]);
     let generate = |model: &str, flags: &[&str]| {
         let args = [
-            &["generate", "-m", model, "-p", "a fox", "-W", "48", "-H", "48"][..],
+            &[
+                "generate", "-m", model, "-p", "a fox", "-W", "48", "-H", "48",
+            ][..],
             &["--steps", "2", "-s", "1", "-o", "a.png", "--overwrite"],
             flags,
         ];
@@ -411,7 +413,7 @@ fn shortcuts_are_told_and_are_for_unets() {
     assert!(outcome.stderr.contains(notice), "{}", outcome.stderr);
     for flags in [["--tome", "0.4"], ["--tgate", "1"]] {
         let outcome = generate("sd35", &flags);
-        assert_eq!(outcome.status, Some(1), "{}", outcome.stderr);
+        assert_eq!(outcome.status, Some(2), "{}", outcome.stderr);
         assert!(
             outcome.stderr.contains("is for UNets"),
             "{}",

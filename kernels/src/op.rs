@@ -533,7 +533,9 @@ impl Op {
             {
                 Ok(vec![*b, *s, 1])
             }
-            (Self::Merge { count }, [[b, s, c], places]) if **places == [*b, *s, 1] && *count > 0 => {
+            (Self::Merge { count }, [[b, s, c], places])
+                if **places == [*b, *s, 1] && *count > 0 =>
+            {
                 Ok(vec![*b, *count, *c])
             }
             (Self::Unmerge, [[b, _, c], [pb, s, 1], more @ ..])

@@ -201,7 +201,11 @@ impl Plan {
             .map(|source| source.image_cfg_scale);
         warnings.extend(check_guidance(engine, request, guided)?);
         let whole = chosen.trajectory.steps;
-        if request.shortcuts.gate.is_some_and(|gate| gate.step >= whole) {
+        if request
+            .shortcuts
+            .gate
+            .is_some_and(|gate| gate.step >= whole)
+        {
             warnings.push(format!(
                 "--tgate has no say: there are {whole} steps, and none behind it"
             ));

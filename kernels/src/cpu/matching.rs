@@ -151,7 +151,13 @@ fn largest(scores: &[f32]) -> (f32, usize) {
         }
     }
     let most = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
-    let is_it = |score: &f32| if strange { score.is_nan() } else { *score == most };
+    let is_it = |score: &f32| {
+        if strange {
+            score.is_nan()
+        } else {
+            *score == most
+        }
+    };
     let first = scores.iter().position(is_it).unwrap_or(0);
     (if strange { f32::NAN } else { most }, first)
 }
@@ -188,12 +194,7 @@ mod tests {
         };
         let choice = |cell: usize| choice[cell % choice.len()];
         sizes
-            .run(
-                level,
-                (read, channels),
-                choice,
-                (&mut workspace, &mut out),
-            )
+            .run(level, (read, channels), choice, (&mut workspace, &mut out))
             .unwrap();
         out.into_iter().map(|place| place as usize).collect()
     }
@@ -210,9 +211,7 @@ mod tests {
             .filter(|i| {
                 let (y, x) = (i / w, i % w);
                 let cell = y / 2 * (w / 2) + x / 2;
-                y / 2 < h / 2
-                    && x / 2 < w / 2
-                    && choice[cell % choice.len()] == y % 2 * 2 + x % 2
+                y / 2 < h / 2 && x / 2 < w / 2 && choice[cell % choice.len()] == y % 2 * 2 + x % 2
             })
             .collect();
         let mut edges = Vec::new();

@@ -271,7 +271,12 @@ impl Memory<'_> {
                     sizes,
                 },
                 _,
-            ) => self.matched(level, (*source, *choice, sizes), (step.out, out), cast_workspace(workspace)),
+            ) => self.matched(
+                level,
+                (*source, *choice, sizes),
+                (step.out, out),
+                cast_workspace(workspace),
+            ),
             (work, prepared) => self.pointwise(work, prepared, step.out, out),
         }
     }

@@ -28,7 +28,9 @@ macro_rules! by_type {
 fn add_row(x: Numbers<'_>, row: usize, sums: &mut [f32]) {
     fn of<T: Number>(x: &[T], first: usize, sums: &mut [f32]) {
         let row = &x[first % x.len()..][..sums.len()];
-        sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += x.f32());
+        sums.iter_mut()
+            .zip(row)
+            .for_each(|(sum, x)| *sum += x.f32());
     }
     match x {
         Numbers::F32(x) => of(x, row * sums.len(), sums),

@@ -72,7 +72,7 @@ impl<'a> Given<'a> {
     }
 
     /// A value from outside.
-    pub(super) fn from_outside(&self, slot: Slot, shape: &[usize]) -> Result<Tensor> {
+    pub(super) fn outside(&self, slot: Slot, shape: &[usize]) -> Result<Tensor> {
         match self.earlier {
             Some(earlier) => earlier(slot, shape),
             None => Err(Error::Shape {
@@ -101,7 +101,7 @@ impl<'a> Given<'a> {
             Kind::Cross => Slot::Cross(index),
             Kind::Own => Slot::Own(index),
         };
-        self.from_outside(slot, shape).map(Some)
+        self.outside(slot, shape).map(Some)
     }
 
     /// Whether later calls use what attentions of a kind see.
@@ -137,7 +137,7 @@ impl<'a> Given<'a> {
         let places = if merging.random {
             let index = self.choices.replace(self.choices.get() + 1);
             let batch = x.shape().first().copied().unwrap_or(1);
-            let choice = self.from_outside(Slot::Choice(index), &[batch, (h / 2) * (w / 2)])?;
+            let choice = self.outside(Slot::Choice(index), &[batch, (h / 2) * (w / 2)])?;
             apply(op, &[x, &choice])?
         } else {
             apply(op, &[x])?

@@ -122,7 +122,7 @@ impl UNet {
         let mut mass = None;
         if let (true, Some(last)) = (variant.shallow, self.up.last()) {
             // 3. to 6. in an earlier call, but for the last layer
-            let deep = given.from_outside(Slot::Deep, x.shape())?;
+            let deep = given.outside(Slot::Deep, x.shape())?;
             x = last.last(&deep, &given, &mut vec![x])?;
         } else {
             // 3. down: every resnet and every downsampler leaves a skip

@@ -7,8 +7,8 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 use crate::pipeline::{
-    FreeU, FreeUVersion, Gate, Guidance, Measure, Merging, Mimic, Perturbed, Place, Projected, Region, Regions,
-    Rule, ScaleSchedule, ScaleShape, Shortcuts,
+    FreeU, FreeUVersion, Gate, Guidance, Measure, Merging, Mimic, Perturbed, Place, Projected,
+    Region, Regions, Rule, ScaleSchedule, ScaleShape, Shortcuts,
 };
 
 /// Guidance beyond one scale.
