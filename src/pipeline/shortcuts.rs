@@ -53,11 +53,10 @@ impl Gate {
             true => self.late_interval,
             false => self.interval,
         };
+        let computed = step == last || step.is_multiple_of(interval.max(1));
         if step < last && step < self.warm_up {
             Reuse::Nothing
-        } else if step == last || (step < last && step == self.warm_up) {
-            Reuse::Keep
-        } else if step.is_multiple_of(interval.max(1)) {
+        } else if computed || (step < last && step == self.warm_up) {
             Reuse::Keep
         } else {
             Reuse::Take
