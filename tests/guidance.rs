@@ -7,7 +7,8 @@ use std::path::Path;
 use candle_core::{DType, Device};
 use sd_rs::checkpoint::Checkpoint;
 use sd_rs::pipeline::{
-    Control, Engine, Guidance, Perturbed, Place, Plan, Projected, Region, Regions, Request, Rule,
+    Control, Engine, Gate, Guidance, Merging, Perturbed, Place, Plan, Projected, Region, Regions,
+    Request, Rule,
 };
 use sd_rs::text::Syntax;
 use serde_json::Value;
@@ -158,12 +159,14 @@ fn distance(got: &Values, want: &Values) -> f64 {
         / norm(&mut want.data.iter().map(|&v| f64::from(v)))
 }
 
-const GROUPS: [&[&str]; 5] = [
+const GROUPS: [&[&str]; 7] = [
     &["pag", "sag"],
     &["freeu"],
     &["regions"],
     &["deep", "ngms"],
     &["mimic", "perp"],
+    &["tgate"],
+    &["tome"],
 ];
 
 fn in_group(name: &str, group: usize) -> bool {
@@ -193,6 +196,16 @@ fn regions_by_boxes_and_masks() {
 #[test]
 fn shortcuts_are_those_of_their_makers() {
     check(|name| in_group(name, 3));
+}
+
+#[test]
+fn a_gate_behind_which_no_text_is_read() {
+    check(|name| in_group(name, 5));
+}
+
+#[test]
+fn tokens_that_are_merged() {
+    check(|name| in_group(name, 6));
 }
 
 #[test]
@@ -274,6 +287,35 @@ fn pictures_of_a_batch_do_not_see_each_other() {
         };
         requests.insert(name, request);
     }
+    let merging = Merging {
+        ratio: 0.5,
+        max_downsample: 2,
+        random: true,
+    };
+    for (name, gate, merging) in [
+        ("tome", None, Some(merging)),
+        ("tgate", Some(Gate::at(2)), None),
+        (
+            "tgate and tome",
+            Some(Gate {
+                warm_up: 0,
+                interval: 2,
+                late_interval: 3,
+                ..Gate::at(3)
+            }),
+            Some(merging),
+        ),
+    ] {
+        let mut request = request();
+        request.steps = Some(5);
+        request.shortcuts.gate = gate;
+        request.shortcuts.merging = merging;
+        request.regions = Regions {
+            list: vec![region.clone(), region.clone()],
+            base: 1.0,
+        };
+        requests.insert(name, request);
+    }
     for (name, request) in requests {
         let both = Request {
             batch_size: 2,
@@ -301,11 +343,17 @@ fn neutral_values_change_nothing() {
     let models = Models::new(&runs, &["sd1-odd"]);
     let engine = engine(&models.dir.path("sd1-odd"));
     let plain = flat(&generate(&engine, &request()));
-    let mut others = vec![request(); 4];
+    let mut others = vec![request(); 6];
     others[0].guidance.span = Some((0.0, 1.0));
     others[1].shortcuts.deep_cache = 1;
     others[2].shortcuts.least_negative_sigma = 0.01; // above no level of the run
     others[3].guidance.schedule.least = 3.0; // of a constant scale
+    others[4].shortcuts.gate = Some(Gate::at(3)); // behind the last step
+    others[5].shortcuts.merging = Some(Merging {
+        ratio: 0.01, // of 90 tokens
+        max_downsample: 8,
+        random: true,
+    });
     for (i, other) in others.iter().enumerate() {
         assert_eq!(flat(&generate(&engine, other)), plain, "{i}");
     }
@@ -321,6 +369,57 @@ fn neutral_values_change_nothing() {
         flat(&generate(&engine, &cached)),
         flat(&generate(&engine, &once))
     );
+}
+
+/// A picture made with shortcuts says so, in A1111's words where it has some, and a transformer cannot take them.
+#[test]
+fn shortcuts_are_told_and_are_for_unets() {
+    let runs = runs();
+    let models = Models::new(&runs, &["sd1-odd", "sdxl", "sd35"]);
+    let generate = |model: &str, flags: &[&str]| {
+        let args = [
+            &[
+                "generate", "-m", model, "-p", "a fox", "-W", "48", "-H", "48",
+            ][..],
+            &["--steps", "2", "-s", "1", "-o", "a.png", "--overwrite"],
+            flags,
+        ];
+        models.dir.sd_rs(&args.concat())
+    };
+    let flags = [
+        "--tome",
+        "0.4",
+        "--tgate",
+        "1",
+        "--hires-scale",
+        "1.5",
+        "--dtype",
+        "f32",
+    ];
+    let outcome = generate("sd1-odd", &flags);
+    assert_eq!(outcome.status, Some(0), "{}", outcome.stderr);
+    let texts = sd_rs::output::png::read_text(&models.dir.path("a.png")).unwrap();
+    let told = texts.get("parameters").unwrap();
+    for words in [
+        "Token merging ratio: 0.4",
+        "Token merging ratio hr: 0.4",
+        "T-GATE step: 1",
+    ] {
+        assert!(told.contains(words), "{told}");
+    }
+    let outcome = generate("sdxl", &["--tome", "0.4"]);
+    assert_eq!(outcome.status, Some(0), "{}", outcome.stderr);
+    let notice = "--tome has no say";
+    assert!(outcome.stderr.contains(notice), "{}", outcome.stderr);
+    for flags in [["--tome", "0.4"], ["--tgate", "1"]] {
+        let outcome = generate("sd35", &flags);
+        assert_eq!(outcome.status, Some(2), "{}", outcome.stderr);
+        assert!(
+            outcome.stderr.contains("is for UNets"),
+            "{}",
+            outcome.stderr
+        );
+    }
 }
 
 #[test]
@@ -367,8 +466,30 @@ fn what_cannot_be_is_refused_in_one_sentence() {
             "--mimic-percentile is 101",
         ),
         (&["--ngms", "-1"], "--ngms"),
-        (&["--tome", "0.5"], "--token-merging-ratio is not built"),
-        (&["--tgate", "10"], "--tgate is not built"),
+        (&["--tome", "0.75"], "--tome is 0.75"),
+        (&["--token-merging-ratio", "-0.1"], "--tome is -0.1"),
+        (&["--tome", "nan"], "--tome is NaN"),
+        (
+            &["--tome", "0.5", "--tome-max-downsample", "3"],
+            "--tome-max-downsample is 3",
+        ),
+        (&["--tgate", "0"], "--tgate is 0"),
+        (
+            &["--tgate", "3", "--tgate-sp-interval", "0"],
+            "--tgate-sp-interval is 0",
+        ),
+        (
+            &["--tgate", "3", "--deep-cache", "3"],
+            "--tgate does not go with --deep-cache",
+        ),
+        (
+            &["--tgate", "3", "--pag-scale", "3"],
+            "--tgate does not go with --pag-scale",
+        ),
+        (
+            &["--tgate", "3", "--sag-scale", "1"],
+            "--tgate does not go with --sag-scale",
+        ),
     ] {
         let outcome = generate(flags);
         assert!(
@@ -383,7 +504,12 @@ fn what_cannot_be_is_refused_in_one_sentence() {
         );
     }
     // rules exclude each other, and parts of a rule need it
-    for flags in [&["--apg", "--tcfg"][..], &["--apg-eta", "0.5"]] {
+    for flags in [
+        &["--apg", "--tcfg"][..],
+        &["--apg-eta", "0.5"],
+        &["--tome-random"],
+        &["--tgate-warm-up", "3"],
+    ] {
         assert_eq!(generate(flags).status, Some(2), "{flags:?}");
     }
 }

@@ -31,6 +31,8 @@
 //! | `Patchify`, `Unpatchify` | `[b, c, h · p, w · p]` ↔ `[b, h · w, c · p · p]` |
 //! | `AttentionMass` | `q [b, s, c]`, `k [b, t, c]` → `[b, t, 1]` |
 //! | `LowFrequencies`, `Amplify` | `[b, c, h, w]` → same |
+//! | `Match` | `[b, s, c]` → `[b, s, 1]` |
+//! | `Merge`, `Unmerge` | `[b, s, c]`, `[b, s, 1]` ↔ `[b, count, c]`, `[b, s, 1]` |
 //! | `Geglu` | `[.., 2c]` → `[.., c]` |
 //! | `Activate` | any → same |
 //! | `Prelu`, `Shift` | `[b, c, h, w]` → same |

@@ -233,6 +233,15 @@ pub enum Op {
     /// Multiplies the first half of the channels by `scale`, or, `by_mean`, by `1 + (scale − 1) · m`, where m is the mean of all channels at
     /// the pixel, brought to 0 … 1 by its least and largest of the picture (FreeU, second version).
     Amplify { scale: f64, by_mean: bool },
+    /// Which of `h × w` tokens may become one with another (Bolya & Hoffman, "Token Merging for Fast Stable Diffusion", arXiv 2303.17604; tomesd 0.1.3).
+    /// One token of every whole 2×2 stays: the first, or the one that a second input `[b, ⌊h/2⌋ · ⌊w/2⌋]` names, 0 to 3, row by row. Of the
+    /// others the `merged` whose largest cosine with one that stays is largest join that one. The result is each token's place in what is
+    /// left, as a number: others that were not merged come first, those that stay behind them.
+    Match { h: usize, w: usize, merged: usize },
+    /// Means of the tokens of each of `count` places: `x [b, s, c]`, places `[b, s, 1]` → `[b, count, c]`.
+    Merge { count: usize },
+    /// What lies at each token's place, on top of a third input if there is one: `y [b, count, c]`, places `[b, s, 1]`, `x [b, s, c]` → `[b, s, c]`.
+    Unmerge,
     /// First half × gelu(second half), exact gelu (Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202).
     Geglu,
     /// A pointwise non-linearity.
@@ -336,6 +345,9 @@ impl Op {
             Self::AttentionMass { .. } => "attention_mass",
             Self::LowFrequencies { .. } => "low_frequencies",
             Self::Amplify { .. } => "amplify",
+            Self::Match { .. } => "match",
+            Self::Merge { .. } => "merge",
+            Self::Unmerge => "unmerge",
             Self::Geglu => "geglu",
             Self::Activate(_) => "activate",
             Self::Prelu { .. } => "prelu",
@@ -361,9 +373,10 @@ impl Op {
         match self {
             Self::Conv2d { weight, .. } if weight.shape()[2..] != [1, 1] => LayerClass::Conv3x3,
             Self::Conv2d { .. } | Self::Linear { .. } => LayerClass::Linear,
-            Self::Attention { .. } | Self::WindowAttention(_) | Self::AttentionMass { .. } => {
-                LayerClass::Attention
-            }
+            Self::Attention { .. }
+            | Self::WindowAttention(_)
+            | Self::AttentionMass { .. }
+            | Self::Match { .. } => LayerClass::Attention,
             Self::GroupNorm { .. }
             | Self::Statistics { .. }
             | Self::LayerNorm { .. }
@@ -538,6 +551,24 @@ impl Op {
             (Self::LowFrequencies { .. } | Self::Amplify { .. }, [x @ [_, _, _, _]]) => {
                 Ok(x.to_vec())
             }
+            (Self::Match { h, w, merged }, [[b, s, _], choice @ ..])
+                if *s == h * w
+                    && (1..=s - h / 2 * (w / 2)).contains(merged)
+                    && h / 2 * (w / 2) > 0
+                    && (choice.is_empty() || choice == [&[*b, h / 2 * (w / 2)][..]]) =>
+            {
+                Ok(vec![*b, *s, 1])
+            }
+            (Self::Merge { count }, [[b, s, c], places])
+                if **places == [*b, *s, 1] && *count > 0 =>
+            {
+                Ok(vec![*b, *count, *c])
+            }
+            (Self::Unmerge, [[b, _, c], [pb, s, 1], more @ ..])
+                if b == pb && (more.is_empty() || more == [&[*b, *s, *c][..]]) =>
+            {
+                Ok(vec![*b, *s, *c])
+            }
             (Self::Geglu, [x]) if x.last().is_some_and(|c| c % 2 == 0) => {
                 let mut shape = x.to_vec();
                 if let Some(c) = shape.last_mut() {
@@ -604,6 +635,10 @@ impl Op {
             Self::Means => count(inputs[0]),
             Self::AttentionMass { .. } => 2 * count(inputs[0]) * inputs[1][1] as u64,
             Self::LowFrequencies { .. } => 28 * elements,
+            Self::Match { h, w, .. } => {
+                let stay = (h / 2 * (w / 2)) as u64;
+                2 * count(inputs[0]) / elements.max(1) * (elements - elements.min(stay)) * stay
+            }
             Self::GroupNorm { .. }
             | Self::LayerNorm { .. }
             | Self::AdaptiveNorm { .. }

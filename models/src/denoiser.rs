@@ -4,7 +4,7 @@ use sd_kernels::{Error, Result, Tensor, Weights, ops};
 
 use crate::layers::{SINUSOIDS, sinusoids};
 use crate::lllite;
-use crate::variant::{Outputs, Variant};
+use crate::variant::{Earlier, Outputs, Variant};
 use crate::{flux, mmdit, unet};
 
 /// What one call of the network takes.
@@ -236,7 +236,7 @@ impl Denoiser {
     }
 
     /// The same changed as `variant` says, as far as the network can be: only Stable Diffusion 3's transformer does without blocks, all else is
-    /// for UNets. `deep` are the features that a shallow one takes from an earlier call.
+    /// for UNets. `earlier` gives what a changed one takes from outside.
     ///
     /// # Errors
     /// As [`Denoiser::forward`].
@@ -244,16 +244,18 @@ impl Denoiser {
         &self,
         inputs: &Inputs<'_>,
         variant: &Variant,
-        deep: Option<&Tensor>,
+        earlier: Option<&Earlier<'_>>,
     ) -> Result<Outputs> {
         let prediction = match self {
-            Self::UNet(network) => return network.forward_as(inputs, variant, deep),
+            Self::UNet(network) => return network.forward_as(inputs, variant, earlier),
             Self::Mmdit(network) => network.forward(inputs, &variant.skipped)?,
             Self::Flux(network) => network.forward(inputs)?,
         };
         Ok(Outputs {
             prediction,
             taps: Vec::new(),
+            cross: Vec::new(),
+            own: Vec::new(),
         })
     }
 

@@ -16,7 +16,73 @@ pub struct Variant {
     pub taps: Vec<Tap>,
     /// A UNet takes its deep features from an earlier call ([`Tap::Deep`]) and computes its outermost layers alone.
     pub shallow: bool,
+    /// What a UNet's cross-attentions see (Zhang et al., "Cross-Attention Makes Inference Cumbersome in Text-to-Image Diffusion Models", arXiv
+    /// 2404.02747).
+    pub cross: Reuse,
+    /// What its self-attentions see (Liu et al., "Faster Diffusion via Temporal Attention Decomposition", the same paper's second version).
+    pub own: Reuse,
+    /// Self-attentions of a UNet look at fewer tokens.
+    pub merging: Option<Merging>,
 }
+
+/// What becomes of the outcomes of attentions, behind the last projection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Reuse {
+    /// They are computed.
+    #[default]
+    Nothing,
+    /// They come out beside the prediction, too.
+    Keep,
+    /// They are taken from an earlier call.
+    Take,
+}
+
+/// Tokens that are alike become one before self-attention (Bolya & Hoffman, "Token Merging for Fast Stable Diffusion", arXiv 2303.17604; tomesd 0.1.3
+/// with strides of 2).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Merging {
+    /// The part of the tokens that goes, below 0.75.
+    pub ratio: f64,
+    /// How many times smaller than the latents a level may be that merges.
+    pub max_downsample: usize,
+    /// Which of each four tokens stays is told from outside ([`Slot::Choice`]); else it is the first.
+    pub random: bool,
+}
+
+impl Merging {
+    /// How many of `h × w` tokens go, in a network of latents of another height and width; nothing where none does.
+    pub(crate) fn merged(
+        &self,
+        (h, w): (usize, usize),
+        (height, width): (usize, usize),
+    ) -> Option<usize> {
+        let tokens = h * w;
+        let smaller = (height * width / tokens.max(1)) as f64;
+        if smaller.sqrt().ceil() > self.max_downsample as f64 {
+            return None;
+        }
+        let staying = (h / 2) * (w / 2);
+        let merged = (tokens as f64 * self.ratio) as usize;
+        let merged = merged.min(tokens - staying);
+        (merged > 0 && staying > 0).then_some(merged)
+    }
+}
+
+/// A value that a changed network is given beside its inputs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Slot {
+    /// What [`Tap::Deep`] was in an earlier call.
+    Deep,
+    /// What a cross-attention saw in an earlier call, `[b, s, c]`, by its place on the way through the network.
+    Cross(usize),
+    /// The same of a self-attention.
+    Own(usize),
+    /// Which of each 2×2 tokens stays, 0 to 3, for a matching: `[b, n]`.
+    Choice(usize),
+}
+
+/// Gives a value of a shape.
+pub type Earlier<'a> = dyn Fn(Slot, &[usize]) -> Result<Tensor> + 'a;
 
 /// A value inside a UNet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +100,10 @@ pub struct Outputs {
     pub prediction: Tensor,
     /// As many as [`Variant::taps`].
     pub taps: Vec<Tensor>,
+    /// What cross-attentions saw, `[b, s, c]` each, if it is kept.
+    pub cross: Vec<Tensor>,
+    /// What self-attentions saw.
+    pub own: Vec<Tensor>,
 }
 
 /// FreeU (Si et al., arXiv 2309.11497): features on the way up count for more, low frequencies of skips for less.

@@ -288,7 +288,7 @@ pub(super) fn request(args: &GenerateArgs) -> Result<Request> {
                 span: (args.skip_layer_start, args.skip_layer_end),
             }),
         guidance: args.guidance.guidance()?,
-        shortcuts: args.shortcuts.shortcuts()?,
+        shortcuts: args.shortcuts.shortcuts(),
         regions: args.regions.regions(&read_mask)?,
         sizes: SizeConditioning {
             original: args.original_size,

@@ -1,6 +1,6 @@
 //! What the networks are asked at each call of a run, known before it.
 
-use sd_models::variant::{Tap, Variant};
+use sd_models::variant::{Reuse, Tap, Variant};
 
 use super::guidance::{Rule, resolve};
 use super::{Engine, Plan};
@@ -28,6 +28,8 @@ pub(super) struct Ask {
     pub(super) variant: Variant,
     /// Which of the pictures that steer act.
     pub(super) acting: Vec<bool>,
+    /// What else a network is told goes with the negative prompt: T-GATE behind guidance.
+    pub(super) as_negative: bool,
 }
 
 /// What is asked at one call.
@@ -60,6 +62,13 @@ impl Asks {
         std::iter::once(&self.main).chain(others)
     }
 
+    fn all_mut(&mut self) -> impl Iterator<Item = &mut Ask> {
+        let perturbed = self.perturbed.iter_mut().map(|(ask, _)| ask);
+        let others = self.apart.iter_mut().chain(&mut self.lacking);
+        let others = others.chain(perturbed).chain(&mut self.degraded);
+        std::iter::once(&mut self.main).chain(others)
+    }
+
     /// For how many texts each of the plans is that are there at once, where they are most.
     pub(super) fn most_at_once(all: &[Self]) -> Vec<usize> {
         let mut spans: Vec<(&Ask, usize, usize)> = Vec::new();
@@ -89,14 +98,17 @@ impl Asks {
     /// # Errors
     /// When layers are named that a network does not have.
     pub(super) fn of(engine: &Engine, plan: &Plan) -> Result<Vec<Self>> {
-        let mut all: Vec<Self> = Vec::with_capacity(plan.trajectory.calls.len());
-        for (index, call) in plan.trajectory.calls.iter().enumerate() {
+        let calls = &plan.trajectory.calls;
+        let mut all: Vec<Self> = Vec::with_capacity(calls.len());
+        for (index, call) in calls.iter().enumerate() {
             let before = all.last();
             // who has finished a picture does not begin again
             let turn = usize::from(
                 before.is_some_and(|asks| asks.main.turn == 1) || engine.is_refiners(call.timestep),
             );
-            let mut asks = Self::at((engine.by_turn(turn), turn), plan, (index, call))?;
+            // a refiner finishes without a gate
+            let gated = turn == 0 && plan.shortcuts.is_gated(calls, index);
+            let mut asks = Self::at((engine.by_turn(turn), turn), plan, (index, call, gated))?;
             let main = &mut asks.main;
             if plan.shortcuts.deep_cache > 1 {
                 let same = |asks: &Self| (asks.main.turn, &asks.main.texts) == (turn, &main.texts);
@@ -105,18 +117,24 @@ impl Asks {
                     main.variant.taps.push(Tap::Deep);
                 }
             }
+            if let (Some(gate), 0) = (plan.shortcuts.gate, turn) {
+                let step = call.step - calls.first().map_or(0, |first| first.step.min(call.step));
+                main.reuse(&all, gated, gate.own_at(step));
+            }
             all.push(asks);
         }
+        keep_what_is_taken(&mut all);
         Ok(all)
     }
 
     fn at(
         (engine, turn): (&Engine, usize),
         plan: &Plan,
-        (index, call): (usize, &Call),
+        (index, call, gated): (usize, &Call, bool),
     ) -> Result<Self> {
         let (guidance, steps) = (&plan.guidance, plan.trajectory.steps);
         let guided = plan.guided
+            && !gated
             && guidance.acts_at(call.step, steps)
             && !plan.shortcuts.skips_negative(index, call);
         let regions = plan.regions.len().saturating_sub(1);
@@ -136,6 +154,7 @@ impl Asks {
         }
         let whole = Variant {
             free_u: guidance.free_u,
+            merging: plan.shortcuts.merging.filter(|merging| merging.ratio > 0.0),
             ..Variant::default()
         };
         // a refiner is not steered
@@ -150,6 +169,7 @@ impl Asks {
             turn,
             texts: texts.to_vec(),
             variant,
+            as_negative: false,
             acting: match texts.iter().any(|text| text.is_positive()) {
                 true => acting.clone(),
                 false => both.clone(),
@@ -176,7 +196,7 @@ impl Asks {
             main.texts = seen;
             apart = Some(ask(&unseen, whole.clone()));
         }
-        Ok(Self {
+        let mut asks = Self {
             main,
             apart,
             lacking: lacking.map(|slg| {
@@ -198,6 +218,52 @@ impl Asks {
                 None => None,
             },
             degraded: sag.then(|| ask(against, whole)),
-        })
+        };
+        asks.all_mut().for_each(Ask::settle_merging);
+        Ok(asks)
+    }
+}
+
+impl Ask {
+    /// Lets attentions keep or take what they see as a gate has it, behind what was asked `before`.
+    fn reuse(&mut self, before: &[Asks], gated: bool, own: Reuse) {
+        let mains = || before.iter().rev().map(|asks| &asks.main);
+        if gated {
+            let open = mains().find(|ask| ask.variant.cross != Reuse::Take);
+            self.as_negative = open.is_some_and(|open| open.texts.contains(&Text::Negative));
+        }
+        self.variant.cross = match gated {
+            true => Reuse::Take,
+            false => Reuse::Keep,
+        };
+        let last = mains().find(|ask| ask.variant.own == Reuse::Keep);
+        let fits = last.is_some_and(|last| {
+            last.texts == self.texts || (gated && last.variant.cross != Reuse::Take)
+        });
+        self.variant.own = match own {
+            Reuse::Take if !fits => Reuse::Keep,
+            own => own,
+        };
+    }
+
+    /// An odd number of texts merges by no choice, as in tomesd: a batch of it need not hold both of guidance's.
+    fn settle_merging(&mut self) {
+        if let Some(merging) = &mut self.variant.merging {
+            merging.random &= self.texts.len().is_multiple_of(2);
+        }
+    }
+}
+
+/// What the next call does not take is not kept.
+fn keep_what_is_taken(all: &mut [Asks]) {
+    let mut next = (Reuse::Nothing, Reuse::Nothing);
+    for asks in all.iter_mut().rev() {
+        let Variant { cross, own, .. } = &mut asks.main.variant;
+        for (one, next) in [(&mut *cross, next.0), (&mut *own, next.1)] {
+            if *one == Reuse::Keep && next != Reuse::Take {
+                *one = Reuse::Nothing;
+            }
+        }
+        next = (*cross, *own);
     }
 }

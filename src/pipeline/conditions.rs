@@ -1,7 +1,10 @@
 //! What the UNet is told beside latents and time.
 
+use std::borrow::Cow;
+
 use candle_core::{DType, Tensor};
 use sd_models::denoiser;
+use sd_models::variant::Slot;
 
 use super::control::Acting;
 use super::image_prompt::ActingImage;
@@ -16,8 +19,20 @@ pub(super) const GUIDANCE: &str = "guidance";
 pub(super) const EXTRA: &str = "extra";
 pub(super) const REFERENCE: &str = "reference";
 pub(super) const LABEL: &str = "label";
-/// And of one that changes: what a shallow UNet takes from an earlier call.
-pub(super) const DEEP: &str = "deep";
+/// What the names of inputs begin with that are what cross-attentions saw once and for all.
+pub(super) const CROSS: &str = "cross ";
+/// And of inputs that say at every call which tokens stay, the same for all texts.
+pub(super) const CHOICE: &str = "choice ";
+
+/// The name of the input that a changed UNet takes from outside.
+pub(super) fn slot_input(slot: Slot) -> Cow<'static, str> {
+    match slot {
+        Slot::Deep => Cow::from("deep"),
+        Slot::Cross(index) => Cow::from(format!("{CROSS}{index}")),
+        Slot::Own(index) => Cow::from(format!("own {index}")),
+        Slot::Choice(index) => Cow::from(format!("{CHOICE}{index}")),
+    }
+}
 
 /// What the UNet is told beside latents and time; a batch has the unconditional rows first if there are any.
 #[derive(Debug, Clone)]
@@ -38,6 +53,8 @@ pub struct Conditions {
     pub(super) controls: Vec<Acting>,
     /// Pictures beside the text.
     pub(super) images: Vec<ActingImage>,
+    /// What cross-attentions saw in an earlier call, `[b, s, c]` each, f32, where that is used again.
+    pub(super) seen: Vec<Tensor>,
 }
 
 /// What of a picture the network is given.
@@ -165,6 +182,7 @@ impl Conditions {
             label: None,
             controls: Vec::new(),
             images: Vec::new(),
+            seen: Vec::new(),
         }
     }
 
@@ -179,6 +197,11 @@ impl Conditions {
             label: convert(&self.label)?,
             controls: self.controls.clone(),
             images: self.images.clone(),
+            seen: self
+                .seen
+                .iter()
+                .map(|x| x.to_dtype(dtype))
+                .collect::<candle_core::Result<_>>()?,
         })
     }
 

@@ -100,6 +100,11 @@ impl BatchNoise {
         self.generators.len()
     }
 
+    /// The seed of each picture.
+    pub(super) fn seeds(&self) -> Vec<u64> {
+        self.generators.iter().map(Generator::seed).collect()
+    }
+
     /// The Brownian motion of each image, for a run that draws from them.
     fn plant(&mut self, brownian: Option<Brownian>) {
         let n = self.shape.iter().product();

@@ -13,6 +13,7 @@ mod extend;
 mod guidance;
 mod hires;
 mod image_prompt;
+mod kept;
 mod known;
 mod learned;
 mod memory;
@@ -51,7 +52,8 @@ pub use redraw::{Redraw, Redrawn, TileGrid, TileListener};
 pub use regions::{Place, Region, Regions};
 pub use request::{Request, Rng};
 pub use scene::Scene;
-pub use shortcuts::Shortcuts;
+pub use sd_models::variant::Merging;
+pub use shortcuts::{Gate, Shortcuts};
 pub use sizes::SizeConditioning;
 pub use source::{Edges, Fill, Fit, IMAGE_CFG_SCALE, Masking, NOISE_LEVEL, Source, Whose};
 pub use tiling::{Surface, TileNorm, Tiling, TilingMode, Watch};
@@ -447,11 +449,15 @@ impl Engine {
         &self,
         plan: &Plan,
         (size, ask): ([usize; 4], &Ask),
-        (encodings, given, images): (&Encodings, &Given, &[ImageTokens]),
+        (encodings, given, images, seen): (&Encodings, &Given, &[ImageTokens], Vec<Tensor>),
         timesteps: &[f64],
     ) -> Result<Denoiser<'_>> {
         let [negative, positive] = plan.numbers(&self.spec);
-        let texts = ask.texts.iter().map(|text| {
+        let told = ask.texts.iter().map(|text| match ask.as_negative {
+            true => &Text::Negative,
+            false => text,
+        });
+        let texts = told.map(|text| {
             let numbers = match text {
                 Text::Negative | Text::Unseen => negative.as_slice(),
                 Text::Prompt | Text::Region(_) | Text::Empty => positive.as_slice(),
@@ -469,6 +475,7 @@ impl Engine {
         let prompted: Vec<bool> = ask.texts.iter().map(|text| text.is_positive()).collect();
         let images = images.iter().map(|image| image.for_texts(n, &prompted));
         conditions.images = images.collect::<Result<_>>()?;
+        conditions.seen = seen;
         let acting = plan.controls.iter().zip(&ask.acting);
         let acting = acting.filter(|(_, acts)| **acts);
         conditions.controls = acting.map(|(planned, _)| planned.acting.clone()).collect();
@@ -648,7 +655,9 @@ impl Engine {
         } = beginning;
         let (b, c, h, w) = sample.dims4()?;
         // its buffers are let go of at the end, and make room for the decoder's
-        let mut relay = Relay::new((self, plan), [b, c, h, w], encodings, (given, images))?;
+        let seeds = noise.seeds();
+        let told = (given, images, seeds.as_slice());
+        let mut relay = Relay::new((self, plan), [b, c, h, w], encodings, told)?;
         let mut model = |sample: &Tensor, call: &Call| relay.predict(sample, call);
         let start = Instant::now();
         let run = denoise::Run {

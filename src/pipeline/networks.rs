@@ -6,8 +6,8 @@ mod tiled;
 
 pub use autoencoder::Posterior;
 use autoencoder::{EncoderParts, vae_options};
-pub(super) use calls::Denoiser;
 use calls::{Beside, Work};
+pub(super) use calls::{Denoiser, Outside, Predicted};
 
 use std::sync::Arc;
 

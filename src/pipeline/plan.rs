@@ -200,6 +200,16 @@ impl Plan {
             .filter(|_| role == Role::Instruct && guided)
             .map(|source| source.image_cfg_scale);
         warnings.extend(check_guidance(engine, request, guided)?);
+        let whole = chosen.trajectory.steps;
+        if request
+            .shortcuts
+            .gate
+            .is_some_and(|gate| gate.step >= whole)
+        {
+            warnings.push(format!(
+                "--tgate has no say: there are {whole} steps, and none behind it"
+            ));
+        }
         let regions = regions(request, latent, scale)?;
         let controls = plan_controls(engine, request, &chosen.trajectory, (width, height))?;
         let mut plan = Self {
@@ -377,7 +387,7 @@ fn regions(request: &Request, latent: (usize, usize), scale: usize) -> Result<Ve
 }
 
 /// Whether what is asked for is possible with this model; with it comes what has no say.
-fn check_guidance(engine: &Engine, request: &Request, guided: bool) -> Result<Option<String>> {
+fn check_guidance(engine: &Engine, request: &Request, guided: bool) -> Result<Vec<String>> {
     let (guidance, shortcuts) = (&request.guidance, &request.shortcuts);
     guidance.check()?;
     shortcuts.check()?;
@@ -387,6 +397,8 @@ fn check_guidance(engine: &Engine, request: &Request, guided: bool) -> Result<Op
     let for_unets = [
         ("--freeu", guidance.free_u.is_some(), unet.is_some()),
         ("--deep-cache", shortcuts.deep_cache > 1, unet.is_some()),
+        ("--tgate", shortcuts.gate.is_some(), unet.is_some()),
+        ("--tome", shortcuts.merging.is_some(), unet.is_some()),
         ("--sag-scale", guidance.self_attention.is_some(), attends),
     ];
     if let Some((flag, ..)) = for_unets.iter().find(|(_, asked, can)| *asked && !can) {
@@ -407,15 +419,38 @@ fn check_guidance(engine: &Engine, request: &Request, guided: bool) -> Result<Op
                 .to_owned(),
         ));
     }
-    let silent = guidance.needs_negative();
-    if guided || silent.is_empty() {
-        return Ok(None);
+    if shortcuts.gate.is_some() {
+        let others = [
+            ("--deep-cache", shortcuts.deep_cache > 1),
+            ("--pag-scale", guidance.perturbed.is_some()),
+            ("--sag-scale", guidance.self_attention.is_some()),
+            ("--controlnet", !request.controls.is_empty()),
+            ("--ip-adapter", !request.images.is_empty()),
+        ];
+        if let Some((flag, _)) = others.into_iter().find(|(_, asked)| *asked) {
+            return Err(Error::Usage(format!(
+                "--tgate does not go with {flag}; use one of them"
+            )));
+        }
     }
-    Ok(Some(format!(
-        "{} {} no say without --cfg-scale",
-        silent.join(", "),
-        if silent.len() == 1 { "has" } else { "have" }
-    )))
+    let mut notices = Vec::new();
+    if let (Some(merging), Some(unet)) = (&shortcuts.merging, unet)
+        && merging.ratio > 0.0
+        && !unet.attends_within(merging.max_downsample)
+    {
+        notices.push(
+            "--tome has no say: the model's first level looks at nothing; Stable Diffusion XL begins at --tome-max-downsample 2".to_owned(),
+        );
+    }
+    let silent = guidance.needs_negative();
+    if !guided && !silent.is_empty() {
+        notices.push(format!(
+            "{} {} no say without --cfg-scale",
+            silent.join(", "),
+            if silent.len() == 1 { "has" } else { "have" }
+        ));
+    }
+    Ok(notices)
 }
 
 /// The request's pictures, each for the network in its place.

@@ -8,11 +8,13 @@ use super::asks::{Ask, Asks, Text};
 use super::conditions::Given;
 use super::guidance::{Guide, Predictions, blurred};
 use super::image_prompt::ImageTokens;
-use super::networks::Denoiser;
+use super::kept::Kept;
+use super::networks::{Denoiser, Outside, Predicted};
 use super::regions::averaged;
 use super::{Encodings, Engine, Plan};
 use crate::error::{Error, Result};
-use crate::sampling::Call;
+use crate::sampling::{Call, Choices};
+use sd_models::variant::Reuse;
 
 /// The networks of a run. A plan is made at the first call that asks for it, and let go of behind the last.
 pub(super) struct Relay<'a> {
@@ -31,6 +33,11 @@ pub(super) struct Relay<'a> {
     ready: Vec<(Ask, Denoiser<'a>)>,
     /// Features of the last call of a whole network, where later ones use them.
     deep: Option<Tensor>,
+    /// What cross-attentions and self-attentions saw in the last call that kept it.
+    cross: Kept,
+    own: Kept,
+    /// Which tokens stay where others are merged, of each picture.
+    choices: Vec<Choices>,
     guide: Guide<'a>,
     first_load: Duration,
     later_load: Duration,
@@ -41,7 +48,7 @@ impl<'a> Relay<'a> {
         (engine, plan): (&'a Engine, &'a Plan),
         size: [usize; 4],
         encodings: &'a [Encodings],
-        (given, images): (Given, &'a [ImageTokens]),
+        (given, images, seeds): (Given, &'a [ImageTokens], &[u64]),
     ) -> Result<Self> {
         let mut relay = Self {
             engine,
@@ -54,6 +61,9 @@ impl<'a> Relay<'a> {
             next: 0,
             ready: Vec::new(),
             deep: None,
+            cross: Kept::default(),
+            own: Kept::default(),
+            choices: seeds.iter().map(|&seed| Choices::new(seed)).collect(),
             guide: Guide::new(plan),
             first_load: Duration::ZERO,
             later_load: Duration::ZERO,
@@ -88,10 +98,18 @@ impl<'a> Relay<'a> {
             self.ready.clear();
         }
         let deep = self.deep.take();
-        let (all, mut taps) = self.ask(&asks.main, (sample, call), deep.as_ref())?;
-        let mut predictions = self.sorted(&asks.main, &all)?;
+        let main = self.ask(&asks.main, (sample, call), deep.as_ref())?;
+        let mut taps = main.taps;
+        let (texts, variant) = (&asks.main.texts, &asks.main.variant);
+        if variant.cross == Reuse::Keep {
+            self.cross = Kept::new(texts, main.cross);
+        }
+        if variant.own == Reuse::Keep {
+            self.own = Kept::new(texts, main.own);
+        }
+        let mut predictions = self.sorted(&asks.main, &main.prediction)?;
         if let Some(ask) = &asks.apart {
-            let (all, _) = self.ask(ask, (sample, call), None)?;
+            let all = self.ask(ask, (sample, call), None)?.prediction;
             let apart = self.sorted(ask, &all)?;
             predictions.negative = apart.negative;
             predictions.unseen = apart.unseen;
@@ -106,17 +124,17 @@ impl<'a> Relay<'a> {
             false => taps.pop(),
         };
         if let Some(ask) = &asks.lacking {
-            let (all, _) = self.ask(ask, (sample, call), None)?;
+            let all = self.ask(ask, (sample, call), None)?.prediction;
             predictions.lacking = self.sorted(ask, &all)?.prompt;
         }
         if let Some((ask, scale)) = &asks.perturbed {
-            let (all, _) = self.ask(ask, (sample, call), None)?;
+            let all = self.ask(ask, (sample, call), None)?.prediction;
             let perturbed = self.sorted(ask, &all)?.prompt;
             predictions.perturbed = perturbed.map(|perturbed| (perturbed, *scale));
         }
         if let (Some(ask), Some(mass)) = (&asks.degraded, mass) {
             let degraded = degrade((sample, call), &predictions, &mass)?;
-            let (all, _) = self.ask(ask, (&degraded, call), None)?;
+            let all = self.ask(ask, (&degraded, call), None)?.prediction;
             let of = self.sorted(ask, &all)?;
             predictions.degraded = of.negative.or(of.prompt);
         }
@@ -127,19 +145,33 @@ impl<'a> Relay<'a> {
         self.guide.guide((sample, call), &predictions)
     }
 
-    /// Predictions `[texts · n, c, h, w]` of an ask and the values that it wants beside.
+    /// Predictions `[texts · n, c, h, w]` of an ask and what else it wants.
     fn ask(
         &mut self,
         ask: &Ask,
         (sample, call): (&Tensor, &Call),
         deep: Option<&Tensor>,
-    ) -> Result<(Tensor, Vec<Tensor>)> {
+    ) -> Result<Predicted> {
         self.make_ready(ask)?;
+        let own = match ask.variant.own {
+            Reuse::Take => self.own.for_texts(&ask.texts)?,
+            _ => Vec::new(),
+        };
+        let choices = &mut self.choices;
+        let mut draw = |each: usize| {
+            let all = choices.iter_mut().flat_map(|choices| choices.of_four(each));
+            all.map(f32::from).collect()
+        };
         let found = self.ready.iter_mut().find(|(ready, _)| ready == ask);
         let Some((_, denoiser)) = found else {
             return Err(Error::Numeric("no network is ready".to_owned()));
         };
-        denoiser.predict_with(sample, call.timestep, deep)
+        let outside = Outside {
+            deep,
+            own: &own,
+            draw: &mut draw,
+        };
+        denoiser.predict_with(sample, call.timestep, outside)
     }
 
     /// Gives adapters the strengths that they have at a step; whether the network at work is another one now.
@@ -167,7 +199,11 @@ impl<'a> Relay<'a> {
         let nothing = Given::default();
         let given = if ask.turn == 0 { &self.given } else { &nothing };
         let images = if ask.turn == 0 { self.images } else { &[] };
-        let told = (encodings, given, images);
+        let seen = match ask.variant.cross {
+            Reuse::Take => self.cross.for_texts(&ask.texts)?,
+            _ => Vec::new(),
+        };
+        let told = (encodings, given, images, seen);
         let denoiser = engine.denoiser(self.plan, (self.size, ask), told, &timesteps)?;
         self.ready.push((ask.clone(), denoiser));
         self.later_load += start.elapsed();

@@ -20,7 +20,7 @@ pub use config::{
     BetaSchedule, Class, DynamicShift, FlowConfig, SchedulerConfig, SigmaMap, Spacing,
 };
 pub use names::{Sampler, parse};
-pub use noise::Generator;
+pub use noise::{Choices, Generator};
 pub use prediction::Prediction;
 pub use schedule::NoiseSchedule;
 pub use spacing::Schedule;

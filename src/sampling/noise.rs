@@ -46,6 +46,22 @@ impl Generator {
     }
 }
 
+/// A stream of small whole numbers: `torch.randint` of PyTorch's CPU generator, whatever the noise's kind.
+#[derive(Debug, Clone)]
+pub struct Choices(Box<Torch>);
+
+impl Choices {
+    /// `torch.Generator("cpu").manual_seed(seed)`.
+    pub fn new(seed: u64) -> Self {
+        Self(Box::new(Torch::new(seed)))
+    }
+
+    /// `torch.randint(4, (n,))`.
+    pub fn of_four(&mut self, n: usize) -> Vec<u8> {
+        (0..n).map(|_| (self.0.next_u32() % 4) as u8).collect()
+    }
+}
+
 const N: usize = 624;
 const M: usize = 397;
 

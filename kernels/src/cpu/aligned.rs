@@ -12,6 +12,8 @@ pub(crate) unsafe trait Plain: Copy + Send + Sync + 'static {}
 // SAFETY: numbers have neither padding nor invalid values
 unsafe impl Plain for f32 {}
 // SAFETY: as above
+unsafe impl Plain for f64 {}
+// SAFETY: as above
 unsafe impl Plain for half::bf16 {}
 // SAFETY: as above
 unsafe impl Plain for half::f16 {}

@@ -11,6 +11,7 @@ pub(crate) mod attention;
 pub(crate) mod epilogue;
 #[allow(unsafe_code)]
 mod level;
+pub(crate) mod matching;
 #[allow(unsafe_code)]
 pub(crate) mod micro;
 #[allow(unsafe_code)]

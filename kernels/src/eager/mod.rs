@@ -9,6 +9,7 @@ mod attention;
 mod conv;
 mod cpu;
 mod features;
+mod merging;
 mod sequence;
 mod windows;
 
@@ -156,6 +157,7 @@ pub fn run(op: &Op, inputs: &[&Tensor]) -> Result<Tensor> {
         Op::AttentionMass { .. } | Op::LowFrequencies { .. } | Op::Amplify { .. } => {
             features::run(op, inputs)?
         }
+        Op::Match { .. } | Op::Merge { .. } | Op::Unmerge => merging::run(op, inputs)?,
         _ => sequence::run(op, inputs)?,
     })
 }

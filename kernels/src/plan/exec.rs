@@ -275,15 +275,28 @@ impl Memory<'_> {
                 statistics(level, &side, ((source.h, source.w), part), *groups, out);
                 Ok(())
             }
+            (
+                Work::Match {
+                    source,
+                    choice,
+                    sizes,
+                },
+                _,
+            ) => self.matched(
+                level,
+                (*source, *choice, sizes),
+                (step.out, out),
+                cast_workspace(workspace),
+            ),
             (work, prepared) => self.pointwise(work, prepared, step.out, out),
         }
     }
 }
 
-/// The workspace as f64.
-fn cast_workspace(bytes: &mut [u8]) -> &mut [f64] {
+/// The workspace as other numbers.
+fn cast_workspace<T: Plain>(bytes: &mut [u8]) -> &mut [T] {
     // SAFETY: any bytes are numbers
-    let (before, numbers, _) = unsafe { bytes.align_to_mut::<f64>() };
+    let (before, numbers, _) = unsafe { bytes.align_to_mut::<T>() };
     debug_assert!(before.is_empty(), "the workspace begins at a line");
     numbers
 }

@@ -25,6 +25,12 @@ impl Memory<'_> {
                 by_mean,
             } => self.amplify(*source, (*scale, *by_mean), out),
             Work::Means(source) => self.means(*source, out),
+            Work::Merge { source, places } => self.merged((*source, *places), id, out)?,
+            Work::Unmerge {
+                source,
+                places,
+                residual,
+            } => self.unmerged((*source, *places), *residual, (id, out))?,
             _ => return Err(Error::Mixed { op: "plan" }),
         }
         Ok(())

@@ -9,6 +9,7 @@ use super::Options;
 use super::ir::{
     Form, Input, Output, Part, Product, Program, Rate, Step, Type, Value, ValueId, View, Work,
 };
+use crate::cpu::matching::Matching;
 use crate::cpu::product::MOST_CHANNELS;
 use crate::cpu::winograd;
 use crate::graph::{Node, NodeId, NodeKind};
@@ -383,6 +384,24 @@ impl<'a> Fuser<'a> {
                 scale: *scale as f32,
                 by_mean: *by_mean,
             },
+            Op::Match { h, w, merged } => Work::Match {
+                source: self.ready(x)?,
+                choice: inputs.get(1).map(|&id| self.ready(id)).transpose()?,
+                sizes: Matching {
+                    h: *h,
+                    w: *w,
+                    merged: *merged,
+                },
+            },
+            Op::Merge { .. } => Work::Merge {
+                source: self.ready(x)?,
+                places: self.ready(inputs[1])?,
+            },
+            Op::Unmerge => Work::Unmerge {
+                source: self.ready(x)?,
+                places: self.ready(inputs[1])?,
+                residual: inputs.get(2).map(|&id| self.ready(id)).transpose()?,
+            },
             Op::Rotate { heads, turns } => Work::Rotate {
                 source: self.ready(x)?,
                 heads: *heads,
@@ -675,9 +694,10 @@ impl<'a> Fuser<'a> {
                 LayerClass::Conv3x3
             }
             Work::Product(_) => LayerClass::Linear,
-            Work::Attention { .. } | Work::WindowAttention { .. } | Work::AttentionMass { .. } => {
-                LayerClass::Attention
-            }
+            Work::Attention { .. }
+            | Work::WindowAttention { .. }
+            | Work::AttentionMass { .. }
+            | Work::Match { .. } => LayerClass::Attention,
             Work::GroupNorm { .. }
             | Work::Statistics { .. }
             | Work::LayerNorm { .. }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::cpu::matching::Matching;
 use crate::cpu::winograd;
 use crate::op::{PatchOrder, Relative, Turns};
 use crate::windows::Windows;
@@ -219,6 +220,21 @@ pub(super) enum Work {
         scale: f32,
         by_mean: bool,
     },
+    /// Workspace of [`crate::cpu::matching`].
+    Match {
+        source: ValueId,
+        choice: Option<ValueId>,
+        sizes: Matching,
+    },
+    Merge {
+        source: ValueId,
+        places: ValueId,
+    },
+    Unmerge {
+        source: ValueId,
+        places: ValueId,
+        residual: Option<ValueId>,
+    },
     Geglu(ValueId),
     Activate(ValueId, Activation),
     Prelu {
@@ -284,6 +300,13 @@ impl Work {
                 vec![*q, *k, *v]
             }
             Self::AttentionMass { q, k, .. } => vec![*q, *k],
+            Self::Match { source, choice, .. } => std::iter::once(*source).chain(*choice).collect(),
+            Self::Merge { source, places } => vec![*source, *places],
+            Self::Unmerge {
+                source,
+                places,
+                residual,
+            } => [*source, *places].into_iter().chain(*residual).collect(),
             Self::Add(a, b)
             | Self::AddChannels(a, b)
             | Self::ScaleShift(a, b)

@@ -15,6 +15,7 @@ mod fuse;
 mod ir;
 #[allow(unsafe_code)]
 mod memory;
+mod merging;
 mod place;
 mod pointwise;
 #[allow(unsafe_code)]

@@ -488,6 +488,9 @@ fn workspace(program: &Program, step: &Step) -> usize {
             };
             8 * norm.workspace_len()
         }
+        Work::Match { source, sizes, .. } => {
+            sizes.workspace_bytes(program.values[*source].channels)
+        }
         _ => 0,
     }
 }

@@ -565,6 +565,60 @@ fn features_of_whole_pictures() {
     }
 }
 
+/// Attention among what is left of tokens, with and without a choice of those that stay.
+fn merging(w: &Weights, inputs: &[Tensor]) -> Result<Tensor> {
+    let (_, _, h, wd) = inputs[0].dims4()?;
+    let merged = h * wd / 2;
+    let x = ops::flatten(&conv(w, "in", &inputs[0], (36, 3, 1))?)?;
+    let op = Op::Match { h, w: wd, merged };
+    let choice = inputs.get(2).map(|x| ops::affine(x, 2.0, 2.0));
+    let places = match choice {
+        Some(choice) => ops::apply(op, &[&x, &choice?])?,
+        None => ops::apply(op, &[&x])?,
+    };
+    let count = h * wd - merged;
+    let y = ops::apply(Op::Merge { count }, &[&x, &places])?;
+    let (q, k) = (linear(w, "q", &y, 36)?, linear(w, "k", &y, 36)?);
+    let y = linear(w, "out", &ops::attention(&q, &k, &y, 3, false)?, 36)?;
+    // the second half of a batch differs from here on
+    let x = ops::add(&x, &inputs[1])?;
+    let y = ops::apply(Op::Unmerge, &[&y, &places, &x])?;
+    let z = ops::apply(Op::Unmerge, &[&ops::tokens(&y, 0, count)?, &places])?;
+    linear(w, "last", &ops::add(&y, &z)?, 5)
+}
+
+#[test]
+fn tokens_are_merged_and_come_back() {
+    for (h, w) in [(7, 6), (2, 9), (8, 12)] {
+        for copies in [1, 2] {
+            for choice in [None, Some(("choice", vec![4, h / 2 * (w / 2)]))] {
+                let mut inputs = vec![("x", vec![4, 4, h, w]), ("more", vec![4, h * w, 36])];
+                inputs.extend(choice);
+                let net = Net {
+                    stored: DType::F32,
+                    inputs,
+                    run: merging,
+                };
+                let options = Options {
+                    halved: vec!["x".into(), "choice".into()],
+                    copies,
+                    ..Options::new(Level::current(), Precision::F32)
+                };
+                let error = distance(&net, &options);
+                assert!(error < 2e-6, "{h} {w}: {error}");
+                if Level::current().has_bf16() {
+                    let options = Options {
+                        precision: Precision::Bf16,
+                        ..options
+                    };
+                    // other tokens may be most alike: what is merged is not checked here
+                    assert!(distance(&net, &options) < 0.5);
+                }
+            }
+        }
+    }
+}
+
 /// A plan gives what is inside it beside its result, at every call, and is otherwise the same.
 #[test]
 fn taps_are_kept_until_the_next_call() {

@@ -104,6 +104,13 @@ fn unsupported() -> [(&'static str, Value); 10] {
 }
 
 impl Config {
+    /// Whether a level has attention that is at most `smaller` times smaller than the latents.
+    pub fn attends_within(&self, smaller: usize) -> bool {
+        let levels = self.levels.iter().enumerate();
+        let mut near = levels.take_while(|(i, _)| smaller.checked_shr(*i as u32) > Some(0));
+        near.any(|(_, level)| level.down.iter().chain(&level.up).any(|&depth| depth > 0))
+    }
+
     /// Reads diffusers' `unet/config.json` with the defaults of `UNet2DConditionModel` (diffusers 0.42.1).
     ///
     /// # Errors

@@ -7,6 +7,7 @@
 
 mod block;
 mod config;
+mod given;
 mod image_prompt;
 mod transformer;
 mod trunk;
@@ -15,47 +16,17 @@ pub(crate) use config::activation;
 pub use config::{Added, Config, Level, Mid};
 pub use image_prompt::{ImageLayers, ImagePrompt};
 
+pub(crate) use given::Given;
 pub(crate) use transformer::Context;
 pub(crate) use trunk::Trunk;
 
-use std::cell::RefCell;
-
 use block::UpBlock;
+use given::Kind;
 use sd_kernels::{Error, Padding, Result, Tensor, Weights, ops};
 
 pub use crate::denoiser::{Inputs, Residuals, Steering};
 use crate::layers::{Conv2d, GroupNorm};
-use crate::lllite::Looking;
-use crate::variant::{Outputs, Tap, Variant};
-
-/// What every block is given beside its input.
-pub(crate) struct Given<'a> {
-    /// The embedded timestep.
-    temb: &'a Tensor,
-    /// What cross-attention looks at.
-    context: Context<'a>,
-    variant: &'a Variant,
-    /// What stands in front of attention.
-    lites: &'a [Looking<'a>],
-    /// What entered the last layer of the block on the way up that was computed last.
-    deep: RefCell<Option<Tensor>>,
-}
-
-impl<'a> Given<'a> {
-    pub(crate) fn new(temb: &'a Tensor, context: Context<'a>, variant: &'a Variant) -> Self {
-        Self {
-            temb,
-            context,
-            variant,
-            lites: &[],
-            deep: RefCell::default(),
-        }
-    }
-
-    fn note_deep(&self, x: &Tensor) {
-        *self.deep.borrow_mut() = Some(x.clone());
-    }
-}
+use crate::variant::{Earlier, Outputs, Slot, Tap, Variant};
 
 /// The network.
 pub struct UNet {
@@ -125,7 +96,7 @@ impl UNet {
             .collect()
     }
 
-    /// One prediction of the network changed as `variant` says; `deep` are the features that a shallow one takes from an earlier call.
+    /// One prediction of the network changed as `variant` says; `earlier` gives what it takes from outside.
     ///
     /// # Errors
     /// As [`UNet::forward`], and when a value that is asked for is not in this network.
@@ -133,7 +104,7 @@ impl UNet {
         &self,
         inputs: &Inputs<'_>,
         variant: &Variant,
-        deep: Option<&Tensor>,
+        earlier: Option<&Earlier<'_>>,
     ) -> Result<Outputs> {
         let Steering {
             residuals,
@@ -143,17 +114,17 @@ impl UNet {
         } = inputs.steering;
         // 1. time, and what is embedded beside it
         let temb = self.trunk.embed(inputs, None)?; // [b, time width]
-        let given = Given {
-            lites,
-            ..Given::new(&temb, Context::new(inputs.context, images), variant)
-        };
+        let (_, _, h, w) = inputs.sample.dims4()?;
+        let given = Given::new(&temb, Context::new(inputs.context, images), variant);
+        let given = given.with((h, w), earlier, lites);
 
         // 2. in
         let mut x = self.trunk.enter(inputs.sample)?; // [b, c0, h, w]
         let mut mass = None;
-        if let (true, Some(deep), Some(last)) = (variant.shallow, deep, self.up.last()) {
+        if let (true, Some(last)) = (variant.shallow, self.up.last()) {
             // 3. to 6. in an earlier call, but for the last layer
-            x = last.last(deep, &given, &mut vec![x])?;
+            let deep = given.outside(Slot::Deep, x.shape())?;
+            x = last.last(&deep, &given, &mut vec![x])?;
         } else {
             // 3. down: every resnet and every downsampler leaves a skip
             let (below, mut skips) = self.trunk.descend(x, &given, features)?;
@@ -195,6 +166,8 @@ impl UNet {
         });
         Ok(Outputs {
             taps: taps.collect::<Result<_>>()?,
+            cross: given.kept(Kind::Cross),
+            own: given.kept(Kind::Own),
             prediction,
         })
     }

@@ -2,10 +2,10 @@
 
 use std::cell::Cell;
 
-use sd_kernels::{Error, Result, Tensor, Weights, ops};
+use sd_kernels::{Error, Op, Result, Tensor, Weights, ops};
 
-use super::Given;
 use super::config::Level;
+use super::given::{Given, Kind};
 use super::image_prompt::ImagePrompt;
 use crate::layers::{Attention, FeedForward, GroupNorm, LayerNorm, Linear};
 use crate::lllite::steered;
@@ -91,7 +91,7 @@ impl Transformer {
         let sequence = ops::flatten(&self.norm.forward(x)?)?; // [b, h·w, c]
         let mut y = self.proj_in.forward(&sequence)?;
         for block in &self.blocks {
-            y = block.forward(&y, given)?;
+            y = block.forward(&y, (h, w), given)?;
         }
         let y = ops::unflatten(&self.proj_out.forward(&y)?, h, w)?; // [b, c, h, w]
         ops::add(x, &y)
@@ -105,7 +105,7 @@ impl Transformer {
         };
         let sequence = ops::flatten(&self.norm.forward(x)?)?;
         let y = block.norm1.forward(&self.proj_in.forward(&sequence)?)?;
-        let [q, k, _] = block.steered(&y, given)?;
+        let [q, k, _] = block.looks(y, None, given)?;
         ops::unflatten(&block.attn1.mass(&q, &k)?, h, w).map(Some)
     }
 }
@@ -147,37 +147,78 @@ impl Block {
         }
     }
 
-    /// What queries, keys and values of the self-attention are made of: `h [b, s, c]`, unless a picture steers them.
-    fn steered(&self, h: &Tensor, given: &Given<'_>) -> Result<[Tensor; 3]> {
+    /// What queries, keys and values of the self-attention are made of: `h [b, s, c]`, unless a picture steers them; where tokens are merged, of those
+    /// that are left.
+    fn looks(
+        &self,
+        h: Tensor,
+        places: Option<&(Tensor, usize)>,
+        given: &Given<'_>,
+    ) -> Result<[Tensor; 3]> {
+        let merged = |x: Tensor| match places {
+            Some((places, count)) => ops::apply(Op::Merge { count: *count }, &[&x, places]),
+            None => Ok(x),
+        };
         if given.lites.is_empty() {
-            return Ok([h.clone(), h.clone(), h.clone()]);
+            let h = merged(h)?;
+            return Ok([h.clone(), h.clone(), h]);
         }
-        let input = |part| steered(given.lites, &format!("{}.{part}", self.attn1_name), h);
+        let input = |part| {
+            let name = format!("{}.{part}", self.attn1_name);
+            merged(steered(given.lites, &name, &h)?)
+        };
         Ok([input("to_q")?, input("to_k")?, input("to_v")?])
     }
 
-    /// `x [b, s, c]` → `[b, s, c]`.
-    fn forward(&self, x: &Tensor, given: &Given<'_>) -> Result<Tensor> {
+    /// `x [b, h · w, c]` → `[b, h · w, c]`.
+    fn forward(&self, x: &Tensor, size: (usize, usize), given: &Given<'_>) -> Result<Tensor> {
+        let x = self.first(x, size, given)?;
+        let x = match given.take(Kind::Cross, x.shape())? {
+            Some(seen) => ops::add(&seen, &x)?,
+            None => {
+                let (h, context) = (self.norm2.forward(&x)?, &given.context);
+                let q = match given.lites {
+                    [] => h,
+                    lites => steered(lites, &format!("{}.to_q", self.attn2_name), &h)?,
+                };
+                let also = |q: &Tensor, seen, heads| context.images(q, seen, heads);
+                let text = context.text;
+                let seen = self.attn2.forward_also([&q, text, text], &also)?;
+                given.keep(Kind::Cross, &seen);
+                ops::add(&seen, &x)?
+            }
+        };
+        ops::add(&self.feed_forward.forward(&self.norm3.forward(&x)?)?, &x)
+    }
+
+    /// `x [b, h · w, c]` with what the first attention sees on it.
+    fn first(&self, x: &Tensor, size: (usize, usize), given: &Given<'_>) -> Result<Tensor> {
+        let kind = match self.only_cross_attention {
+            true => Kind::Cross,
+            false => Kind::Own,
+        };
+        if let Some(seen) = given.take(kind, x.shape())? {
+            return ops::add(&seen, x);
+        }
         let h = self.norm1.forward(x)?;
-        let context = &given.context;
+        let places = given.places(x, size)?;
+        let [q, k, v] = self.looks(h, places.as_ref(), given)?;
         let nothing = |_: &Tensor, seen, _| Ok(seen);
-        let [q, k, v] = self.steered(&h, given)?;
         let seen = if self.only_cross_attention {
-            self.attn1.forward(&q, context.text)?
+            self.attn1.forward(&q, given.context.text)?
         } else if given.variant.identities.contains(&self.attn1_name) {
             self.attn1.identity(&v)?
         } else {
             self.attn1.forward_also([&q, &k, &v], &nothing)?
         };
-        let x = ops::add(&seen, x)?;
-        let h = self.norm2.forward(&x)?;
-        let q = match given.lites {
-            [] => h,
-            lites => steered(lites, &format!("{}.to_q", self.attn2_name), &h)?,
+        let seen = match &places {
+            Some((places, _)) if !given.keeps(kind) => {
+                return ops::apply(Op::Unmerge, &[&seen, places, x]);
+            }
+            Some((places, _)) => ops::apply(Op::Unmerge, &[&seen, places])?,
+            None => seen,
         };
-        let also = |q: &Tensor, seen, heads| context.images(q, seen, heads);
-        let text = context.text;
-        let x = ops::add(&self.attn2.forward_also([&q, text, text], &also)?, &x)?;
-        ops::add(&self.feed_forward.forward(&self.norm3.forward(&x)?)?, &x)
+        given.keep(kind, &seen);
+        ops::add(&seen, x)
     }
 }

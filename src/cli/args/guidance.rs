@@ -7,8 +7,8 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 use crate::pipeline::{
-    FreeU, FreeUVersion, Guidance, Measure, Mimic, Perturbed, Place, Projected, Region, Regions,
-    Rule, ScaleSchedule, ScaleShape, Shortcuts,
+    FreeU, FreeUVersion, Gate, Guidance, Measure, Merging, Mimic, Perturbed, Place, Projected,
+    Region, Regions, Rule, ScaleSchedule, ScaleShape, Shortcuts,
 };
 
 /// Guidance beyond one scale.
@@ -168,12 +168,34 @@ pub struct ShortcutArgs {
     /// Below that level all steps do
     #[arg(long, requires = "ngms")]
     pub ngms_all: bool,
-    /// Not built: which tokens are merged depends on what is in them, and a plan's steps do not
-    #[arg(long, value_name = "F", alias = "tome", hide = true)]
-    pub token_merging_ratio: Option<f64>,
-    /// Not built
-    #[arg(long, value_name = "STEP", hide = true)]
+    /// T-GATE, approximate, for UNets: behind so many steps there is no guidance, and the text is not read again; half of the steps are usual
+    #[arg(long, value_name = "STEPS")]
     pub tgate: Option<usize>,
+    /// Of those steps, the first ones at which T-GATE computes self-attention in any case
+    #[arg(long, value_name = "N", default_value_t = 2, requires = "tgate")]
+    pub tgate_warm_up: usize,
+    /// Then T-GATE computes self-attention at every Nth step alone; its authors' package takes 5
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "tgate")]
+    pub tgate_sp_interval: usize,
+    /// The same behind the gate
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "tgate")]
+    pub tgate_fi_interval: usize,
+    /// Token merging (ToMe), approximate, for UNets: this part of the tokens, below 0.75, joins others like them in self-attention, as A1111's token merging ratio
+    #[arg(
+        long,
+        value_name = "F",
+        alias = "token-merging-ratio",
+        default_value_t = 0.0,
+        hide_default_value = true,
+        allow_negative_numbers = true
+    )]
+    pub tome: f64,
+    /// Tokens are merged where the network's pictures are at most so many times smaller than the latents: 1, 2, 4 or 8; Stable Diffusion XL needs 2
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "tome")]
+    pub tome_max_downsample: usize,
+    /// Which of each four tokens stays is drawn from the seed, as tomesd does by itself; else it is the first, as in A1111
+    #[arg(long, requires = "tome")]
+    pub tome_random: bool,
 }
 
 impl GuidanceArgs {
@@ -255,24 +277,24 @@ impl GuidanceArgs {
 
 impl ShortcutArgs {
     /// What the flags ask for.
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] for shortcuts that are not built.
-    pub fn shortcuts(&self) -> Result<Shortcuts> {
-        let missing = [
-            ("--token-merging-ratio", self.token_merging_ratio.is_some()),
-            ("--tgate", self.tgate.is_some()),
-        ];
-        if let Some((flag, _)) = missing.into_iter().find(|(_, asked)| *asked) {
-            return Err(Error::Unsupported(format!(
-                "{flag} is not built; --deep-cache and --ngms leave work out, too"
-            )));
-        }
-        Ok(Shortcuts {
+    pub fn shortcuts(&self) -> Shortcuts {
+        let merging = Merging {
+            ratio: self.tome,
+            max_downsample: self.tome_max_downsample,
+            random: self.tome_random,
+        };
+        Shortcuts {
             deep_cache: self.deep_cache,
             least_negative_sigma: self.ngms,
             at_all_calls: self.ngms_all,
-        })
+            gate: self.tgate.map(|step| Gate {
+                step,
+                warm_up: self.tgate_warm_up,
+                interval: self.tgate_sp_interval,
+                late_interval: self.tgate_fi_interval,
+            }),
+            merging: (self.tome != 0.0).then_some(merging),
+        }
     }
 }
 
@@ -400,6 +422,18 @@ pub(in crate::cli) fn record(
             json!({ "sigma": sigma, "all": shortcuts.at_all_calls }),
         );
     }
+    if let Some(gate) = &shortcuts.gate {
+        put(
+            "tgate",
+            json!({ "step": gate.step, "warm_up": gate.warm_up, "sp_interval": gate.interval, "fi_interval": gate.late_interval }),
+        );
+    }
+    if let Some(merging) = &shortcuts.merging {
+        put(
+            "token_merging",
+            json!({ "ratio": merging.ratio, "max_downsample": merging.max_downsample, "random": merging.random }),
+        );
+    }
     if !regions.list.is_empty() {
         let regions_of = regions.list.iter().map(|region| {
             let place = match &region.place {
@@ -414,10 +448,11 @@ pub(in crate::cli) fn record(
     all
 }
 
-/// The same for A1111's line: its own keys, those of Forge's and of its extensions where there are such.
+/// The same for A1111's line: its own keys, those of Forge's and of its extensions where there are such. `twice`: there is a second pass.
 pub(in crate::cli) fn infotext(
     guidance: &Guidance,
     shortcuts: &Shortcuts,
+    twice: bool,
 ) -> Vec<(String, String)> {
     let mut pairs = Vec::new();
     let mut put = |key: &str, value: String| pairs.push((key.to_owned(), value));
@@ -457,6 +492,15 @@ pub(in crate::cli) fn infotext(
             put(key, value.to_string());
         }
         put("freeu_enabled", "True".to_owned());
+    }
+    if let Some(merging) = &shortcuts.merging {
+        put("Token merging ratio", merging.ratio.to_string());
+        if twice {
+            put("Token merging ratio hr", merging.ratio.to_string());
+        }
+    }
+    if let Some(gate) = &shortcuts.gate {
+        put("T-GATE step", gate.step.to_string());
     }
     if shortcuts.least_negative_sigma > 0.0 {
         put("NGMS", shortcuts.least_negative_sigma.to_string());

@@ -172,7 +172,11 @@ impl Job<'_> {
             version: Some(Parameters::our_version()),
             extras: [
                 self.other_models(),
-                infotext(&self.plan.guidance, &self.plan.shortcuts),
+                infotext(
+                    &self.plan.guidance,
+                    &self.plan.shortcuts,
+                    self.plan.hires.is_some(),
+                ),
             ]
             .concat(),
             ..Parameters::default()

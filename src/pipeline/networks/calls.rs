@@ -1,16 +1,18 @@
 //! The denoising network at one size: recorded with what steers it, made into a plan, called.
 
 use std::borrow::Cow;
+use std::cell::RefCell;
 
 use candle_core::{DType, Tensor};
 use sd_kernels::cpu::Level;
+use sd_kernels::graph::NodeKind;
 use sd_kernels::plan::{Feed, Options, Plan};
 use sd_kernels::{Graph, Wrap, ops};
 use sd_models::denoiser::{Inputs, Steering};
-use sd_models::variant::{Outputs, Variant};
+use sd_models::variant::{Outputs, Slot, Variant};
 
 use super::super::conditions::{
-    ADDED, CONTEXT, Conditions, DEEP, EXTRA, GUIDANCE, LABEL, REFERENCE,
+    ADDED, CHOICE, CONTEXT, CROSS, Conditions, EXTRA, GUIDANCE, LABEL, REFERENCE, slot_input,
 };
 use super::super::control::{Acting, steer, values};
 use super::super::image_prompt::{ActingImage, image_input, prompts};
@@ -84,7 +86,9 @@ impl Networks {
         };
         let (graph, outputs) = ops::wrapped(wrap, || self.record(&work, beside, variant))?;
         let options = self.unet_options(batch / n.max(1), beside, (&graph, &outputs.prediction))?;
-        let outputs = (&outputs.prediction, outputs.taps.as_slice());
+        let beside = (outputs.taps.len(), outputs.cross.len());
+        let taps = [outputs.taps, outputs.cross, outputs.own].concat();
+        let outputs = (&outputs.prediction, taps.as_slice());
         let mut plan = Plan::compile_tapped(&graph, outputs, &options, &planned.unet)?;
         let mut distinct: Vec<f32> = timesteps.iter().map(|&t| t as f32).collect();
         distinct.sort_by(f32::total_cmp);
@@ -97,6 +101,8 @@ impl Networks {
             how: How::Planned {
                 plan: Box::new(plan),
                 constants: self.constants(conditions, n)?,
+                choices: inputs_of(&graph, CHOICE),
+                beside,
                 out: Vec::new(),
             },
         })
@@ -116,7 +122,12 @@ impl Networks {
             Ok((image_input(image.index), tokens))
         });
         let images = images.collect::<Result<Vec<_>>>()?;
-        Ok(own.chain(steering).chain(images).collect())
+        let seen = conditions.seen.iter().enumerate().map(|(i, seen)| {
+            let values = seen.flatten_all()?.to_vec1()?;
+            Ok((slot_input(Slot::Cross(i)), values))
+        });
+        let seen = seen.collect::<Result<Vec<_>>>()?;
+        Ok(own.chain(steering).chain(images).chain(seen).collect())
     }
 
     /// One call of the UNet, recorded, for `batch` latents of `w × h` under contexts of `tokens`: what it costs and what it holds.
@@ -201,13 +212,8 @@ impl Networks {
             steering: steered.beside(&images),
             ..inputs
         };
-        let deep = match config.unet().and_then(|unet| unet.levels.first()) {
-            Some(first) if variant.shallow => {
-                Some(graph.input(DEEP, &[batch, first.channels, h, w]))
-            }
-            _ => None,
-        };
-        let outputs = self.unet.forward_as(&inputs, variant, deep.as_ref())?;
+        let earlier = |slot, shape: &[usize]| Ok(graph.input(&slot_input(slot), shape));
+        let outputs = self.unet.forward_as(&inputs, variant, Some(&earlier))?;
         Ok((graph, outputs))
     }
 
@@ -228,10 +234,13 @@ impl Networks {
         let constant = [CONTEXT, ADDED, GUIDANCE, EXTRA, REFERENCE, LABEL]
             .map(Cow::from)
             .into_iter();
+        let named = |start| inputs_of(graph, start).into_iter().map(|(name, _)| name);
         let halved = std::iter::once(Cow::from("sample")).chain(pictures());
+        let halved = halved.chain(named(CHOICE));
+        let constant = constant.chain(pictures()).chain(images);
         let options = Options {
             timestep: Some("timestep"),
-            constant: constant.chain(pictures()).chain(images).collect(),
+            constant: constant.chain(named(CROSS)).collect(),
             halved: halved.filter(|_| texts > 1).collect(),
             copies: texts,
             ..Options::new(Level::current(), precision(self.dtype))
@@ -253,6 +262,40 @@ impl Networks {
     }
 }
 
+/// The inputs of a graph whose names begin so, with their numbers for one of a batch.
+fn inputs_of(graph: &Graph, start: &str) -> Vec<(Cow<'static, str>, usize)> {
+    let nodes = graph.nodes().into_iter();
+    let inputs = nodes.filter_map(|node| match node.kind {
+        NodeKind::Input(name) if name.starts_with(start) => {
+            Some((Cow::from(name), node.shape.iter().skip(1).product()))
+        }
+        _ => None,
+    });
+    inputs.collect()
+}
+
+/// What a changed network takes from outside at a call.
+pub struct Outside<'a> {
+    /// Deep features of an earlier call.
+    pub deep: Option<&'a Tensor>,
+    /// What self-attentions saw in an earlier call, `[b, s, c]` each, f32.
+    pub own: &'a [Tensor],
+    /// Gives for each picture so many numbers, each 0 to 3: which of four tokens stay.
+    pub draw: &'a mut dyn FnMut(usize) -> Vec<f32>,
+}
+
+/// What a call gives, all in f32.
+pub struct Predicted {
+    /// `[texts · n, c, h, w]`, as the context has the texts.
+    pub prediction: Tensor,
+    /// As the variant asks for them.
+    pub taps: Vec<Tensor>,
+    /// What cross-attentions saw, `[texts · n, s, c]` each, if it is kept.
+    pub cross: Vec<Tensor>,
+    /// The same of self-attentions.
+    pub own: Vec<Tensor>,
+}
+
 /// The UNet at one size, ready to be called.
 pub struct Denoiser<'a> {
     networks: &'a Networks,
@@ -269,6 +312,10 @@ enum How {
         plan: Box<Plan>,
         /// What does not change from call to call; until the first one.
         constants: Vec<(Cow<'static, str>, Vec<f32>)>,
+        /// Inputs that say which tokens stay, with their numbers for a picture.
+        choices: Vec<(Cow<'static, str>, usize)>,
+        /// How many of the plan's taps are the variant's, and how many are what cross-attentions saw.
+        beside: (usize, usize),
         out: Vec<f32>,
     },
 }
@@ -279,10 +326,15 @@ impl Denoiser<'_> {
     /// # Errors
     /// When the shapes do not fit or the executor fails.
     pub fn predict(&mut self, sample: &Tensor, timestep: f64) -> Result<Tensor> {
-        Ok(self.predict_with(sample, timestep, None)?.0)
+        let outside = Outside {
+            deep: None,
+            own: &[],
+            draw: &mut |_| Vec::new(),
+        };
+        Ok(self.predict_with(sample, timestep, outside)?.prediction)
     }
 
-    /// The same with the values that the variant taps; `deep` is what a shallow network takes from an earlier call.
+    /// The same with what else the variant lets come out, and takes from outside.
     ///
     /// # Errors
     /// As [`Denoiser::predict`].
@@ -290,8 +342,8 @@ impl Denoiser<'_> {
         &mut self,
         sample: &Tensor,
         timestep: f64,
-        deep: Option<&Tensor>,
-    ) -> Result<(Tensor, Vec<Tensor>)> {
+        outside: Outside<'_>,
+    ) -> Result<Predicted> {
         let Networks {
             unet,
             controls,
@@ -302,6 +354,7 @@ impl Denoiser<'_> {
         } = self.networks;
         match &mut self.how {
             How::Eager(conditions, variant) => {
+                let (n, repeat) = (sample.dim(0)?, self.repeat);
                 let mut sample = Tensor::cat(&vec![sample; self.repeat], 0)?.to_dtype(*dtype)?;
                 let latents = sd_kernels::Tensor::from(sample.clone());
                 if let Some(extra) = &conditions.extra {
@@ -348,19 +401,43 @@ impl Denoiser<'_> {
                     steering: steered.beside(&images),
                     ..inputs
                 };
-                let deep = deep.map(|deep| deep.to_dtype(*dtype)).transpose()?;
-                let deep = deep.as_ref().map(node);
-                let network = || unet.forward_as(&inputs, variant, deep.as_ref());
+                let Outside { deep, own, draw } = outside;
+                let draw = RefCell::new(draw);
+                let earlier = |slot, shape: &[usize]| -> sd_kernels::Result<sd_kernels::Tensor> {
+                    let found = match slot {
+                        Slot::Deep => deep.cloned(),
+                        Slot::Cross(index) => conditions.seen.get(index).cloned(),
+                        Slot::Own(index) => own.get(index).cloned(),
+                        Slot::Choice(_) => {
+                            let each = shape.iter().skip(1).product();
+                            let choice = draw.borrow_mut()(each);
+                            let choice = Tensor::from_vec(choice, (n, each), device)?;
+                            Some(Tensor::cat(&vec![choice; repeat], 0)?)
+                        }
+                    };
+                    let missing = sd_kernels::Error::Mixed { op: "unet" };
+                    Ok(found.ok_or(missing)?.to_dtype(*dtype)?.into())
+                };
+                let network = || unet.forward_as(&inputs, variant, Some(&earlier));
                 let out = ops::wrapped(self.wrap, network)?;
                 let data = |x: sd_kernels::Tensor| -> Result<Tensor> {
                     Ok(x.into_data()?.to_dtype(DType::F32)?)
                 };
-                let taps = out.taps.into_iter().map(data).collect::<Result<_>>()?;
-                Ok((data(out.prediction)?, taps))
+                let all = |list: Vec<sd_kernels::Tensor>| list.into_iter().map(data).collect();
+                let (taps, cross, own): (Result<_>, Result<_>, Result<_>) =
+                    (all(out.taps), all(out.cross), all(out.own));
+                Ok(Predicted {
+                    prediction: data(out.prediction)?,
+                    taps: taps?,
+                    cross: cross?,
+                    own: own?,
+                })
             }
             How::Planned {
                 plan,
                 constants,
+                choices,
+                beside: (tapped, crossed),
                 out,
             } => {
                 let sample = sample.flatten_all()?.to_vec1::<f32>()?;
@@ -378,9 +455,18 @@ impl Denoiser<'_> {
                 for (name, values) in constants.iter() {
                     feeds.push(Feed { name, values });
                 }
-                let deep = deep.map(|deep| deep.flatten_all()?.to_vec1::<f32>());
-                let deep = deep.transpose()?;
-                feeds.extend(deep.iter().map(|values| Feed { name: DEEP, values }));
+                let own = outside.own.iter().enumerate();
+                let own = own.map(|(i, own)| (Slot::Own(i), own));
+                let deep = outside.deep.map(|deep| (Slot::Deep, deep));
+                let given = deep.into_iter().chain(own).map(|(slot, values)| {
+                    let values = values.flatten_all()?.to_vec1::<f32>()?;
+                    Ok((slot_input(slot), values))
+                });
+                let mut given = given.collect::<Result<Vec<_>>>()?;
+                for (name, each) in choices.iter() {
+                    given.push((name.clone(), (outside.draw)(*each)));
+                }
+                feeds.extend(given.iter().map(|(name, values)| Feed { name, values }));
                 plan.run(&feeds, out)?;
                 constants.clear();
                 let prediction = Tensor::from_slice(out, plan.output_shape(), device)?;
@@ -391,7 +477,14 @@ impl Denoiser<'_> {
                     plan.tap(i, &mut values)?;
                     taps.push(Tensor::from_vec(values, shape, device)?);
                 }
-                Ok((prediction, taps))
+                let mut cross = taps.split_off(*tapped);
+                let own = cross.split_off(*crossed);
+                Ok(Predicted {
+                    prediction,
+                    taps,
+                    cross,
+                    own,
+                })
             }
         }
     }
