@@ -11,7 +11,7 @@ use crate::pipeline::Redraw;
 #[command(next_help_heading = "Drawing anew")]
 pub struct RedrawArgs {
     /// Draw the enlarged picture anew, tile by tile, each as `generate --init-image` does it: a model as `generate --model` takes; without a value
-    /// the demonstration checkpoint in this binary. It is enlarged twice if neither --model nor --scale says otherwise
+    /// the demonstration checkpoint in this binary. Tile n, from 0, row after row, has the seed plus n
     #[arg(long, value_name = "MODEL", num_args = 0..=1)]
     pub with_model: Option<Option<PathBuf>>,
     /// What the picture shows [default: nothing is said]
@@ -23,7 +23,7 @@ pub struct RedrawArgs {
     /// Pixels of a side of the tiles that are drawn, a multiple of 8; --tile-overlap is then theirs [default: the model's own size]
     #[arg(long, value_name = "N", requires = "with_model")]
     pub tile_size: Option<usize>,
-    /// How the picture is enlarged before, where no --model does
+    /// How the picture is enlarged before, where no --model does: twice, if --scale does not say otherwise
     #[arg(
         long,
         value_enum,

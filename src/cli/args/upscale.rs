@@ -17,15 +17,6 @@ pub struct UpscaleArgs {
     /// A network of the ESRGAN family, SwinIR, Swin2SR or HAT: a .pth or .safetensors file, or a name in the models folders
     #[arg(short, long, required_unless_present = "with_model")]
     pub model: Option<PathBuf>,
-    /// A Stable Diffusion model that draws the enlarged picture anew
-    #[command(flatten)]
-    pub redraw: RedrawArgs,
-    /// How it is drawn
-    #[command(flatten)]
-    pub sampling: SamplingArgs,
-    /// Pictures that steer
-    #[command(flatten)]
-    pub control: ControlArgs,
     /// Where names are looked up
     #[command(flatten)]
     pub library: LibraryArgs,
@@ -61,6 +52,16 @@ pub struct UpscaleArgs {
     /// One JSON object a picture on the standard output
     #[arg(long)]
     pub json: bool,
+    // behind all others, which would come under their headings
+    /// A Stable Diffusion model that draws the enlarged picture anew
+    #[command(flatten)]
+    pub redraw: RedrawArgs,
+    /// How it is drawn
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    /// Pictures that steer
+    #[command(flatten)]
+    pub control: ControlArgs,
 }
 
 impl UpscaleArgs {
