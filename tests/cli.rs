@@ -428,3 +428,23 @@ fn a_killed_run_leaves_no_picture_or_a_whole_one() {
 fn is_unfinished(name: &str) -> bool {
     name.starts_with(".sd-rs-") && name.ends_with(".part")
 }
+
+/// A flag that is for every picture does not stand under a heading of flags that are not.
+#[test]
+fn help_has_plain_flags_first() {
+    let dir = Dir::new();
+    let help = dir.ok(&["generate", "--help"]);
+    let first = help.find("From a picture:").unwrap();
+    for flag in [
+        "--output <",
+        "--json",
+        "--dtype <",
+        "--models-dir <",
+        "--dry-run",
+    ] {
+        let at = help
+            .find(flag)
+            .unwrap_or_else(|| panic!("{flag} is not there"));
+        assert!(at < first, "{flag} stands behind other headings");
+    }
+}

@@ -186,21 +186,10 @@ pub enum Quantised {
 /// Arguments of `generate`.
 #[derive(Debug, Args)]
 pub struct GenerateArgs {
+    // those under a heading of their own come last: what follows them would stand there, too
     /// What to show
     #[arg(short, long, allow_hyphen_values = true)]
     pub prompt: String,
-    /// The picture to begin at
-    #[command(flatten)]
-    pub image: ImageArgs,
-    /// The second pass
-    #[command(flatten)]
-    pub hires: HiresArgs,
-    /// Tiles and textures
-    #[command(flatten)]
-    pub canvas: CanvasArgs,
-    /// Previews
-    #[command(flatten)]
-    pub preview: PreviewArgs,
     /// How it is made
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -311,21 +300,6 @@ pub struct GenerateArgs {
     /// The same with the negative prompt [default: 2.5]
     #[arg(long, value_name = "SCORE", value_parser = score, help_heading = "SDXL")]
     pub negative_aesthetic_score: Option<f64>,
-    /// Guidance beyond one scale
-    #[command(flatten)]
-    pub guidance: GuidanceArgs,
-    /// Prompts for parts of the picture
-    #[command(flatten)]
-    pub regions: RegionArgs,
-    /// Less work for nearly the same picture
-    #[command(flatten)]
-    pub shortcuts: ShortcutArgs,
-    /// Pictures that steer
-    #[command(flatten)]
-    pub control: ControlArgs,
-    /// Pictures beside the prompt
-    #[command(flatten)]
-    pub image_prompt: ImagePromptArgs,
     /// The prompts' language
     #[arg(long, value_enum, default_value_t)]
     pub prompt_syntax: Syntax,
@@ -359,6 +333,33 @@ pub struct GenerateArgs {
     /// Begin even when the estimate says that memory will not do
     #[arg(long)]
     pub force: bool,
+    /// The picture to begin at
+    #[command(flatten)]
+    pub image: ImageArgs,
+    /// The second pass
+    #[command(flatten)]
+    pub hires: HiresArgs,
+    /// Tiles and textures
+    #[command(flatten)]
+    pub canvas: CanvasArgs,
+    /// Previews
+    #[command(flatten)]
+    pub preview: PreviewArgs,
+    /// Guidance beyond one scale
+    #[command(flatten)]
+    pub guidance: GuidanceArgs,
+    /// Prompts for parts of the picture
+    #[command(flatten)]
+    pub regions: RegionArgs,
+    /// Less work for nearly the same picture
+    #[command(flatten)]
+    pub shortcuts: ShortcutArgs,
+    /// Pictures that steer
+    #[command(flatten)]
+    pub control: ControlArgs,
+    /// Pictures beside the prompt
+    #[command(flatten)]
+    pub image_prompt: ImagePromptArgs,
 }
 
 /// Arguments of `inspect`.
