@@ -313,8 +313,9 @@ mod tests {
     #[test]
     fn kitty_is_given_pieces() {
         // noise, which no PNG makes small
-        let noise = (0..40 * 40 * 3u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8);
-        let image = picture(40, 40, noise.collect());
+        let noise =
+            (0..99 * 99 * 3u32).map(|i| (i * i).wrapping_mul(2_654_435_761).to_be_bytes()[0]);
+        let image = picture(99, 99, noise.collect());
         let text = Protocol::Kitty.print(&image).unwrap_or_default();
         assert!(text.matches("\x1b_G").count() > 1);
         assert!(
