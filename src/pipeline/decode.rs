@@ -38,13 +38,13 @@ pub(super) fn values(
         return Ok(decoded);
     }
     if networks.dtype() != DType::F32 {
-        let warning = format!(
-            "the autoencoder left the range of {}; the picture was decoded again in f32",
-            networks.dtype().as_str()
-        );
-        send(listener, Event::Warning(warning))?;
         let picture = networks.decode_as(latents, DType::F32, surface, &mut tiles(listener))?;
         if let Some(decoded) = finite(&picture)? {
+            let warning = format!(
+                "the autoencoder left the range of {}; the picture was decoded again in f32",
+                networks.dtype().as_str()
+            );
+            send(listener, Event::Warning(warning))?;
             return Ok(decoded);
         }
     }
