@@ -1,4 +1,4 @@
-"""Trains the two adapters of the demonstration checkpoint that lie here, on a CPU core in about a quarter of an hour each
+"""Trains the two adapters of the demonstration checkpoint that lie here, on a CPU, in minutes
 (`lora --minutes 6 --pictures 500` and `outline --minutes 16 --lr 1e-3 --pictures 1000`).
 
     python examples/adapters/train.py lora     # sepia.safetensors: everything as an old photograph

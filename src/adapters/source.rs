@@ -58,7 +58,7 @@ impl Source for AdaptedSource {
     fn open(&self, name: &str, shape: &[usize]) -> Result<Box<dyn Reader + '_>> {
         let length = shape.iter().product();
         let factor = self.bound.factor_numbers(self.owner, name, length);
-        if let Some(factor) = factor.map_err(failed)? {
+        if let Some(factor) = factor.map_err(|e| failed(&e))? {
             return Ok(Box::new(Merged(factor)));
         }
         let reader = self.inner.open(name, shape)?;
@@ -69,12 +69,12 @@ impl Source for AdaptedSource {
         let pieces = values.par_chunks_mut(PIECE).enumerate();
         pieces.for_each(|(i, piece)| reader.read(i * PIECE, piece));
         let merged = self.bound.apply(self.owner, name, shape, &mut values);
-        merged.map_err(failed)?;
+        merged.map_err(|e| failed(&e))?;
         Ok(Box::new(Merged(values)))
     }
 }
 
-fn failed(error: crate::error::Error) -> sd_kernels::Error {
+fn failed(error: &crate::error::Error) -> sd_kernels::Error {
     sd_kernels::Error::Weights(error.to_string())
 }
 
