@@ -2,20 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 use safetensors::Dtype;
-use sd_rs::Checkpoint;
-use sd_rs::upscale::{Planes, Tiling, Upscaler};
+use sd_rs::upscale::{Tiling, Upscaler};
 use serde_json::Value;
 
-use crate::picture::noise;
 use crate::support::Dir;
-use crate::support::weights::{Law, Stored, encode, save, uniform};
-
-const WHOLE: Tiling = Tiling {
-    side: Some(0),
-    overlap: None,
-};
+use crate::support::weights::{Stored, save};
+use crate::upscale::{WHOLE, distance, input_of, kept, open, random, run, tensor};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -31,38 +25,24 @@ fn cases() -> Value {
 /// Masks and indices are there, as zeros: nobody is to read them.
 fn tensors(case: &Value, name: &str) -> Vec<Stored> {
     let rows = case["tensors"].as_array().unwrap();
-    let tensor = |row: &Value| {
+    let made = |row: &Value| {
+        if !row[2].is_null() {
+            return tensor(row, name);
+        }
         let stored = row[0].as_str().unwrap().to_owned();
         let shape: Vec<usize> = serde_json::from_value(row[1].clone()).unwrap();
-        let Some(scale) = row[2].as_f64() else {
-            let index = stored.contains("index");
-            let dtype = if index { Dtype::I64 } else { Dtype::F32 };
-            let size = if index { 8 } else { 4 };
-            let bytes = vec![0; size * shape.iter().product::<usize>()];
-            return Stored {
-                bytes,
-                name: stored,
-                shape,
-                dtype,
-            };
+        let dtype = match stored.contains("index") {
+            true => Dtype::I64,
+            false => Dtype::F32,
         };
-        let law = Law {
-            scale: scale as f32,
-            offset: row[3].as_f64().unwrap() as f32,
-        };
-        let values = uniform(&format!("{name}/{stored}"), &shape, law);
         Stored {
-            bytes: encode(&values, Dtype::F32, Dtype::F32),
+            bytes: vec![0; dtype.bitsize() / 8 * shape.iter().product::<usize>()],
             name: stored,
             shape,
-            dtype: Dtype::F32,
+            dtype,
         }
     };
-    rows.iter().map(tensor).collect()
-}
-
-fn open(path: &Path) -> sd_rs::Result<Upscaler> {
-    Upscaler::load(&Checkpoint::open(path)?, &Device::Cpu, DType::F32)
+    rows.iter().map(made).collect()
 }
 
 fn saved(stored: &[Stored]) -> sd_rs::Result<Upscaler> {
@@ -74,34 +54,6 @@ fn saved(stored: &[Stored]) -> sd_rs::Result<Upscaler> {
 
 fn load(name: &str) -> Upscaler {
     saved(&tensors(&cases()[name], name)).unwrap()
-}
-
-fn input(case: &Value, name: &str) -> Planes {
-    let number = |value: &Value| value.as_u64().unwrap() as usize;
-    let (height, width) = (number(&case["size"][0]), number(&case["size"][1]));
-    let law = Law {
-        scale: 0.5,
-        offset: 0.5,
-    };
-    let shape = [1, number(&case["channels"]), height, width];
-    Planes {
-        values: uniform(&format!("{name}/picture"), &shape, law),
-        width,
-        height,
-    }
-}
-
-fn run(upscaler: &Upscaler, planes: &Planes, tiling: Tiling) -> Planes {
-    upscaler.run(planes, tiling, &mut |_, _| true).unwrap()
-}
-
-/// Relative L2 distance.
-fn distance(found: &[f32], wanted: &[f32]) -> f64 {
-    assert_eq!(found.len(), wanted.len());
-    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
-    let pairs = found.iter().zip(wanted);
-    norm(&mut pairs.map(|(a, b)| f64::from(a - b)))
-        / norm(&mut wanted.iter().map(|v| f64::from(*v)))
 }
 
 #[test]
@@ -116,15 +68,8 @@ fn every_kind_and_structure_equals_spandrel() {
         assert_eq!(upscaler.scale() as u64, case["scale"].as_u64().unwrap());
         let kind = upscaler.config().name().to_lowercase();
         assert!(name.starts_with(&format!("{kind}-")), "{name}: {kind}");
-        let found = run(&upscaler, &input(case, name), WHOLE);
-        let stride = case["stride"].as_u64().unwrap() as usize;
-        let kept: Vec<f32> = found
-            .values
-            .chunks(found.width)
-            .enumerate()
-            .filter(|(row, _)| (row % found.height).is_multiple_of(stride))
-            .flat_map(|(_, row)| row.iter().step_by(stride).copied())
-            .collect();
+        let found = run(&upscaler, &input_of(case, name), WHOLE);
+        let kept = kept(&found, case["stride"].as_u64().unwrap() as usize);
         let wanted = all[name].flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let error = distance(&kept, &wanted);
         assert!(error < 1e-5, "{name}: {error:e}");
@@ -134,7 +79,7 @@ fn every_kind_and_structure_equals_spandrel() {
 #[test]
 fn files_as_training_leaves_them() {
     let (name, cases) = ("swinir-tiny", cases());
-    let planes = input(&cases[name], name);
+    let planes = input_of(&cases[name], name);
     let wanted = run(&load(name), &planes, WHOLE);
     let found = run(&open(&fixture("wrapped.pth")).unwrap(), &planes, WHOLE);
     assert_eq!(found, wanted);
@@ -149,15 +94,6 @@ fn files_as_training_leaves_them() {
     let mut stored = tensors(&cases[name], name);
     stored.retain(|tensor| !tensor.name.contains("index") && !tensor.name.contains("mask"));
     assert_eq!(run(&saved(&stored).unwrap(), &planes, WHOLE), wanted);
-}
-
-fn random(channels: usize, width: usize, height: usize) -> Planes {
-    let values = noise("tiles", channels * width * height);
-    Planes {
-        values: values.into_iter().map(|v| f32::from(v) / 255.0).collect(),
-        width,
-        height,
-    }
 }
 
 #[test]

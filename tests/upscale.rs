@@ -31,7 +31,7 @@ const CASES: [&str; 14] = [
     "compact-grey-x2",
 ];
 
-const WHOLE: Tiling = Tiling {
+pub(crate) const WHOLE: Tiling = Tiling {
     side: Some(0),
     overlap: None,
 };
@@ -49,25 +49,26 @@ fn case(name: &str) -> Value {
 
 fn tensors(name: &str) -> Vec<Stored> {
     let case = case(name);
-    let number = |value: &Value| value.as_f64().unwrap() as f32;
     let rows = case["tensors"].as_array().unwrap();
-    rows.iter()
-        .map(|row| {
-            let stored = row[0].as_str().unwrap().to_owned();
-            let shape: Vec<usize> = serde_json::from_value(row[1].clone()).unwrap();
-            let law = Law {
-                scale: number(&row[2]),
-                offset: number(&row[3]),
-            };
-            let values = uniform(&format!("{name}/{stored}"), &shape, law);
-            Stored {
-                bytes: encode(&values, Dtype::F32, Dtype::F32),
-                name: stored,
-                shape,
-                dtype: Dtype::F32,
-            }
-        })
-        .collect()
+    rows.iter().map(|row| tensor(row, name)).collect()
+}
+
+/// A row of a case: name, shape and the law of the numbers.
+pub(crate) fn tensor(row: &Value, case: &str) -> Stored {
+    let number = |value: &Value| value.as_f64().unwrap() as f32;
+    let name = row[0].as_str().unwrap().to_owned();
+    let shape: Vec<usize> = serde_json::from_value(row[1].clone()).unwrap();
+    let law = Law {
+        scale: number(&row[2]),
+        offset: number(&row[3]),
+    };
+    let values = uniform(&format!("{case}/{name}"), &shape, law);
+    Stored {
+        bytes: encode(&values, Dtype::F32, Dtype::F32),
+        name,
+        shape,
+        dtype: Dtype::F32,
+    }
 }
 
 pub fn write(name: &str, dir: &Dir) -> PathBuf {
@@ -76,7 +77,7 @@ pub fn write(name: &str, dir: &Dir) -> PathBuf {
     path
 }
 
-fn open(path: &Path) -> sd_rs::Result<Upscaler> {
+pub(crate) fn open(path: &Path) -> sd_rs::Result<Upscaler> {
     Upscaler::load(&Checkpoint::open(path)?, &Device::Cpu, DType::F32)
 }
 
@@ -85,7 +86,11 @@ pub fn load(name: &str) -> Upscaler {
 }
 
 fn input(name: &str) -> Planes {
-    let case = case(name);
+    input_of(&case(name), name)
+}
+
+/// What a case's network is given.
+pub(crate) fn input_of(case: &Value, name: &str) -> Planes {
     let size = |i: usize| case["size"][i].as_u64().unwrap() as usize;
     let channels = case["channels"].as_u64().unwrap() as usize;
     let law = Law {
@@ -100,17 +105,25 @@ fn input(name: &str) -> Planes {
     }
 }
 
-fn run(upscaler: &Upscaler, planes: &Planes, tiling: Tiling) -> Planes {
+pub(crate) fn run(upscaler: &Upscaler, planes: &Planes, tiling: Tiling) -> Planes {
     upscaler.run(planes, tiling, &mut |_, _| true).unwrap()
 }
 
 /// Relative L2 distance.
-fn distance(found: &[f32], wanted: &[f32]) -> f64 {
+pub(crate) fn distance(found: &[f32], wanted: &[f32]) -> f64 {
     assert_eq!(found.len(), wanted.len());
     let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
     let pairs = found.iter().zip(wanted);
     norm(&mut pairs.map(|(a, b)| f64::from(a - b)))
         / norm(&mut wanted.iter().map(|v| f64::from(*v)))
+}
+
+/// What the fixtures keep of a result: every `stride`th pixel of every `stride`th row.
+pub(crate) fn kept(found: &Planes, stride: usize) -> Vec<f32> {
+    let rows = found.values.chunks(found.width).enumerate();
+    rows.filter(|(row, _)| (row % found.height).is_multiple_of(stride))
+        .flat_map(|(_, row)| row.iter().step_by(stride).copied())
+        .collect()
 }
 
 #[test]
@@ -123,14 +136,7 @@ fn every_spelling_and_structure_equals_spandrel() {
         let (upscaler, planes) = (load(name), input(name));
         assert_eq!(upscaler.scale() as u64, case["scale"].as_u64().unwrap());
         let found = run(&upscaler, &planes, WHOLE);
-        let stride = case["stride"].as_u64().unwrap() as usize;
-        let kept: Vec<f32> = found
-            .values
-            .chunks(found.width)
-            .enumerate()
-            .filter(|(row, _)| (row % found.height).is_multiple_of(stride))
-            .flat_map(|(_, row)| row.iter().step_by(stride).copied())
-            .collect();
+        let kept = kept(&found, case["stride"].as_u64().unwrap() as usize);
         let wanted = all[name].flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let error = distance(&kept, &wanted);
         assert!(error < 5e-6, "{name}: {error:e}");
@@ -166,7 +172,7 @@ fn frameworks_prefixes_do_not_matter() {
     }
 }
 
-fn random(channels: usize, width: usize, height: usize) -> Planes {
+pub(crate) fn random(channels: usize, width: usize, height: usize) -> Planes {
     let values = noise("tiles", channels * width * height);
     Planes {
         values: values.into_iter().map(|v| f32::from(v) / 255.0).collect(),

@@ -1,6 +1,6 @@
 //! Plans: a network recorded at one shape, made into steps over known buffers, and run on the CPU.
 //!
-//! [`Plan::compile`] takes the recorded graph through four passes: what can be fused is (`fuse`), every value gets a type, a rate (once a timestep,
+//! [`Plan::compile`] takes the recorded graph through four passes: what can be fused is (`fuse`), every value gets a type (`types`), a rate (once a timestep,
 //! once a run, or at every call) and a place in one arena (`place`), and weights are packed into the layout of the kernels that read them (`store`).
 //! [`Plan::run`] then only calls kernels: nothing is allocated, nothing is decided.
 //!
@@ -23,6 +23,7 @@ mod run;
 mod store;
 #[cfg(test)]
 mod tests;
+mod types;
 
 use std::borrow::Cow;
 
