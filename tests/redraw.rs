@@ -218,6 +218,17 @@ fn flags_that_cannot_be_are_refused() {
         "at most 32",
     );
     refused(&["--with-model", "--strength", "1.5"], "--strength is 1.5");
+    // before the network has enlarged anything: there is no picture
+    std::fs::write(dir.path("none.png"), "none").unwrap();
+    for (more, word) in [
+        (["--sampler", "Typo"], "Typo"),
+        (["--strength", "1.5"], "--strength is 1.5"),
+        (["--steps", "0"], "--steps"),
+    ] {
+        let args = ["upscale", "none.png", "-m", network, "--with-model"];
+        let told = dir.fails(&[&args[..], &more].concat(), 2);
+        assert!(told.contains(word), "{more:?}: {told}");
+    }
     refused(&["--with-model", "--seed=-5"], "--seed");
     refused(&["--with-model", "--scale", "0"], "the scale is 0");
     refused(&["--with-model", "--control-scale", "1"], "--controlnet");

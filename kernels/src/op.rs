@@ -637,7 +637,8 @@ impl Op {
             Self::LowFrequencies { .. } => 28 * elements,
             Self::Match { h, w, .. } => {
                 let stay = (h / 2 * (w / 2)) as u64;
-                2 * count(inputs[0]) / elements.max(1) * (elements - elements.min(stay)) * stay
+                let all = stay * inputs[0].first().copied().unwrap_or(1) as u64;
+                2 * count(inputs[0]) / elements.max(1) * elements.saturating_sub(all) * stay
             }
             Self::GroupNorm { .. }
             | Self::LayerNorm { .. }

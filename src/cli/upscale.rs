@@ -126,15 +126,16 @@ impl Job<'_> {
         let drawn = match &self.painter {
             Some(painter) => {
                 let drawn = self.paint(painter, &larger)?;
+                let told = painter.json(&drawn);
                 texts = vec![
                     (
                         png::PARAMETERS.to_owned(),
                         painter.parameters(&drawn).print(),
                     ),
-                    (png::REQUEST.to_owned(), painter.json(&drawn).to_string()),
+                    (png::REQUEST.to_owned(), told.to_string()),
                 ];
-                larger = drawn.picture.clone();
-                Some((painter, drawn))
+                larger = drawn.picture;
+                Some(told)
             }
             None => None,
         };
@@ -149,7 +150,6 @@ impl Job<'_> {
         if !output::save_bytes(target, &bytes, self.args.overwrite)? {
             return Ok(()); // the picture itself went to the standard output
         }
-        let drawn = drawn.map(|(painter, drawn)| painter.json(&drawn));
         tracing::info!("{}: {:.2} s", input.display(), computed.as_secs_f64());
         self.bar.suspend(|| match self.args.json {
             true => print_line(&self.json((input, &picture), (target, &larger), drawn, computed)),

@@ -31,7 +31,7 @@ impl Resize {
 }
 
 /// The picture at `size` (width, height), by Lanczos' filter.
-pub(super) fn fit(picture: &Picture, size: (usize, usize), how: Resize) -> Result<Picture> {
+pub(crate) fn fit(picture: &Picture, size: (usize, usize), how: Resize) -> Result<Picture> {
     let to = sides(size)?;
     let (w, h) = how.scaled((picture.width(), picture.height()), to);
     let scaled = picture.resize(w, h, Filter::Lanczos)?;

@@ -6,6 +6,7 @@ pub mod preprocess;
 
 pub use clip::clip_pixels;
 pub use fit::Resize;
+pub(crate) use fit::fit;
 pub use preprocess::Preprocessor;
 
 use crate::error::{Error, Result};

@@ -201,11 +201,9 @@ impl Plan {
             .map(|source| source.image_cfg_scale);
         warnings.extend(check_guidance(engine, request, guided)?);
         let whole = chosen.trajectory.steps;
-        if request
-            .shortcuts
-            .gate
-            .is_some_and(|gate| gate.step >= whole)
-        {
+        // a second pass has steps of its own
+        let gate = request.shortcuts.gate.filter(|_| request.hires.is_none());
+        if gate.is_some_and(|gate| gate.step >= whole) {
             warnings.push(format!(
                 "--tgate has no say: there are {whole} steps, and none behind it"
             ));
@@ -439,7 +437,7 @@ fn check_guidance(engine: &Engine, request: &Request, guided: bool) -> Result<Ve
         && !unet.attends_within(merging.max_downsample)
     {
         notices.push(
-            "--tome has no say: the model's first level looks at nothing; Stable Diffusion XL begins at --tome-max-downsample 2".to_owned(),
+            "--tome has no say: the model looks at nothing at so large a size; give a larger --tome-max-downsample (Stable Diffusion XL begins at 2)".to_owned(),
         );
     }
     let silent = guidance.needs_negative();

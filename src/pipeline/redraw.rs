@@ -1,6 +1,8 @@
 //! A picture drawn anew tile by tile: what A1111's "SD upscale" and ComfyUI's "Ultimate SD Upscale" do with a picture that was enlarged before. Each
 //! tile is what a run that begins at it makes of it, and is no other than it would be alone; where tiles overlap they fade into each other.
 
+use std::collections::BTreeSet;
+
 use super::event::{Control, Event};
 use super::{Engine, Plan, Request};
 use crate::error::{Error, Result};
@@ -43,7 +45,7 @@ struct Line {
 
 impl Line {
     fn new(length: usize, (tile, overlap): (usize, usize), unit: usize) -> Self {
-        let length = length.next_multiple_of(unit);
+        let length = length.max(1).next_multiple_of(unit);
         let tile = tile.min(length);
         let overlap = overlap.min(tile / 2);
         let count = (length - overlap).div_ceil(tile - overlap).max(1);
@@ -114,7 +116,16 @@ impl TileGrid {
     }
 
     /// Where tile `i` lies, row after row.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when there is no such tile.
     pub fn place(&self, i: usize) -> Result<Rect> {
+        if i >= self.count() {
+            return Err(Error::Usage(format!(
+                "there is no tile {i} among {}",
+                self.count()
+            )));
+        }
         let (row, column) = self.row_column(i);
         let number = |n: usize| {
             u32::try_from(n)
@@ -190,19 +201,15 @@ impl Engine {
         let whole = Whole::new(picture, request, &grid)?;
         let mut canvas = Canvas::new(grid.size())?;
         let mut first: Option<Plan> = None;
+        let mut told = BTreeSet::new();
         for i in 0..grid.count() {
             let seed = first.as_ref().map(|plan| plan.seed.wrapping_add(i as u64));
             let request = whole.request(request, grid.place(i)?, seed)?;
-            let plan = Plan::new(self, &request)?;
-            if plan.picture_size() != grid.tile() {
-                return Err(Error::Usage(
-                    "the model gives pictures of another size than those that it begins at; give --with-model one that begins at pictures".to_owned(),
-                ));
-            }
+            let plan = self.plan_tile(&request, &grid)?;
             let mut made = None;
             let mut heard = |event: Event| match event {
-                // the same for every tile
-                Event::Warning(_) if i > 0 => Control::Continue,
+                // most are the same for every tile
+                Event::Warning(text) if !told.insert(text.clone()) => Control::Continue,
                 event => listener(i, grid.count(), event),
             };
             self.generate(&request, &plan, &mut heard, &mut |batch| {
@@ -222,6 +229,36 @@ impl Engine {
             grid,
         })
     }
+
+    /// Refuses what [`Engine::redraw`] would, whatever the picture: before long work is done on it. Whether there is memory for a tile is seen when it is
+    /// that tile's turn.
+    ///
+    /// # Errors
+    /// As [`Engine::redraw`].
+    pub fn check_redraw(&self, request: &Request, redraw: Redraw) -> Result<()> {
+        /// As large a tile as nothing depends on.
+        const SIDE: usize = 512;
+        self.tile_grid((1, 1), redraw)?;
+        let side = redraw.tile.unwrap_or(self.spec().defaults.size).min(SIDE) as u32;
+        let blank = Picture::from_rgb(1, 1, vec![0; 3])?.resize(side, side, Filter::Nearest)?;
+        let grid = self.tile_grid((side, side), redraw)?;
+        let whole = Whole::new(&blank, request, &grid)?;
+        let request = Request {
+            force: true,
+            ..whole.request(request, grid.place(0)?, None)?
+        };
+        self.plan_tile(&request, &grid).map(|_| ())
+    }
+
+    fn plan_tile(&self, request: &Request, grid: &TileGrid) -> Result<Plan> {
+        let plan = Plan::new(self, request)?;
+        if plan.picture_size() == grid.tile() {
+            return Ok(plan);
+        }
+        Err(Error::Usage(
+            "the model gives pictures of another size than those that it begins at; give --with-model one that begins at pictures".to_owned(),
+        ))
+    }
 }
 
 /// The pictures of the whole, of the size that is divided.
@@ -232,9 +269,9 @@ struct Whole {
 
 impl Whole {
     fn new(picture: &Picture, request: &Request, grid: &TileGrid) -> Result<Self> {
-        let (width, height) = (picture.width(), picture.height());
+        let size = (picture.width() as usize, picture.height() as usize);
         let steering = request.controls.iter().map(|control| {
-            let resized = control.picture.resize(width, height, Filter::Lanczos)?;
+            let resized = crate::control::fit(&control.picture, size, control.resize)?;
             mirrored(&resized, grid.size())
         });
         Ok(Self {

@@ -61,6 +61,9 @@ fn read_module(stored: &str, place: &Place, shapes: &Shapes<'_>) -> Result<Modul
     let Some(&[inner, width]) = shape(down).as_deref() else {
         return Err(missing(down));
     };
+    if inner == 0 {
+        return Err(format!("tensor `{stored}.{down}` has no numbers"));
+    }
     if width != place.width {
         return Err(format!(
             "tensor `{stored}.{down}` takes {width} channels, and the model's UNet has {} there; give a ControlNet-LLLite that was made for this family",

@@ -95,9 +95,10 @@ pub(super) fn read(
         bytes: window == BYTES_WINDOW && !matches!(kind, SwinKind::Hybrid { .. }),
         groups,
     };
-    if config.scale() == 0 {
+    let factor = config.factor();
+    if factor == 0 || !factor.is_multiple_of(unshuffle) {
         return Err(format!(
-            "its first convolution takes squares of {unshuffle}x{unshuffle} pixels, but it enlarges less, so that pictures would become smaller"
+            "its first convolution takes squares of {unshuffle}x{unshuffle} pixels, which it enlarges {factor} times: expected a multiple of {unshuffle}"
         ));
     }
     let layout = layout(prefix, &config, first);

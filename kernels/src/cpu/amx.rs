@@ -137,7 +137,8 @@ struct Cut {
 /// Equal steps, as few as can be, or whole tiles and a rest.
 fn cuts(pairs: usize) -> [Cut; 2] {
     let least = pairs.div_ceil(PAIRS);
-    let equal = (least..=least + least / 2 + 1).find(|n| *n > 0 && pairs.is_multiple_of(*n));
+    // of no pairs there are no steps: a tile of no bytes cannot be configured
+    let equal = (least..=least + least / 2 + 1).find(|n| pairs > 0 && pairs.is_multiple_of(*n));
     let (each, of, rest) = match equal {
         Some(each) => (each, pairs / each, 0),
         None => (pairs / PAIRS, PAIRS, pairs % PAIRS),
@@ -284,6 +285,7 @@ impl Room {
         if self.copies.len() < lines {
             self.copies.resize(lines, Line([0; size_of::<Line>()]));
         }
+        let copies = self.copies.as_mut_ptr().cast::<u8>();
         self.runs.clear();
         let mut done = 0;
         for part in &self.parts {
@@ -301,8 +303,7 @@ impl Room {
                     let first = rows[0].wrapping_add(2 * part.pair).cast();
                     return Lines { first, apart };
                 }
-                let to = self.copies.as_ptr().cast::<u8>().cast_mut();
-                let to = to.wrapping_add(half * SIDE * line + done);
+                let to = copies.wrapping_add(half * SIDE * line + done);
                 for (i, row) in rows.iter().enumerate() {
                     // SAFETY: pairs of a segment; a row of the copies, which has room for all parts
                     unsafe {
@@ -461,12 +462,13 @@ mod tests {
 
     #[test]
     fn steps_cover_every_pair_once() {
-        for pairs in 1..400 {
+        for pairs in 0..400 {
             let cuts = cuts(pairs);
             let covered: usize = cuts.iter().map(|cut| cut.each * cut.pairs).sum();
             assert_eq!(covered, pairs);
             assert!(cuts[0].first == 0 && cuts[1].first == cuts[0].each * cuts[0].pairs);
             assert!(cuts.iter().all(|cut| cut.pairs <= PAIRS));
+            assert!(cuts.iter().all(|cut| cut.each == 0 || cut.pairs > 0));
         }
     }
 

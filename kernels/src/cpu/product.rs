@@ -144,7 +144,7 @@ pub(crate) fn product<W: Weight, O: Stored>(
             },
         },
     };
-    if grid.rows() == 0 {
+    if grid.rows() == 0 || weights.shape().columns() == 0 {
         return;
     }
     let cut = Cut::new(level, grid.rows(), weights, rayon::current_num_threads());

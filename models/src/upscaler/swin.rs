@@ -117,15 +117,19 @@ pub enum Tail {
 }
 
 impl SwinConfig {
-    /// How many pixels wide one pixel becomes.
-    pub fn scale(&self) -> usize {
-        let factor = match &self.tail {
+    /// How many pixels wide one pixel of a square that the first convolution takes becomes.
+    pub fn factor(&self) -> usize {
+        match &self.tail {
             Tail::Same => 1,
             Tail::Direct { scale } => *scale,
             Tail::Shuffle { factors, .. } => factors.iter().product(),
             Tail::Nearest { doublings, .. } => 1 << doublings,
-        };
-        factor / self.unshuffle
+        }
+    }
+
+    /// How many pixels wide one pixel becomes.
+    pub fn scale(&self) -> usize {
+        self.factor() / self.unshuffle
     }
 
     /// What both sides of a picture are a multiple of.

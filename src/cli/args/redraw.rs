@@ -11,7 +11,7 @@ use crate::pipeline::Redraw;
 #[command(next_help_heading = "Drawing anew")]
 pub struct RedrawArgs {
     /// Draw the enlarged picture anew, tile by tile, each as `generate --init-image` does it: a model as `generate --model` takes; without a value
-    /// the demonstration checkpoint in this binary. Tile n, from 0, row after row, has the seed plus n
+    /// (then behind the pictures) the demonstration checkpoint in this binary. Tile n, from 0, row after row, has the seed plus n
     #[arg(long, value_name = "MODEL", num_args = 0..=1)]
     pub with_model: Option<Option<PathBuf>>,
     /// What the picture shows [default: nothing is said]

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::Job;
-use crate::adapters::DoraNorm;
+use crate::adapters::{DoraNorm, Mode};
 use crate::cli::args::guidance::{infotext, record};
 use crate::cli::args::{hires_pairs, value_name};
 use crate::cli::picture;
@@ -136,6 +136,10 @@ impl Job<'_> {
             fields.extend(record(guidance, shortcuts, &self.request.regions));
             if self.session.args.dora_norm != DoraNorm::default() {
                 fields.insert("dora_norm".to_owned(), json!("original"));
+            }
+            if self.session.args.lora_mode != Mode::default() {
+                let mode = value_name(&self.session.args.lora_mode);
+                fields.insert("lora_mode".to_owned(), json!(mode));
             }
             fields.insert("clip_skip".to_owned(), json!(self.plan.clip_skip));
             fields.insert(

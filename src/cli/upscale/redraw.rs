@@ -84,7 +84,8 @@ impl Painter {
             strength: Some(args.redraw.strength),
             ..Source::new(pixel.clone())
         });
-        args.control.requests_of(Some(&pixel))?; // those that cannot be are told before a model is opened
+        // those that cannot be are told before a model is opened
+        let controls_of_pixel = args.control.requests_of(Some(&pixel))?;
         let dtype = device::dtype(args.dtype.unwrap_or(DtypeChoice::Auto), device)?;
         let mut learned = Learned::find(&generate, &request, &worn.adapters)?;
         let model = open_model(typed.as_deref(), &args.library, args.no_mmap)?;
@@ -107,7 +108,11 @@ impl Painter {
             tile: args.redraw.tile_size,
             overlap: overlap(args, &engine),
         };
-        engine.tile_grid((1, 1), redraw)?;
+        let first = Request {
+            controls: controls_of_pixel,
+            ..request.clone()
+        };
+        engine.check_redraw(&first, redraw)?;
         Ok(Some(Self {
             embeddings: learned.used(&engine, &request)?,
             enlarged: match network {
