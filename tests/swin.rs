@@ -194,6 +194,23 @@ fn what_is_not_whole_or_not_built_is_refused() {
     assert!(table(&[24, 2]).contains("square of an odd number"));
     assert!(table(&[25, 3]).contains("3 heads for 8 channels"));
     assert!(table(&[49, 2]).contains("blocks.1"), "{}", table(&[49, 2]));
+    // twice smaller, then three times larger
+    let mut stored = tensors(&cases["swinir-unshuffle"], "swinir-unshuffle");
+    stored.retain(|tensor| !tensor.name.starts_with("upsample.2"));
+    for tensor in &mut stored {
+        if let Some(end) = tensor.name.strip_prefix("upsample.0.") {
+            let shape: &[usize] = match end {
+                "weight" => &[576, 64, 3, 3],
+                _ => &[576],
+            };
+            *tensor = named(&tensor.name, shape);
+        }
+    }
+    let half = saved(&stored).err().unwrap().to_string();
+    assert!(
+        half.contains("enlarges 3 times: expected a multiple of 2"),
+        "{half}"
+    );
     let other = refused(&|stored| {
         *stored = vec![named("layers.0.blocks.0.attn.qkv.weight", &[3, 1])];
     });

@@ -8,6 +8,8 @@ use super::upscaler::{MAX_BLOCKS, MAX_CHANNELS, channels};
 
 /// The widest window that is taken, in pixels.
 const MAX_WINDOW: usize = 64;
+/// No network enlarges by more.
+const MOST: usize = 64;
 /// The window's side at which networks were trained on pictures of 0 to 255 (those against JPEG's artefacts).
 const BYTES_WINDOW: usize = 7;
 
@@ -96,6 +98,11 @@ pub(super) fn read(
         groups,
     };
     let factor = config.factor();
+    if factor > MOST {
+        return Err(format!(
+            "it enlarges by more than {MOST}, which is no upscaler that is known"
+        ));
+    }
     if factor == 0 || !factor.is_multiple_of(unshuffle) {
         return Err(format!(
             "its first convolution takes squares of {unshuffle}x{unshuffle} pixels, which it enlarges {factor} times: expected a multiple of {unshuffle}"
@@ -297,9 +304,6 @@ fn tail(shapes: &Shapes<'_>, input: usize) -> Result<(Tail, usize), String> {
             ));
         }
         factors.push(factor);
-    }
-    if factors.iter().product::<usize>() > 64 {
-        return Err("it enlarges by more than 64, which is no upscaler that is known".to_owned());
     }
     Ok((Tail::Shuffle { features, factors }, output))
 }

@@ -309,6 +309,15 @@ fn modules_that_do_not_fit_are_refused() {
         told[0].ends_with(&format!("1 tensor is not used: `{module}.depth`")),
         "{told:?}"
     );
+    let mut none = lites.tensors("lite-xl");
+    let down = none.iter_mut().find(|t| t.name.ends_with("down.0.weight"));
+    let down = down.unwrap();
+    *down = zeros(&down.name, &[0, down.shape[1]]);
+    let empty = reason(&none, "single-sdxl");
+    assert!(
+        empty.contains("down.0.weight") && empty.contains("no numbers"),
+        "{empty}"
+    );
     let mut more = lites.tensors("lite-xl");
     let name = "lllite_unet_input_blocks_4_1_transformer_blocks_0_ff_net_2";
     more.push(zeros(&format!("{name}.down.0.weight"), &[64, 512]));

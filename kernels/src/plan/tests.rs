@@ -100,6 +100,8 @@ fn distance(net: &Net, options: &Options) -> f64 {
             };
             if options.timestep == Some(name) {
                 vec![317.0; n]
+            } else if *name == "places" {
+                (0..n).map(|i| (i * 3 % PLACES) as f32).collect()
             } else {
                 v
             }
@@ -585,6 +587,35 @@ fn merging(w: &Weights, inputs: &[Tensor]) -> Result<Tensor> {
     let y = ops::apply(Op::Unmerge, &[&y, &places, &x])?;
     let z = ops::apply(Op::Unmerge, &[&ops::tokens(&y, 0, count)?, &places])?;
     linear(w, "last", &ops::add(&y, &z)?, 5)
+}
+
+/// How many tokens are left where an input says which.
+const PLACES: usize = 5;
+
+/// Tokens go to the places that they are told: no rounding changes which.
+#[test]
+fn tokens_go_to_their_places() {
+    fn run(w: &Weights, inputs: &[Tensor]) -> Result<Tensor> {
+        let x = linear(w, "in", &inputs[0], 36)?;
+        let y = ops::apply(Op::Merge { count: PLACES }, &[&x, &inputs[1]])?;
+        let y = linear(w, "a", &y, 36)?;
+        let back = ops::apply(Op::Unmerge, &[&y, &inputs[1], &x])?;
+        let alone = ops::apply(Op::Unmerge, &[&linear(w, "b", &y, 36)?, &inputs[1]])?;
+        linear(w, "out", &ops::add(&back, &alone)?, 5)
+    }
+    let net = Net {
+        stored: DType::F32,
+        inputs: vec![("x", vec![2, 23, 20]), ("places", vec![2, 23, 1])],
+        run,
+    };
+    for level in Level::ALL.into_iter().filter(|level| level.is_supported()) {
+        let error = distance(&net, &Options::new(level, Precision::F32));
+        assert!(error < 2e-6, "{level:?}: {error}");
+        if level.has_bf16() {
+            let error = distance(&net, &Options::new(level, Precision::Bf16));
+            assert!(error < 3e-2, "{level:?}: {error}");
+        }
+    }
 }
 
 #[test]
