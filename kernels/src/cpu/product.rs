@@ -334,7 +334,10 @@ impl Sizes {
         };
         let mut blocks = self.rows.div_ceil(most.clamp(FEWEST, Self::MOST));
         if self.weights <= Self::LIGHT && !self.is_loose {
-            blocks = blocks.max(self.want().min(self.rows.div_ceil(FEWEST)));
+            // a thin product has few panels: better short blocks than idle threads
+            let idle = self.panels * self.rows.div_ceil(FEWEST) < self.threads;
+            let fewest = if idle { even } else { FEWEST };
+            blocks = blocks.max(self.want().min(self.rows.div_ceil(fewest)));
         }
         let block = self.rows.div_ceil(blocks).next_multiple_of(even);
         (block, self.range(block))
