@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device};
 use safetensors::Dtype;
-use sd_rs::adapters::{Adapter, Adapters, Mode, Owner};
+use sd_rs::adapters::{Adapter, Adapters, Curve, Mode, Owner, Strength};
 use sd_rs::checkpoint::{Checkpoint, ReadOptions, detect};
 use sd_rs::pipeline::{Control, Engine, Plan, Request, bind_adapters};
 use sd_rs::spec::ModelSpec;
@@ -100,6 +100,24 @@ fn adapters(path: &Path, strength: f64) -> Adapters {
     adapters
 }
 
+/// The adapter at a path at one strength, merged everywhere or nowhere.
+fn adapters_by(mode: Mode, path: &Path, strength: f64) -> Adapters {
+    let adapter = Arc::new(Adapter::open(path, &ReadOptions::default()).unwrap());
+    let mut adapters = Adapters::default();
+    let strength = strength_by(mode, Strength::constant(strength, strength));
+    adapters.wear(&adapter, strength).unwrap();
+    adapters.set_mode(mode);
+    adapters
+}
+
+/// Layers of these models are so small that few changes are thin: what may change over the steps, though it does not, is beside them nevertheless.
+fn strength_by(mode: Mode, mut strength: Strength) -> Strength {
+    if let (Mode::Runtime, Some(number)) = (mode, strength.denoiser.as_constant()) {
+        strength.denoiser = Curve::parse(&format!("{number}@0-1")).unwrap();
+    }
+    strength
+}
+
 fn engine(model: &Path, adapters: &Adapters) -> Engine {
     let checkpoint = Checkpoint::open(model).unwrap();
     Engine::load_adapted(
@@ -164,8 +182,7 @@ fn runs_equal_diffusers_by(mode: Mode) {
         model.write_folder(&dir.path("model"), &FolderForm::default());
         write(case, &dir.path("lora.safetensors"));
         let strength = case["strength"].as_f64().unwrap();
-        let mut adapters = adapters(&dir.path("lora.safetensors"), strength);
-        adapters.set_mode(mode);
+        let adapters = adapters_by(mode, &dir.path("lora.safetensors"), strength);
         let engine = engine(&dir.path("model"), &adapters);
         assert_eq!(engine.warnings(), &[] as &[String], "{name}");
         let got = latents(&engine, &model, None);

@@ -167,22 +167,53 @@ impl Adapters {
     fn beside(&self, bound: &Bound, networks: &[Network]) -> BTreeMap<Owner, BTreeSet<String>> {
         let denoisers = networks.iter().filter(|n| n.owner == Owner::Denoiser);
         let of = |network: &Network| {
-            let patches = bound.patches.get(&network.owner).into_iter().flatten();
-            let is_beside = |name: &str| match self.mode {
-                Mode::Merge => false,
-                Mode::Runtime => true,
-                Mode::Auto => network.compressed.contains(name),
+            let is_beside = |name: &str, patches: &[Patch]| {
+                let must = || {
+                    network.compressed.contains(name)
+                        || patches.iter().any(|patch| self.changes_over_steps(patch))
+                };
+                match self.mode {
+                    Mode::Merge => false,
+                    Mode::Auto => must(),
+                    Mode::Runtime => {
+                        let shape = network.tensors.get(name);
+                        must() || shape.is_some_and(|shape| is_thin(patches, shape))
+                    }
+                }
             };
+            let patches = bound.patches.get(&network.owner).into_iter().flatten();
             let names = patches
                 .filter(|(name, patches)| {
                     // a table's rows are read by no layer
-                    is_beside(name) && *name != TABLE && patches.iter().all(Patch::is_product)
+                    *name != TABLE
+                        && patches.iter().all(Patch::is_product)
+                        && is_beside(name, patches)
                 })
                 .map(|(name, _)| name.clone());
             (network.owner, names.collect())
         };
         denoisers.map(of).collect()
     }
+
+    fn changes_over_steps(&self, patch: &Patch) -> bool {
+        let wanted = self.list.get(patch.worn);
+        wanted.is_some_and(|wanted| wanted.strength.changes_over_steps())
+    }
+}
+
+/// What layers beside a layer may cost, as a part of its own multiplications: about a third of a step's are in layers that LoRAs change, and thin
+/// products run at some two thirds of the others' speed.
+const THIN: f64 = 0.05;
+
+/// Whether layers beside one with this weight, `[outputs, inputs, ..]`, would cost little.
+fn is_thin(patches: &[Patch], shape: &[usize]) -> bool {
+    let (outputs, all) = (shape.first().copied(), shape.iter().product::<usize>());
+    let outputs = outputs.unwrap_or(1).max(1);
+    let ranks = patches.iter().filter_map(|patch| {
+        let (_, down) = patch.module()?.factors()?;
+        Some(down.rows() as f64)
+    });
+    ranks.sum::<f64>() * (outputs + all / outputs) as f64 <= THIN * all as f64
 }
 
 /// The classes of a denoising network that has some.

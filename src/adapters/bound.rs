@@ -41,12 +41,12 @@ pub struct Bound {
 /// How the denoising network wears what is a product of two thin matrices. What is not, and what the text encoders wear, is merged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum Mode {
-    /// At run time where the file keeps a weight compressed, so that it can stay so, and merged elsewhere.
+    /// At run time where the file keeps a weight compressed, so that it can stay so, or a strength changes from step to step; merged elsewhere.
     #[default]
     Auto,
     /// Merged into the weights when they are read: steps cost nothing more.
     Merge,
-    /// Beside the weights, which stay as they are: strengths change at no cost, steps cost a little more.
+    /// Beside the weights, which stay as they are, also where that costs little: at most a twentieth of a layer's own multiplications.
     Runtime,
 }
 
@@ -352,7 +352,7 @@ struct Thin<'a> {
 }
 
 impl Patch {
-    fn module(&self) -> Option<&Module> {
+    pub(super) fn module(&self) -> Option<&Module> {
         self.adapter.modules.get(self.module)
     }
 

@@ -183,6 +183,11 @@ impl Strength {
         }
     }
 
+    /// Whether the denoising network's is not the same at all steps.
+    pub fn changes_over_steps(&self) -> bool {
+        self.denoiser.as_constant().is_none() || self.steps.is_some()
+    }
+
     /// The strengths in the text towers, and in the denoising network at step `step` of `steps`.
     pub fn at(&self, step: usize, steps: usize) -> (f64, f64) {
         let acts = |(start, stop): (f64, f64)| (start..stop).contains(&(step as f64));

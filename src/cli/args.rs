@@ -214,8 +214,8 @@ pub struct GenerateArgs {
     /// Which lengths DoRA divides by: those of the changed weight (PEFT, LyCORIS, A1111) or of the weight before (ComfyUI)
     #[arg(long, value_name = "WHICH", value_enum, default_value_t)]
     pub dora_norm: DoraNorm,
-    /// How the denoising network wears LoRAs: merged into its weights, or beside them (runtime: strengths change at no cost, and quantised weights stay
-    /// so); auto is beside those that the file keeps quantised
+    /// How the denoising network wears LoRAs: merged into its weights, or beside them wherever that costs little (runtime); auto is beside weights that
+    /// the file keeps quantised, so that they stay so, and beside all if a strength changes over the steps
     #[arg(long, value_enum, default_value_t, value_name = "MODE")]
     pub lora_mode: Mode,
     /// How LoRAs are taken

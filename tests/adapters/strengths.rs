@@ -11,7 +11,8 @@ use sd_rs::spec::Others;
 use serde_json::Value;
 
 use super::{
-    MODES, adapters, case, engine, folder, latents, latents_of, read, tensors, write, write_tensors,
+    MODES, adapters, case, engine, folder, latents, latents_of, read, strength_by, tensors, write,
+    write_tensors,
 };
 use crate::models::{RUN, close, flat, list, text};
 use crate::support::Dir;
@@ -35,6 +36,7 @@ fn place() -> (Dir, Case) {
 fn with(dir: &Dir, strength: Strength, mode: Mode) -> Engine {
     let adapter = Adapter::open(&dir.path("lora.safetensors"), &ReadOptions::default()).unwrap();
     let mut adapters = Adapters::default();
+    let strength = strength_by(mode, strength);
     adapters.wear(&Arc::new(adapter), strength).unwrap();
     adapters.set_mode(mode);
     engine(&dir.path("model"), &adapters)

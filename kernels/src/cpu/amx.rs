@@ -10,12 +10,13 @@
 use std::arch::asm;
 use std::arch::x86_64::__cpuid_count;
 use std::cell::RefCell;
+use std::cmp::Reverse;
 use std::ops::Range;
 use std::sync::OnceLock;
 
 use half::bf16;
 
-use super::micro::Tile;
+use super::micro::{Segments, Tile};
 
 /// Rows, and columns, of a tile.
 const SIDE: usize = 16;
@@ -75,9 +76,9 @@ fn is_granted() -> bool {
 ///
 /// # Safety
 /// As [`super::micro::Kernel`], for `tile.rows` and 16 · `VECTORS` columns.
-pub(super) unsafe fn bf16_tiles<const VECTORS: usize>(tile: &Tile<bf16>) {
+pub(super) unsafe fn bf16_tiles<const VECTORS: usize>(tile: &Tile<'_, bf16>) {
     thread_local! {
-        static ROOM: RefCell<Room> = const { RefCell::new(Room { runs: Vec::new(), parts: Vec::new(), strides: Vec::new(), copies: Vec::new() }) };
+        static ROOM: RefCell<Room> = const { RefCell::new(Room { runs: Vec::new(), all: Vec::new(), parts: Vec::new(), strides: Vec::new(), copies: Vec::new() }) };
     }
     // SAFETY: passed on
     ROOM.with_borrow_mut(|room| unsafe { room.product(tile, VECTORS) });
@@ -86,6 +87,8 @@ pub(super) unsafe fn bf16_tiles<const VECTORS: usize>(tile: &Tile<bf16>) {
 /// What a call works in; kept so that no call has to find room anew.
 struct Room {
     runs: Vec<Run>,
+    /// All parts of a product, and those that are taken in one go.
+    all: Vec<Part>,
     parts: Vec<Part>,
     /// For 16 rows after 16 rows, those of each segment: bytes from one to the next where they are equally far apart.
     strides: Vec<Option<usize>>,
@@ -97,8 +100,12 @@ struct Room {
 #[derive(Clone, Copy)]
 struct Part {
     segment: usize,
-    /// The first of their pairs.
+    /// The first of their pairs in it.
     pair: usize,
+    /// The first of their `k` in the panel.
+    k: usize,
+    /// Pairs of a step.
+    pairs: usize,
     steps: usize,
 }
 
@@ -173,25 +180,30 @@ fn stride(rows: &[*const bf16]) -> Option<usize> {
 impl Room {
     /// # Safety
     /// As [`bf16_tiles`].
-    unsafe fn product(&mut self, tile: &Tile<bf16>, vectors: usize) {
-        // SAFETY: `segments × rows` pointers
-        let rows = unsafe { std::slice::from_raw_parts(tile.a, tile.segments * tile.rows) };
+    unsafe fn product(&mut self, tile: &Tile<'_, bf16>, vectors: usize) {
+        let segments: usize = tile.segments.iter().map(|of| of.count).sum();
+        // SAFETY: `rows` pointers for every segment
+        let rows = unsafe { std::slice::from_raw_parts(tile.a, segments * tile.rows) };
         self.strides.clear();
         for first in (0..tile.rows).step_by(SIDE) {
             let count = (tile.rows - first).min(SIDE);
             let of = |s: usize| stride(&rows[s * tile.rows + first..][..count]);
-            self.strides.extend((0..tile.segments).map(of));
+            self.strides.extend((0..segments).map(of));
         }
-        let mut add = tile.add;
-        for cut in cuts(tile.k_len / 2) {
-            let total = cut.each * tile.segments;
-            let most = total.div_ceil(total.div_ceil(CHUNK).max(1)).max(1);
+        self.list(tile.segments);
+        let (mut add, mut done) = (tile.add, 0);
+        while done < self.all.len() {
+            let pairs = self.all[done].pairs;
+            let alike = self.all[done..].iter().take_while(|p| p.pairs == pairs);
+            let (count, total) = alike.fold((0, 0), |(n, steps), p| (n + 1, steps + p.steps));
+            let most = total.div_ceil(total.div_ceil(CHUNK));
             for first in (0..total).step_by(most) {
-                self.list(&cut, first..(first + most).min(total));
+                self.choose(done..done + count, first..(first + most).min(total));
                 // SAFETY: passed on
-                unsafe { self.chunk(tile, (rows, vectors), (cut.pairs, add)) };
+                unsafe { self.chunk(tile, (rows, vectors), (pairs, add)) };
                 add = true;
             }
+            done += count;
         }
         if !add {
             for r in 0..tile.rows {
@@ -203,19 +215,44 @@ impl Room {
         unsafe { asm!("tilerelease", options(nostack, preserves_flags, nomem)) };
     }
 
-    /// Steps `steps` of all segments' as parts.
-    fn list(&mut self, cut: &Cut, steps: Range<usize>) {
+    /// Lists all parts, those of as many pairs together: tiles are set once for them, and sums stay in theirs.
+    fn list(&mut self, segments: &[Segments]) {
+        self.all.clear();
+        let (mut segment, mut k) = (0, 0);
+        for of in segments {
+            for s in 0..of.count {
+                let cuts = cuts(of.k_len / 2).into_iter().filter(|cut| cut.each > 0);
+                self.all.extend(cuts.map(|cut| Part {
+                    segment: segment + s,
+                    pair: cut.first,
+                    k: k + s * of.k_len + 2 * cut.first,
+                    pairs: cut.pairs,
+                    steps: cut.each,
+                }));
+            }
+            segment += of.count;
+            k += of.count * of.k_len;
+        }
+        self.all
+            .sort_unstable_by_key(|part| (Reverse(part.pairs), part.k));
+    }
+
+    /// Chooses steps `steps` of those of some parts.
+    fn choose(&mut self, parts: Range<usize>, steps: Range<usize>) {
         self.parts.clear();
-        let mut at = steps.start;
-        while at < steps.end {
-            let (segment, step) = (at / cut.each, at % cut.each);
-            let count = (cut.each - step).min(steps.end - at);
-            self.parts.push(Part {
-                segment,
-                pair: cut.first + step * cut.pairs,
-                steps: count,
-            });
-            at += count;
+        let mut at = 0;
+        for part in &self.all[parts] {
+            let skipped = steps.start.saturating_sub(at).min(part.steps);
+            let count = steps.end.saturating_sub(at).min(part.steps) - skipped;
+            at += part.steps;
+            if count > 0 {
+                self.parts.push(Part {
+                    pair: part.pair + skipped * part.pairs,
+                    k: part.k + 2 * skipped * part.pairs,
+                    steps: count,
+                    ..*part
+                });
+            }
         }
     }
 
@@ -225,7 +262,7 @@ impl Room {
     /// As [`bf16_tiles`].
     unsafe fn chunk(
         &mut self,
-        tile: &Tile<bf16>,
+        tile: &Tile<'_, bf16>,
         (rows, vectors): (&[*const bf16], usize),
         (pairs, add): (usize, bool),
     ) {
@@ -272,12 +309,13 @@ impl Room {
     /// As [`bf16_tiles`].
     unsafe fn place(
         &mut self,
-        tile: &Tile<bf16>,
+        tile: &Tile<'_, bf16>,
         rows: &[*const bf16],
         (first, counts): (usize, [usize; 2]),
         (width, pairs): (usize, usize),
     ) {
         let step = 4 * pairs;
+        let segments = rows.len() / tile.rows;
         let all: usize = self.parts.iter().map(|part| part.steps).sum();
         // a line more, so that rows do not all fall into the same sets of a cache
         let line = (all * step).next_multiple_of(64) + 64;
@@ -299,7 +337,7 @@ impl Room {
                     };
                 }
                 let rows = &rows[part.segment * tile.rows + first..][..count];
-                if let Some(apart) = self.strides[first / SIDE * tile.segments + part.segment] {
+                if let Some(apart) = self.strides[first / SIDE * segments + part.segment] {
                     let first = rows[0].wrapping_add(2 * part.pair).cast();
                     return Lines { first, apart };
                 }
@@ -317,10 +355,9 @@ impl Room {
                 }
             };
             let rows = [half(0), half(1)];
-            let k = part.segment * tile.k_len + 2 * part.pair;
             self.runs.push(Run {
                 rows,
-                weights: tile.panel.wrapping_add(k * width).cast(),
+                weights: tile.panel.wrapping_add(part.k * width).cast(),
                 steps: part.steps,
                 row_step: step,
                 weight_step: step * width,

@@ -21,7 +21,7 @@ use rayon::prelude::*;
 use super::Level;
 use super::aligned::Plain;
 use super::epilogue::{Stored, Target};
-use super::micro::{LANES, MR, NR, Operand, Tile, evenly};
+use super::micro::{LANES, MR, NR, Operand, Segments, Tile, evenly};
 use exponentials::Step;
 use fused::Keys;
 use pack::Rows;
@@ -534,8 +534,7 @@ fn product<T: Operand>(
     let tile = Tile {
         a: std::ptr::null(),
         rows,
-        segments: 1,
-        k_len: k,
+        segments: &Segments::one(k),
         panel: panel.as_ptr(),
         c: sums.as_mut_ptr(),
         ldc: lanes,

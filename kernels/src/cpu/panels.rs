@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::aligned::Aligned;
-use super::micro::{LANES, NR, Operand, Weight};
+use super::micro::{LANES, NR, Operand, Segments, Weight};
 
 /// The weights of one product, column block by column block: for each *panel* of up to 64 columns all of `k`, padded with zeros to whole
 /// vectors and pairs.
@@ -89,6 +89,14 @@ impl Group {
     /// Numbers that a tap reads: the channels, padded to what the kernels take at once.
     pub(crate) fn k_len<T: Operand>(self) -> usize {
         self.channels.next_multiple_of(T::K_STEP)
+    }
+
+    /// What a kernel reads.
+    pub(crate) fn segments<T: Operand>(self) -> Segments {
+        Segments {
+            count: self.taps,
+            k_len: self.k_len::<T>(),
+        }
     }
 }
 

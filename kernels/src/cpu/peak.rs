@@ -6,7 +6,7 @@ use half::bf16;
 
 use super::Level;
 use super::aligned::{Aligned, Plain};
-use super::micro::{NR, Operand, Tile};
+use super::micro::{NR, Operand, Segments, Tile};
 
 /// Numbers of a row: a panel stays in the second-level cache, which feeds four vectors of weights to 24 products with ease.
 const K: usize = 512;
@@ -46,8 +46,7 @@ fn measure<T: Operand + Plain>(level: Level) -> f64 {
         let tile = Tile {
             a: pointers.as_ptr(),
             rows: count,
-            segments: 1,
-            k_len: K,
+            segments: &Segments::one(K),
             panel: panel.as_slice().as_ptr(),
             c: sums.as_mut_ptr(),
             ldc: NR,

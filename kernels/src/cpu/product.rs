@@ -12,7 +12,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::Level;
 use super::aligned::Plain;
 use super::epilogue::{self, Epilogue, Finish, Stored, Target};
-use super::micro::{Kernel, MOST_ROWS, MR, NR, Operand, Rows, Tile, Weight};
+use smallvec::SmallVec;
+
+use super::micro::{MOST_ROWS, MR, NR, Operand, Rows, Tile, Weight};
 use super::panels::{self, Group, PanelShape, Scratch};
 use super::view::Numbers;
 use crate::Wrap;
@@ -332,7 +334,10 @@ impl Sizes {
         };
         let mut blocks = self.rows.div_ceil(most.clamp(FEWEST, Self::MOST));
         if self.weights <= Self::LIGHT && !self.is_loose {
-            blocks = blocks.max(self.want().min(self.rows.div_ceil(FEWEST)));
+            // a thin product has few panels: better short blocks than idle threads
+            let idle = self.panels * self.rows.div_ceil(FEWEST) < self.threads;
+            let fewest = if idle { even } else { FEWEST };
+            blocks = blocks.max(self.want().min(self.rows.div_ceil(fewest)));
         }
         let block = self.rows.div_ceil(blocks).next_multiple_of(even);
         (block, self.range(block))
@@ -366,6 +371,8 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
         let (pointers, sums) = room.sums(most);
         let shape = self.weights.shape();
         let taps: usize = shape.groups().iter().map(|g| g.taps).sum();
+        let segments = shape.groups().iter();
+        let segments: SmallVec<[_; 4]> = segments.map(|group| group.segments::<W::Row>()).collect();
         let mut stored = [0usize; MOST_ROWS];
         for p in panels {
             let width = shape.width(p);
@@ -376,15 +383,19 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
                 let Some(kernel) = W::kernel(self.level, count, width) else {
                     return;
                 };
-                // SAFETY: `gather` listed `count` pointers a tap for this tile
-                unsafe {
-                    self.tile(
-                        kernel,
-                        &pointers[tile * taps * most..],
-                        (panel, width, count),
-                        sums,
-                    );
-                }
+                let pointers = &pointers[tile * taps * most..][..taps * count];
+                let tile = Tile {
+                    a: pointers.as_ptr().cast(),
+                    rows: count,
+                    segments: &segments,
+                    panel: panel.as_ptr(),
+                    c: sums.as_mut_ptr(),
+                    ldc: width,
+                    add: false,
+                };
+                // SAFETY: `gather` listed `count` pointers a tap for this tile, each to as much as `check` saw there; the panel holds `width` numbers
+                // for each `k`; sums has as many rows as a kernel takes
+                unsafe { kernel(&tile) };
                 for (r, stored) in stored.iter_mut().enumerate().take(count) {
                     *stored = self.grid.stored(first + r);
                 }
@@ -400,38 +411,6 @@ impl<W: Weight, O: Stored> Job<'_, W, O> {
                 // SAFETY: tasks differ in rows or panels, and `check` compared the target's size with both
                 unsafe { epilogue::finish(self.level, self.epilogue, &finish) };
             }
-        }
-    }
-
-    /// Sums of one tile over all groups.
-    ///
-    /// # Safety
-    /// `pointers` holds `count` pointers for each tap, each to `k_len` numbers.
-    unsafe fn tile(
-        &self,
-        kernel: Kernel<W::Row, W>,
-        pointers: &[*const u8],
-        (mut panel, width, count): (&[W], usize, usize),
-        sums: &mut [f32],
-    ) {
-        let mut pointers = pointers;
-        for (g, group) in self.weights.shape().groups().iter().enumerate() {
-            let k_len = group.k_len::<W::Row>();
-            let (own, rest) = panel.split_at(group.taps * k_len * width);
-            let tile = Tile {
-                a: pointers.as_ptr().cast(),
-                rows: count,
-                segments: group.taps,
-                k_len,
-                panel: own.as_ptr(),
-                c: sums.as_mut_ptr(),
-                ldc: width,
-                add: g > 0,
-            };
-            // SAFETY: pointers as promised; the panel holds taps × k_len × width numbers; sums has as many rows as a kernel takes
-            unsafe { kernel(&tile) };
-            pointers = &pointers[group.taps * count..];
-            panel = rest;
         }
     }
 

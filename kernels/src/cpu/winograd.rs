@@ -23,7 +23,7 @@ use rayon::prelude::*;
 
 use super::Level;
 use super::epilogue::{Epilogue, Stored, Target};
-use super::micro::{LANES, MR, NR, Tile, evenly};
+use super::micro::{LANES, MR, NR, Segments, Tile, evenly};
 use super::product::MOST_CHANNELS;
 use super::view::Numbers;
 use crate::Wrap;
@@ -457,8 +457,7 @@ impl<T: Kept, I: Kept, O: Stored> Job<'_, T, I, O> {
                 let tile = Tile {
                     a: std::ptr::null(),
                     rows: tiles.len(),
-                    segments: 1,
-                    k_len: weights.len() / width,
+                    segments: &Segments::one(weights.len() / width),
                     panel: weights.as_ptr(),
                     c: products,
                     ldc: NR,
