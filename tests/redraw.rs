@@ -26,6 +26,11 @@ fn scene() -> Picture {
     Picture::open(&path).unwrap()
 }
 
+fn random(name: &str, width: u32, height: u32) -> Picture {
+    let pixels = noise(name, 3 * (width * height) as usize);
+    Picture::from_rgb(width, height, pixels).unwrap()
+}
+
 fn part(picture: &Picture, left: u32, top: u32, side: u32) -> Picture {
     let part = Rect {
         left,
@@ -149,6 +154,53 @@ fn tiles_are_their_own_runs_and_show_no_seams() {
         &dir,
         &["--scale", "0.5", "--tile-size", "32", "--tile-overlap", "0"],
     );
+}
+
+/// A picture that steers is fitted to the whole, and each tile gets its part of it.
+#[test]
+fn what_steers_steers_every_tile() {
+    let dir = Dir::new();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let adapter = root.join("examples/adapters/outline.safetensors");
+    let adapter = adapter.to_str().unwrap();
+    // wider than the picture is
+    write(&dir, "wide.png", &random("wide", 150, 64));
+    let steered = |file, how| {
+        [
+            "--seed",
+            "7",
+            "--controlnet",
+            adapter,
+            "--control-image",
+            file,
+            "--control-resize",
+            how,
+        ]
+    };
+    let picture = part(&scene(), 16, 32, 64);
+    write(&dir, "in.png", &picture);
+    let mut seen = Vec::new();
+    for how in ["stretch", "crop", "fill"] {
+        let wanted = alone(&dir, &picture, &steered("wide.png", how));
+        let whole = ["--scale", "1"];
+        let got = drawn(&dir, &[&steered("wide.png", how)[..], &whole].concat());
+        assert_eq!(got, wanted, "{how}");
+        assert!(!seen.contains(&got), "{how}");
+        seen.push(got);
+    }
+    let picture = part(&scene(), 0, 0, 96);
+    let map = random("map", 96, 96);
+    write(&dir, "in.png", &picture);
+    write(&dir, "map.png", &map);
+    write(&dir, "part.png", &part(&map, 0, 0, 64));
+    let tiled = ["--scale", "1", "--tile-size", "64", "--tile-overlap", "32"];
+    let whole = drawn(&dir, &[&steered("map.png", "stretch")[..], &tiled].concat());
+    let own = alone(
+        &dir,
+        &part(&picture, 0, 0, 64),
+        &steered("part.png", "stretch"),
+    );
+    assert_eq!(part(&whole, 0, 0, 32), part(&own, 0, 0, 32));
 }
 
 #[test]
