@@ -223,9 +223,9 @@ fn serve(state: &State, mut stream: TcpStream, storage: bool) -> std::io::Result
         reply = hook(&request, reply);
     }
     std::thread::sleep(reply.delay);
-    let result = write(&mut stream, &request, &reply);
+    // before the last byte, upon which the next request may follow
     state.open.fetch_sub(1, Ordering::SeqCst);
-    result
+    write(&mut stream, &request, &reply)
 }
 
 fn answer(state: &State, request: &Request) -> Reply {

@@ -114,7 +114,7 @@ impl Networks {
                 let graph = Graph::new();
                 let tile = [1, channels, rows[0].size, columns[0].size];
                 let output = self.vae.tail(&graph.input("features", &tile), depth)?;
-                let tail = self.bytes((&graph, &output), &options, dtype)?;
+                let tail = self.bytes((&graph, &output), &tile_options(dtype), dtype)?;
                 let features = (4 * channels * scale * scale * h * w) as u64;
                 let graph = Graph::new();
                 let latents = graph.input("latents", &[1, self.vae.latent_channels(), h, w]);
@@ -138,7 +138,7 @@ impl Networks {
             return Ok(graph.peak_elements() * dtype.size_in_bytes() as u64);
         }
         let sizes = Plan::sizes(graph, output, options)?;
-        Ok((sizes.buffers + sizes.transient) as u64)
+        Ok((sizes.buffers + sizes.weights + sizes.transient) as u64)
     }
 
     /// The tiles of the features behind level `depth`.
@@ -187,8 +187,8 @@ impl Networks {
             // the margins hold what lies beyond an edge
             wrap: Wrap::default(),
             record: &|x| self.vae.tail(x, depth),
-            options,
-            store,
+            options: tile_options(dtype),
+            store: &Store::default(),
         };
         local.run(watch)
     }
@@ -278,7 +278,7 @@ impl Networks {
                 let graph = Graph::new();
                 let pixels = graph.input("pictures", &[1, 3, rows[0].size, columns[0].size]);
                 let output = encoder.head(&pixels, depth)?;
-                let head = self.bytes((&graph, &output), &options, dtype)?;
+                let head = self.bytes((&graph, &output), &tile_options(dtype), dtype)?;
                 let shape = [1, encoder.features(depth), h >> depth, w >> depth];
                 let graph = Graph::new();
                 let output = encoder.tail(&graph.input("features", &shape), depth)?;
@@ -311,8 +311,8 @@ impl Networks {
             scale: Scale::Down(1 << depth),
             wrap: surface.wrap,
             record: &|x| encoder.head(x, depth),
-            options: options.clone(),
-            store: &store,
+            options: tile_options(dtype),
+            store: &Store::default(),
         };
         let features = local.run(watch)?;
         let [c, h, w] = features.shape;
@@ -348,6 +348,14 @@ impl Networks {
             planes(&self.moments(&tile, dtype)?)
         };
         blended.run(&input, shape, &mut network, watch)
+    }
+}
+
+/// Weights that all tiles read stay packed until the last has.
+fn tile_options(dtype: DType) -> Options {
+    Options {
+        transient: false,
+        ..vae_options(dtype)
     }
 }
 
@@ -613,5 +621,44 @@ impl Pooled {
         let variances: Vec<f32> = self.means.iter().zip(&self.squares).map(variance).collect();
         let means = self.means.iter().map(|mean| (mean / weight) as f32);
         means.chain(variances).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::super::super::tiling::Tiling;
+    use super::*;
+
+    #[test]
+    fn the_least_work_that_fits() {
+        let bytes = [10, 18, 30, 60];
+        let of = |mode, budget| {
+            let surface = Surface {
+                wrap: Wrap::default(),
+                tiling: Tiling {
+                    mode,
+                    ..Tiling::default()
+                },
+            };
+            let choice = Choice {
+                surface: &surface,
+                planned: true,
+                small: false,
+                depths: bytes.len(),
+                budget,
+            };
+            let shared = |depth: usize| Ok(bytes[depth]);
+            choice.take(&|| Ok(200), &|| Ok(5), &shared).unwrap()
+        };
+        assert_eq!(of(TilingMode::Auto, Some(250)), (Parts::Whole, 200));
+        assert_eq!(of(TilingMode::Off, Some(1)), (Parts::Whole, 200));
+        assert_eq!(of(TilingMode::Auto, Some(100)), (Parts::Shared(3), 60));
+        assert_eq!(of(TilingMode::Auto, Some(40)), (Parts::Shared(2), 30));
+        assert_eq!(of(TilingMode::On, Some(250)), (Parts::Shared(3), 60));
+        for mode in [TilingMode::On, TilingMode::Auto] {
+            assert_eq!(of(mode, Some(5)), (Parts::Shared(0), 10));
+        }
     }
 }
