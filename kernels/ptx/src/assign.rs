@@ -266,12 +266,12 @@ fn blocks(code: &Code) -> (Vec<usize>, Vec<Vec<usize>>) {
     starts.dedup();
     let of = |at: usize| starts.partition_point(|s| *s <= at) - 1;
     let mut next = vec![Vec::new(); starts.len()];
-    for block in 0..starts.len() {
+    for (block, next) in next.iter_mut().enumerate() {
         let last = range(&starts, block, code.insts.len()).end - 1;
         let inst = &code.insts[last];
         let mut to = |at: usize| {
             if at < code.insts.len() {
-                next[block].push(of(at));
+                next.push(of(at));
             }
         };
         match &inst.op {

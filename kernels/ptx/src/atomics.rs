@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering::Relaxed;
 
 use crate::error::Trap;
 use crate::exec::{Machine, hold, resolve, wide};
-use crate::halves::{Brain, Half, Ieee};
+use crate::halves::conversions;
 use crate::integers::{high32, high64};
 use crate::lanes::lanes;
 use crate::op::{Atom, Atomic, Carry};
@@ -35,11 +35,7 @@ fn result(atom: &Atom, old: u64, b: u64, c: u64) -> u64 {
             (f64::from_bits(old) + f64::from_bits(b)).to_bits()
         }
         Atomic::Add | Atomic::Min | Atomic::Max if matches!(class, Class::Float | Class::Brain) => {
-            let (up, down): (fn(u32) -> f32, fn(f32) -> u32) = if class == Class::Brain {
-                (Brain::up, Brain::down)
-            } else {
-                (Ieee::up, Ieee::down)
-            };
+            let (up, down) = conversions(class);
             let half = |x: u64, y: u64| {
                 let (x, y) = (up(x as u32 & 0xffff), up(y as u32 & 0xffff));
                 u64::from(down(match atom.what {

@@ -26,8 +26,8 @@ enum State {
 struct Gate {
     expected: u32,
     arrived: u32,
-    /// Warps, the times of their arrival, and whether they wait.
-    warps: Vec<(usize, u32, bool)>,
+    /// Warps that wait, and others with the time of their arrival.
+    warps: Vec<(usize, Option<u32>)>,
     /// Threads with a true and with a false predicate.
     votes: [u32; 2],
 }
@@ -135,7 +135,7 @@ fn arrive(
             format!("barrier {id} of {expected} threads, at which others wait for {known}"),
         ));
     }
-    if gate.warps.iter().any(|(other, ..)| *other == w) {
+    if gate.warps.iter().any(|(other, _)| *other == w) {
         return Err(trap(
             Kind::Barrier,
             lane,
@@ -160,16 +160,16 @@ fn arrive(
     gate.votes[1] += (warp.live & !p).count_ones();
     gate.expected = expected;
     gate.arrived += 32;
-    gate.warps
-        .push((w, machine.shared.arrive(), !barrier.arrive));
+    let time = barrier.arrive.then(|| machine.shared.arrive());
+    gate.warps.push((w, time));
     Ok(!barrier.arrive)
 }
 
 /// Lets the warps of a barrier go.
 fn pass(machine: &mut Machine<'_>, warps: &mut [Warp], states: &mut [State], gate: &mut Gate) {
     machine.shared.barrier(&gate.warps);
-    for (w, _, waits) in gate.warps.iter().filter(|(.., waits)| *waits) {
-        if let (State::Waiting(at), true) = (states[*w], *waits)
+    for (w, _) in gate.warps.iter().filter(|(_, time)| time.is_none()) {
+        if let State::Waiting(at) = states[*w]
             && let Op::Barrier(barrier) = &machine.code.insts[at as usize].op
             && let Some(d) = barrier.d
         {

@@ -150,11 +150,7 @@ fn to_float(c: &Conversion, value: &Value) -> u64 {
             u64::from(if c.flush { ftz(y) } else { y }.to_bits())
         }
         (class, _) => {
-            let (down, up): (fn(f32) -> u32, fn(u32) -> f32) = if class == Class::Brain {
-                (Brain::down, Brain::up)
-            } else {
-                (Ieee::down, Ieee::up)
-            };
+            let (up, down) = halves::conversions(class);
             let near = down(odd32(x));
             let error = x
                 .partial_cmp(&f64::from(up(near)))

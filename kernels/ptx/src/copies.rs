@@ -7,14 +7,14 @@ use crate::error::{Kind, Trap, trap};
 use crate::lanes::lanes;
 use crate::shared::Shared;
 
-/// A copy in flight.
+/// What an instruction of a warp copies.
 struct Pending {
-    lane: u32,
-    /// Number of its group among those of its thread.
+    mask: u32,
+    /// Number of the group among those of its threads.
     group: u32,
-    at: usize,
     size: u32,
-    value: [u32; 4],
+    at: [u32; 32],
+    value: [[u32; 4]; 32],
 }
 
 /// The copies in flight of a warp, in the order of their issue.
@@ -31,15 +31,22 @@ impl Copies {
         self.groups = [0; 32];
     }
 
-    /// A copy of a thread; it belongs to the group that the thread commits next.
-    pub(crate) fn begin(&mut self, lane: u32, at: usize, size: u32, value: [u32; 4]) {
-        self.pending.push(Pending {
-            lane,
-            group: self.groups[lane as usize],
-            at,
-            size,
-            value,
-        });
+    /// Copies of threads; they belong to the group that each thread commits next.
+    pub(crate) fn begin(&mut self, mut mask: u32, size: u32, at: [u32; 32], value: [[u32; 4]; 32]) {
+        while mask != 0 {
+            let group = self.groups[mask.trailing_zeros() as usize];
+            let same = lanes(mask)
+                .filter(|lane| self.groups[*lane] == group)
+                .fold(0, |m, lane| m | 1 << lane);
+            self.pending.push(Pending {
+                mask: same,
+                group,
+                size,
+                at,
+                value,
+            });
+            mask &= !same;
+        }
     }
 
     pub(crate) fn commit(&mut self, mask: u32) {
@@ -51,28 +58,36 @@ impl Copies {
     /// Finishes all but the latest `allowed` groups of each thread.
     pub(crate) fn wait(&mut self, mask: u32, allowed: u32, warp: usize, shared: &mut Shared) {
         let groups = self.groups;
-        self.pending.retain(|copy| {
-            let lane = copy.lane as usize;
-            if mask >> lane & 1 == 0 || copy.group.saturating_add(allowed) >= groups[lane] {
-                return true;
+        self.pending.retain_mut(|copy| {
+            let done = |lane: &usize| copy.group.saturating_add(allowed) < groups[*lane];
+            let ready = lanes(copy.mask & mask)
+                .filter(done)
+                .fold(0, |m, lane| m | 1 << lane);
+            for lane in lanes(ready) {
+                shared.end_copy(
+                    warp,
+                    lane as u32,
+                    copy.at[lane] as usize,
+                    copy.size,
+                    copy.value[lane],
+                );
             }
-            shared.end_copy(warp, copy.lane, copy.at, copy.size, copy.value);
-            false
+            copy.mask &= !ready;
+            copy.mask != 0
         });
     }
 
     /// A thread does not end with copies in flight.
     pub(crate) fn none_pending(&self, mask: u32) -> Result<(), Trap> {
-        match self.pending.iter().find(|copy| mask >> copy.lane & 1 == 1) {
-            Some(copy) => Err(trap(
-                Kind::Pending,
-                copy.lane,
-                format!(
-                    "the thread ends before it waited for its copy to byte {} of shared memory",
-                    copy.at
-                ),
-            )),
-            None => Ok(()),
-        }
+        let Some(copy) = self.pending.iter().find(|copy| mask & copy.mask != 0) else {
+            return Ok(());
+        };
+        let lane = (mask & copy.mask).trailing_zeros();
+        let at = copy.at[lane as usize];
+        Err(trap(
+            Kind::Pending,
+            lane,
+            format!("the thread ends before it waited for its copy to byte {at} of shared memory"),
+        ))
     }
 }

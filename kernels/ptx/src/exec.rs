@@ -120,10 +120,10 @@ impl Warp {
     }
 
     fn local_at(&self, lane: usize, address: u64, size: u32) -> Result<usize, Trap> {
-        if address + u64::from(size) > self.local_bytes as u64 || address >> 32 != 0 {
+        if address + u64::from(size) > self.local_used as u64 || address >> 32 != 0 {
             let reason = format!(
                 "{size} bytes at byte {address} of {} bytes of local memory",
-                self.local_bytes
+                self.local_used
             );
             return Err(trap(Kind::Bounds, lane as u32, reason));
         }
@@ -496,6 +496,7 @@ impl Warp {
         let to = self.addresses(copy.to.0, copy.to.1);
         let from = self.addresses(copy.from.0, copy.from.1);
         let size = u32::from(copy.size);
+        let (mut at, mut values) = ([0; 32], [[0; 4]; 32]);
         for lane in lanes(mask) {
             let lane32 = lane as u32;
             let mut bytes = if copy.source == NONE {
@@ -513,14 +514,15 @@ impl Warp {
                     format!("a copy of {size} bytes of which {bytes} are read"),
                 ));
             }
-            let value = self.copied(lane, from[lane], size, bytes, machine)?;
+            values[lane] = self.copied(lane, from[lane], size, bytes, machine)?;
             let to = match resolve(Space::Generic, to[lane]) {
                 (Space::Shared, address) => address,
                 _ => to[lane],
             };
             machine.shared.begin_copy(self.index, lane32, to, size)?;
-            self.copies.begin(lane32, to as usize, size, value);
+            at[lane] = to as u32;
         }
+        self.copies.begin(mask, size, at, values);
         Ok(())
     }
 

@@ -15,6 +15,18 @@ pub(crate) trait Half {
     fn down(x: f32) -> u32;
 }
 
+/// The conversions of a format.
+pub(crate) type Conversions = (fn(u32) -> f32, fn(f32) -> u32);
+
+/// The conversions of `f16` and `bf16` by their class.
+pub(crate) fn conversions(class: Class) -> Conversions {
+    if class == Class::Brain {
+        (Brain::up, Brain::down)
+    } else {
+        (Ieee::up, Ieee::down)
+    }
+}
+
 pub(crate) struct Ieee;
 pub(crate) struct Brain;
 
@@ -247,7 +259,7 @@ pub(crate) fn test_pairs(name: &str, class: Class) -> Option<Func> {
             }
             Some(match name {
                 "eq" => each!(|x, y| x == y),
-                "ne" => each!(|x, y| x < y || x > y),
+                "ne" => each!(|x, y| x.partial_cmp(&y).is_some_and(std::cmp::Ordering::is_ne)),
                 "lt" => each!(|x, y| x < y),
                 "le" => each!(|x, y| x <= y),
                 "gt" => each!(|x, y| x > y),

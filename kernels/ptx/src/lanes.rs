@@ -78,6 +78,13 @@ pub(crate) use m;
 /// A test of one lane as a function of all.
 macro_rules! test {
     ($kind:ident, $from:ty: |$a:ident, $b:ident| $body:expr) => {{
+        // ordered and unordered comparisons differ where a float is NaN
+        #[allow(
+            clippy::neg_cmp_op_on_partial_ord,
+            clippy::nonminimal_bool,
+            clippy::double_comparisons
+        )]
+        #[allow(clippy::eq_op, clippy::redundant_closure_call)]
         fn lanes($a: &[$from; 32], $b: &[$from; 32]) -> u32 {
             let mut out = 0;
             for lane in 0..32 {

@@ -461,9 +461,7 @@ impl<'a> Parser<'a> {
             None => word.to_owned(),
         };
         let mut offset = 0;
-        if self.take('+') {
-            offset = self.integer()?;
-        } else if self.peek() == Some(Token::Sign('-')) {
+        if self.take('+') || self.peek() == Some(Token::Sign('-')) {
             offset = self.integer()?;
         }
         self.expect(']')?;

@@ -75,23 +75,24 @@ impl Shared {
         self.warp_time = [1; 32];
     }
 
-    /// A warp comes to a barrier; what it does before is ordered before those who pass it.
+    /// A warp comes to a barrier at which it does not wait: what it did until now is ordered before those who pass it.
     pub(crate) fn arrive(&mut self) -> u32 {
         self.time += 1;
         self.time
     }
 
-    /// A barrier is passed by warps that came at given times; those that did not wait are no wiser for it.
-    pub(crate) fn barrier(&mut self, warps: &[(usize, u32, bool)]) {
+    /// A barrier is passed by warps that waited (`None`) or came at a time and went on; those are no wiser for it.
+    pub(crate) fn barrier(&mut self, warps: &[(usize, Option<u32>)]) {
+        self.time += 1;
         let mut joined = [0; 32];
-        for (w, time, _) in warps {
+        for (w, time) in warps {
             for (j, s) in joined.iter_mut().zip(self.synced[*w]) {
                 *j = s.max(*j);
             }
-            joined[*w] = joined[*w].max(*time);
+            joined[*w] = joined[*w].max(time.unwrap_or(self.time));
         }
         let all = self.synced.len();
-        for (w, ..) in warps.iter().filter(|(.., waits)| *waits) {
+        for (w, _) in warps.iter().filter(|(_, time)| time.is_none()) {
             self.synced[*w] = joined;
             let others = (0..all).filter(|v| v != w).map(|v| joined[v]);
             self.floor[*w] = others.min().unwrap_or(self.time) * 32;
@@ -143,7 +144,7 @@ impl Shared {
 
     #[inline]
     fn pieces(&self, at: usize, size: u32) -> std::ops::Range<usize> {
-        at >> self.shift..(at + size as usize - 1 >> self.shift) + 1
+        at >> self.shift..((at + size as usize - 1) >> self.shift) + 1
     }
 
     /// Whether what stands in a piece's last write is ordered before what a warp does now.

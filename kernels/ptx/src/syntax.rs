@@ -110,10 +110,9 @@ impl Literal {
         match (self, kind.class, kind.width()) {
             (Self::Integer(v), Class::Float, 32) => u64::from((v as i64 as f32).to_bits()),
             (Self::Integer(v), Class::Float, 64) => (v as i64 as f64).to_bits(),
-            (Self::Integer(v), _, _) => v,
+            (Self::Integer(v), _, _) | (Self::Double(v), _, 64) => v,
             (Self::Single(v), Class::Float, 64) => f64::from(f32::from_bits(v)).to_bits(),
             (Self::Single(v), _, _) => u64::from(v),
-            (Self::Double(v), _, 64) => v,
             (Self::Double(v), _, _) => u64::from((f64::from_bits(v) as f32).to_bits()),
         }
     }

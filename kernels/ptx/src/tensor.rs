@@ -21,35 +21,55 @@ struct Tiles {
     b: [[f32; 8]; 16],
 }
 
-fn gather<H: Half>(mma: &Mma, k: usize, regs: &[L32], tiles: &mut Tiles) {
-    for half in 0..k / 8 {
+/// Spreads fragments of 16-bit numbers; `half` counts the registers along k.
+fn gather<H: Half>(mma: &Mma, halves: usize, regs: &[L32], tiles: &mut Tiles) {
+    for half in 0..halves {
         for upper in 0..2 {
             let reg = &regs[mma.a[half * 2 + upper] as usize];
-            for (lane, value) in reg.iter().enumerate() {
-                let row = &mut tiles.a[lane / 4 + upper * 8];
-                row[lane % 4 * 2 + half * 8] = H::up(value & 0xffff);
-                row[lane % 4 * 2 + half * 8 + 1] = H::up(value >> 16);
+            for g in 0..8 {
+                let row = &mut tiles.a[g + upper * 8];
+                for t in 0..4 {
+                    let value = reg[g * 4 + t];
+                    row[t * 2 + half * 8] = H::up(value & 0xffff);
+                    row[t * 2 + half * 8 + 1] = H::up(value >> 16);
+                }
             }
         }
         let reg = &regs[mma.b[half] as usize];
-        for (lane, value) in reg.iter().enumerate() {
-            tiles.b[lane % 4 * 2 + half * 8][lane / 4] = H::up(value & 0xffff);
-            tiles.b[lane % 4 * 2 + half * 8 + 1][lane / 4] = H::up(value >> 16);
+        for t in 0..4 {
+            for g in 0..8 {
+                let value = reg[g * 4 + t];
+                tiles.b[t * 2 + half * 8][g] = H::up(value & 0xffff);
+                tiles.b[t * 2 + half * 8 + 1][g] = H::up(value >> 16);
+            }
         }
     }
 }
 
-fn gather_tensor(mma: &Mma, k: usize, regs: &[L32], tiles: &mut Tiles) {
-    // the hardware does not look at the lowest 13 bits
+/// Spreads fragments of tf32, whose lowest 13 bits the hardware does not look at.
+fn gather_tensor(mma: &Mma, halves: usize, regs: &[L32], tiles: &mut Tiles) {
     let up = |x: u32| f32::from_bits(x & !0x1fff);
-    for half in 0..k / 4 {
+    for half in 0..halves {
         for lane in 0..32 {
             for upper in 0..2 {
-                tiles.a[lane / 4 + upper * 8][lane % 4 + half * 4] =
-                    up(regs[mma.a[half * 2 + upper] as usize][lane]);
+                let row = &mut tiles.a[lane / 4 + upper * 8];
+                row[lane % 4 + half * 4] = up(regs[mma.a[half * 2 + upper] as usize][lane]);
             }
             tiles.b[lane % 4 + half * 4][lane / 4] = up(regs[mma.b[half] as usize][lane]);
         }
+    }
+}
+
+/// sums += a · b over the first `K` columns of a.
+fn multiply<const K: usize>(tiles: &Tiles, sums: &mut [[f32; 8]; 16]) {
+    for (row, sums) in tiles.a.iter().zip(sums) {
+        let mut sum = *sums;
+        for (a, b) in row.iter().zip(&tiles.b).take(K) {
+            for n in 0..8 {
+                sum[n] += a * b[n];
+            }
+        }
+        *sums = sum;
     }
 }
 
@@ -59,45 +79,60 @@ pub(crate) fn mma(mma: &Mma, regs: &mut [L32]) {
         a: [[0.0; 16]; 16],
         b: [[0.0; 8]; 16],
     };
-    let k = match mma.tile {
-        Tile::Brain16 | Tile::Half16 => 16,
-        Tile::Brain8 | Tile::Half8 | Tile::Tensor8 => 8,
-        Tile::Tensor4 => 4,
-    };
-    match mma.tile {
-        Tile::Brain16 | Tile::Brain8 => gather::<Brain>(mma, k, regs, &mut tiles),
-        Tile::Half16 | Tile::Half8 => gather::<Ieee>(mma, k, regs, &mut tiles),
-        Tile::Tensor8 | Tile::Tensor4 => gather_tensor(mma, k, regs, &mut tiles),
-    }
     let mut sums = [[0.0; 8]; 16];
     for upper in 0..2 {
-        for lane in 0..32 {
-            let pair = &mut sums[lane / 4 + upper * 8][lane % 4 * 2..][..2];
-            if mma.halves {
-                let value = regs[mma.c[upper] as usize][lane];
-                (pair[0], pair[1]) = (Ieee::up(value & 0xffff), Ieee::up(value >> 16));
-            } else {
-                pair[0] = f32::from_bits(regs[mma.c[upper * 2] as usize][lane]);
-                pair[1] = f32::from_bits(regs[mma.c[upper * 2 + 1] as usize][lane]);
+        let (c0, c1) = if mma.halves {
+            let c = &regs[mma.c[upper] as usize];
+            (
+                c.map(|x| Ieee::up(x & 0xffff).to_bits()),
+                c.map(|x| Ieee::up(x >> 16).to_bits()),
+            )
+        } else {
+            (
+                regs[mma.c[upper * 2] as usize],
+                regs[mma.c[upper * 2 + 1] as usize],
+            )
+        };
+        for g in 0..8 {
+            let row = &mut sums[g + upper * 8];
+            for t in 0..4 {
+                row[t * 2] = f32::from_bits(c0[g * 4 + t]);
+                row[t * 2 + 1] = f32::from_bits(c1[g * 4 + t]);
             }
         }
     }
-    for (row, sum) in tiles.a.iter().zip(&mut sums) {
-        for (a, b) in row[..k].iter().zip(&tiles.b) {
-            for (s, b) in sum.iter_mut().zip(b) {
-                *s += a * b;
-            }
-        }
+    match mma.tile {
+        Tile::Brain16 => gather::<Brain>(mma, 2, regs, &mut tiles),
+        Tile::Half16 => gather::<Ieee>(mma, 2, regs, &mut tiles),
+        Tile::Brain8 => gather::<Brain>(mma, 1, regs, &mut tiles),
+        Tile::Half8 => gather::<Ieee>(mma, 1, regs, &mut tiles),
+        Tile::Tensor8 => gather_tensor(mma, 2, regs, &mut tiles),
+        Tile::Tensor4 => gather_tensor(mma, 1, regs, &mut tiles),
+    }
+    match mma.tile {
+        Tile::Brain16 | Tile::Half16 => multiply::<16>(&tiles, &mut sums),
+        Tile::Brain8 | Tile::Half8 | Tile::Tensor8 => multiply::<8>(&tiles, &mut sums),
+        Tile::Tensor4 => multiply::<4>(&tiles, &mut sums),
     }
     for upper in 0..2 {
-        for lane in 0..32 {
-            let pair = &sums[lane / 4 + upper * 8][lane % 4 * 2..][..2];
-            if mma.halves {
-                regs[mma.d[upper] as usize][lane] = Ieee::down(pair[0]) | Ieee::down(pair[1]) << 16;
-            } else {
-                regs[mma.d[upper * 2] as usize][lane] = pair[0].to_bits();
-                regs[mma.d[upper * 2 + 1] as usize][lane] = pair[1].to_bits();
+        let (mut d0, mut d1) = ([0; 32], [0; 32]);
+        for g in 0..8 {
+            let row = &sums[g + upper * 8];
+            for t in 0..4 {
+                (d0[g * 4 + t], d1[g * 4 + t]) = (row[t * 2].to_bits(), row[t * 2 + 1].to_bits());
             }
+        }
+        if mma.halves {
+            let d = &mut regs[mma.d[upper] as usize];
+            for lane in 0..32 {
+                d[lane] = Ieee::down(f32::from_bits(d0[lane]))
+                    | Ieee::down(f32::from_bits(d1[lane])) << 16;
+            }
+        } else {
+            (
+                regs[mma.d[upper * 2] as usize],
+                regs[mma.d[upper * 2 + 1] as usize],
+            ) = (d0, d1);
         }
     }
 }

@@ -27,8 +27,9 @@ pub(crate) struct Warp {
     pub(crate) preds: Vec<u32>,
     /// Local memory, lane after lane.
     pub(crate) local: Vec<u32>,
-    /// Bytes of one lane's local memory.
+    /// Bytes of one lane's local memory, and what of them is in use.
     pub(crate) local_bytes: usize,
+    pub(crate) local_used: usize,
     pub(crate) pc: u32,
     /// Lanes that execute at `pc`.
     pub(crate) mask: u32,
@@ -72,6 +73,7 @@ impl Warp {
             preds: vec![0; np],
             local: vec![u32::MAX; local_bytes / 4 * 32],
             local_bytes,
+            local_used: code.local,
             pc: 0,
             mask: 0,
             live: 0,
