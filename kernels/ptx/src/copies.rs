@@ -4,7 +4,7 @@
 //! before, and is an error.
 
 use crate::error::{Kind, Trap, trap};
-use crate::lanes::lanes;
+use crate::lanes::{L32, lanes};
 use crate::shared::Shared;
 
 /// What an instruction of a warp copies.
@@ -13,8 +13,8 @@ struct Pending {
     /// Number of the group among those of its threads.
     group: u32,
     size: u32,
-    at: [u32; 32],
-    value: [[u32; 4]; 32],
+    at: L32,
+    value: [L32; 4],
 }
 
 /// The copies in flight of a warp, in the order of their issue.
@@ -32,7 +32,7 @@ impl Copies {
     }
 
     /// Copies of threads; they belong to the group that each thread commits next.
-    pub(crate) fn begin(&mut self, mut mask: u32, size: u32, at: [u32; 32], value: [[u32; 4]; 32]) {
+    pub(crate) fn begin(&mut self, mut mask: u32, size: u32, at: &L32, value: &[L32; 4]) {
         while mask != 0 {
             let group = self.groups[mask.trailing_zeros() as usize];
             let same = lanes(mask)
@@ -42,8 +42,8 @@ impl Copies {
                 mask: same,
                 group,
                 size,
-                at,
-                value,
+                at: *at,
+                value: *value,
             });
             mask &= !same;
         }
@@ -64,13 +64,7 @@ impl Copies {
                 .filter(done)
                 .fold(0, |m, lane| m | 1 << lane);
             for lane in lanes(ready) {
-                shared.end_copy(
-                    warp,
-                    lane as u32,
-                    copy.at[lane] as usize,
-                    copy.size,
-                    copy.value[lane],
-                );
+                shared.end_copy(warp, lane, copy.at[lane] as usize, copy.size, &copy.value);
             }
             copy.mask &= !ready;
             copy.mask != 0

@@ -223,7 +223,15 @@ impl Grid<'_> {
         let code = &self.kernel.code;
         let threads: u32 = self.launch.block.iter().product();
         let warps = (0..threads.div_ceil(32) as usize)
-            .map(|w| Warp::new(code, w))
+            .map(|w| {
+                Warp::new(
+                    code,
+                    w,
+                    self.launch.block,
+                    self.launch.grid,
+                    self.launch.dynamic_shared as u32,
+                )
+            })
             .collect();
         let shared = Shared::new(self.options.races, self.options.lanes, code.piece);
         let machine = Machine {
@@ -252,13 +260,7 @@ impl Grid<'_> {
             warps.len(),
         );
         for warp in warps.iter_mut() {
-            warp.reset(
-                code,
-                block,
-                self.launch.block,
-                self.launch.grid,
-                dynamic as u32,
-            );
+            warp.reset(code, block);
         }
         run(machine, warps).map_err(|failure| self.fault(failure, block))
     }

@@ -39,6 +39,7 @@ mod parse;
 mod shared;
 mod syntax;
 mod tensor;
+mod transfers;
 mod warp;
 
 pub use error::{Error, Fault, Kind};

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::Error;
 use crate::error::{Kind, Trap, trap};
+use crate::lanes::{BIT, L32, L64, lanes};
 
 /// Bits of an address below the number of its window.
 pub(crate) const WINDOW: u32 = 36;
@@ -426,46 +427,95 @@ impl View<'_> {
         Ok(())
     }
 
-    /// Loads 1, 2, 4, 8 or 16 bytes as words.
+    /// The one allocation that all lanes access, and where each does, 0 for those that do not; `None` where there is no such or
+    /// some lane's access is wrong.
     #[inline]
-    pub(crate) fn load(&self, lane: u32, address: u64, size: u32) -> Result<[u32; 4], Trap> {
-        let (allocation, at) = self.find(lane, address, size, false)?;
-        let words = &allocation.words;
-        let w = at / 4;
-        Ok(match size {
-            4 => [words[w].load(Relaxed), 0, 0, 0],
-            8 => [words[w].load(Relaxed), words[w + 1].load(Relaxed), 0, 0],
-            16 => {
-                let words = &words[w..w + 4];
-                [
-                    words[0].load(Relaxed),
-                    words[1].load(Relaxed),
-                    words[2].load(Relaxed),
-                    words[3].load(Relaxed),
-                ]
-            }
-            2 => [words[w].load(Relaxed) >> (at % 4 * 8) & 0xffff, 0, 0, 0],
-            _ => [words[w].load(Relaxed) >> (at % 4 * 8) & 0xff, 0, 0, 0],
-        })
+    fn together(
+        &self,
+        mask: u32,
+        addresses: &L64,
+        size: u32,
+    ) -> Option<(&Allocation, [usize; 32])> {
+        if self.touched.is_some() {
+            return None;
+        }
+        let number = addresses[mask.trailing_zeros() as usize & 31] >> WINDOW;
+        let allocation = self.windows.get(number as usize)?.as_deref()?;
+        let last = (allocation.bytes as u64).checked_sub(u64::from(size))?;
+        let (mut offsets, mut bad) = ([0; 32], false);
+        for lane in 0..32 {
+            let offset = addresses[lane].wrapping_sub(number << WINDOW);
+            let active = mask & BIT[lane] != 0;
+            bad |= active & ((offset > last) | (offset & u64::from(size - 1) != 0));
+            offsets[lane] = if active { offset as usize } else { 0 };
+        }
+        (!bad).then_some((allocation, offsets))
     }
 
-    /// Stores 1, 2, 4, 8 or 16 bytes.
-    #[inline]
-    pub(crate) fn store(
+    /// Loads `size` bytes in every lane of a mask: words, or a part of one. Other lanes get any value.
+    pub(crate) fn gather<const N: usize>(
         &self,
-        lane: u32,
-        address: u64,
+        mask: u32,
+        addresses: &L64,
         size: u32,
-        value: [u32; 4],
+        block: u32,
+        out: &mut [L32; N],
     ) -> Result<(), Trap> {
-        let (allocation, at) = self.find(lane, address, size, true)?;
-        if size < 4 {
-            allocation.put(at, size as usize, value[0]);
+        let part = if size == 1 { 0xff } else { 0xffff };
+        if let Some((allocation, offsets)) = self.together(mask, addresses, size) {
+            let words = &allocation.words;
+            if size < 4 {
+                for (out, at) in out[0].iter_mut().zip(offsets) {
+                    *out = words[at / 4].load(Relaxed) >> (at % 4 * 8) & part;
+                }
+                return Ok(());
+            }
+            for (j, out) in out.iter_mut().enumerate().take(size as usize / 4) {
+                for (out, at) in out.iter_mut().zip(offsets) {
+                    *out = words[at / 4 + j].load(Relaxed);
+                }
+            }
             return Ok(());
         }
-        let w = at / 4;
-        for (word, v) in allocation.words[w..w + size as usize / 4].iter().zip(value) {
-            word.store(v, Relaxed);
+        for lane in lanes(mask) {
+            self.note(lane as u32, addresses[lane], size, false, block)?;
+            let (allocation, at) = self.find(lane as u32, addresses[lane], size, false)?;
+            if size < 4 {
+                out[0][lane] = allocation.words[at / 4].load(Relaxed) >> (at % 4 * 8) & part;
+            } else {
+                for (j, out) in out.iter_mut().enumerate().take(size as usize / 4) {
+                    out[lane] = allocation.words[at / 4 + j].load(Relaxed);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Stores `size` bytes in every lane of a mask.
+    pub(crate) fn scatter<const N: usize>(
+        &self,
+        mask: u32,
+        addresses: &L64,
+        size: u32,
+        block: u32,
+        values: &[L32; N],
+    ) -> Result<(), Trap> {
+        let together = self.together(mask, addresses, size);
+        for lane in lanes(mask) {
+            let (allocation, at) = match &together {
+                Some((allocation, offsets)) => (*allocation, offsets[lane]),
+                None => {
+                    self.note(lane as u32, addresses[lane], size, true, block)?;
+                    self.find(lane as u32, addresses[lane], size, true)?
+                }
+            };
+            if size < 4 {
+                allocation.put(at, size as usize, values[0][lane]);
+                continue;
+            }
+            for (word, values) in allocation.words[at / 4..].iter().zip(values) {
+                word.store(values[lane], Relaxed);
+            }
         }
         Ok(())
     }

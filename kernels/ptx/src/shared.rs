@@ -5,6 +5,7 @@
 //! the last barrier that both took part in; what the other one did later is not ordered with what it does now, and is a race.
 
 use crate::error::{Kind, Trap, trap};
+use crate::lanes::{L32, L64, lanes};
 
 /// A piece that an asynchronous copy will write.
 const IN_FLIGHT: u32 = u32::MAX;
@@ -241,7 +242,7 @@ impl Shared {
     #[cold]
     fn unordered_read(&self, warp: usize, lane: u32, piece: usize) -> Result<(), Trap> {
         let (time, who) = self.read[piece];
-        for other in crate::lanes::lanes(who & !(1 << warp)) {
+        for other in lanes(who & !(1 << warp)) {
             if time >= self.synced[warp].get(other).copied().unwrap_or(0) {
                 let byte = piece << self.shift;
                 let reason = format!(
@@ -277,55 +278,76 @@ impl Shared {
         Ok(())
     }
 
-    /// Loads 1, 2, 4, 8 or 16 bytes as words.
-    #[inline]
-    pub(crate) fn load(
+    /// Loads `size` bytes in every lane of a mask: words, or a part of one.
+    pub(crate) fn gather<const N: usize>(
         &mut self,
         warp: usize,
-        lane: u32,
-        address: u64,
+        mask: u32,
+        addresses: &L64,
         size: u32,
-    ) -> Result<[u32; 4], Trap> {
-        let at = self.check(lane, address, size)?;
-        self.note_read(warp, lane, at, size)?;
-        let w = at / 4;
-        Ok(match size {
-            4 => [self.words[w], 0, 0, 0],
-            8 => [self.words[w], self.words[w + 1], 0, 0],
-            16 => {
-                let words = &self.words[w..w + 4];
-                [words[0], words[1], words[2], words[3]]
-            }
-            2 => [self.words[w] >> (at % 4 * 8) & 0xffff, 0, 0, 0],
-            _ => [self.words[w] >> (at % 4 * 8) & 0xff, 0, 0, 0],
-        })
-    }
-
-    /// Stores 1, 2, 4, 8 or 16 bytes.
-    #[inline]
-    pub(crate) fn store(
-        &mut self,
-        warp: usize,
-        lane: u32,
-        address: u64,
-        size: u32,
-        value: [u32; 4],
+        out: &mut [L32; N],
     ) -> Result<(), Trap> {
-        let at = self.check(lane, address, size)?;
-        self.note_write(warp, lane, at, size, false)?;
-        self.put(at, size, value);
+        for lane in lanes(mask) {
+            let at = self.check(lane as u32, addresses[lane], size)?;
+            self.note_read(warp, lane as u32, at, size)?;
+            if size < 4 {
+                out[0][lane] =
+                    self.words[at / 4] >> (at % 4 * 8) & if size == 1 { 0xff } else { 0xffff };
+                continue;
+            }
+            for (word, out) in self.words[at / 4..]
+                .iter()
+                .zip(out.iter_mut())
+                .take(size as usize / 4)
+            {
+                out[lane] = *word;
+            }
+        }
         Ok(())
     }
 
-    fn put(&mut self, at: usize, size: u32, value: [u32; 4]) {
+    /// Stores `size` bytes in every lane of a mask.
+    pub(crate) fn scatter<const N: usize>(
+        &mut self,
+        warp: usize,
+        mask: u32,
+        addresses: &L64,
+        size: u32,
+        values: &[L32; N],
+    ) -> Result<(), Trap> {
+        for lane in lanes(mask) {
+            let at = self.check(lane as u32, addresses[lane], size)?;
+            self.note_write(warp, lane as u32, at, size, false)?;
+            self.put(at, size, values, lane);
+        }
+        Ok(())
+    }
+
+    /// Loads a row of 16 bytes.
+    #[inline]
+    pub(crate) fn row(
+        &mut self,
+        warp: usize,
+        lane: u32,
+        address: u64,
+        out: &mut [u32; 4],
+    ) -> Result<(), Trap> {
+        let at = self.check(lane, address, 16)?;
+        self.note_read(warp, lane, at, 16)?;
+        out.copy_from_slice(&self.words[at / 4..at / 4 + 4]);
+        Ok(())
+    }
+
+    fn put<const N: usize>(&mut self, at: usize, size: u32, values: &[L32; N], lane: usize) {
         let w = at / 4;
         if size >= 4 {
-            let n = size as usize / 4;
-            self.words[w..w + n].copy_from_slice(&value[..n]);
+            for (word, values) in self.words[w..w + size as usize / 4].iter_mut().zip(values) {
+                *word = values[lane];
+            }
         } else {
             let shift = at % 4 * 8;
             let mask = (if size == 1 { 0xff } else { 0xffff }) << shift;
-            self.words[w] = self.words[w] & !mask | value[0] << shift & mask;
+            self.words[w] = self.words[w] & !mask | values[0][lane] << shift & mask;
         }
     }
 
@@ -345,10 +367,10 @@ impl Shared {
     pub(crate) fn end_copy(
         &mut self,
         warp: usize,
-        lane: u32,
+        lane: usize,
         at: usize,
         size: u32,
-        value: [u32; 4],
+        values: &[L32; 4],
     ) {
         let pieces = self.pieces(at, size);
         self.written[pieces.clone()].fill(self.time * 32 + warp as u32);
@@ -356,7 +378,7 @@ impl Shared {
             let now = self.warp_time[warp];
             self.wrote[pieces].fill((lane as u8, now));
         }
-        self.put(at, size, value);
+        self.put(at, size, values, lane);
     }
 
     /// An atomic operation's word, which any warp may change at any time: it is checked for bounds and copies in flight alone.

@@ -63,8 +63,24 @@ pub(crate) fn put<T: Copy>(to: &mut [T; 32], value: &[T; 32], mask: u32) {
     }
 }
 
+/// A special register's name and axis.
+fn split(name: &str) -> (&str, usize) {
+    match name.split_once('.') {
+        Some((name, "y")) => (name, 1),
+        Some((name, "z")) => (name, 2),
+        Some((name, _)) => (name, 0),
+        None => (name, 0),
+    }
+}
+
 impl Warp {
-    pub(crate) fn new(code: &Code, index: usize) -> Self {
+    pub(crate) fn new(
+        code: &Code,
+        index: usize,
+        size: [u32; 3],
+        grid: [u32; 3],
+        dynamic: u32,
+    ) -> Self {
         let [n32, n64, np] = code.registers.map(|n| n as usize);
         let local_bytes = code.local.next_multiple_of(16);
         let mut warp = Self {
@@ -94,55 +110,31 @@ impl Warp {
         }
         warp.preds[FALSE as usize] = 0;
         warp.preds[TRUE as usize] = FULL;
+        warp.specials(code, size, grid, dynamic);
         warp
     }
 
-    /// Makes it a warp of a new block.
-    pub(crate) fn reset(
-        &mut self,
-        code: &Code,
-        block: [u32; 3],
-        size: [u32; 3],
-        grid: [u32; 3],
-        dynamic: u32,
-    ) {
+    /// Fills the special registers that are the same in every block.
+    fn specials(&mut self, code: &Code, size: [u32; 3], grid: [u32; 3], dynamic: u32) {
         let threads = size[0] * size[1] * size[2];
         let first = self.index as u32 * 32;
-        self.live = if threads - first >= 32 {
+        self.born = if threads - first >= 32 {
             FULL
         } else {
             (1 << (threads - first)) - 1
         };
-        self.born = self.live;
-        (self.mask, self.pc, self.waiting, self.least, self.carry) = (self.live, 0, 0, NONE, 0);
-        self.copies.clear();
-        for reg in &code.unset {
-            match reg {
-                Reg::R32(n) => self.r32[*n as usize] = [u32::MAX; 32],
-                Reg::R64(n) => self.r64[*n as usize] = [u64::MAX; 32],
-                Reg::Pred(n) => self.preds[*n as usize] = 0,
-            }
-        }
-        self.local.fill(u32::MAX);
         for (reg, special) in &code.specials {
-            let name = SPECIALS[*special];
-            let axis = match name.as_bytes()[name.len() - 1] {
-                b'y' => 1,
-                b'z' => 2,
-                _ => 0,
-            };
+            let (name, axis) = split(SPECIALS[*special]);
             for (lane, value) in self.r32[*reg as usize].iter_mut().enumerate() {
                 let thread = first + lane as u32;
-                let tid = [
-                    thread % size[0],
-                    thread / size[0] % size[1],
-                    thread / size[0] / size[1],
-                ];
                 let bit = 1_u32 << lane;
-                *value = match name.split('.').next().unwrap_or_default() {
-                    "%tid" => tid[axis],
+                *value = match name {
+                    "%tid" => match axis {
+                        0 => thread % size[0],
+                        1 => thread / size[0] % size[1],
+                        _ => thread / size[0] / size[1],
+                    },
                     "%ntid" => size[axis],
-                    "%ctaid" => block[axis],
                     "%nctaid" => grid[axis],
                     "%laneid" => lane as u32,
                     "%warpid" => self.index as u32,
@@ -155,10 +147,31 @@ impl Warp {
                     "%lanemask_gt" => !(bit | (bit - 1)),
                     "%dynamic_smem_size" => dynamic,
                     "%total_smem_size" => {
-                        (code.shared.next_multiple_of(code.dynamic_align) as u32) + dynamic
+                        code.shared.next_multiple_of(code.dynamic_align) as u32 + dynamic
                     }
                     _ => 0,
                 };
+            }
+        }
+    }
+
+    /// Makes it a warp of another block.
+    pub(crate) fn reset(&mut self, code: &Code, block: [u32; 3]) {
+        self.live = self.born;
+        (self.mask, self.pc) = (self.live, 0);
+        (self.waiting, self.least, self.carry) = (0, NONE, 0);
+        self.copies.clear();
+        for reg in &code.unset {
+            match reg {
+                Reg::R32(n) => self.r32[*n as usize] = [u32::MAX; 32],
+                Reg::R64(n) => self.r64[*n as usize] = [u64::MAX; 32],
+                Reg::Pred(n) => self.preds[*n as usize] = 0,
+            }
+        }
+        self.local.fill(u32::MAX);
+        for (reg, special) in &code.specials {
+            if let ("%ctaid", axis) = split(SPECIALS[*special]) {
+                self.r32[*reg as usize] = [block[axis]; 32];
             }
         }
     }
