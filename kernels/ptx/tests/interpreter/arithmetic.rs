@@ -1,0 +1,607 @@
+//! Integer, bit and float operations against Rust's own.
+
+use half::{bf16, f16};
+
+use crate::support::{bits, one, rows};
+
+/// Words that are special to some operation, and others.
+fn words() -> Vec<u64> {
+    let mut out: Vec<u64> = vec![
+        0,
+        1,
+        2,
+        3,
+        5,
+        7,
+        31,
+        32,
+        33,
+        63,
+        64,
+        255,
+        0x7fff,
+        0x8000,
+        0xffff,
+        0x7fff_ffff,
+        0x8000_0000,
+        0xffff_ffff,
+        1 << 33,
+        u64::MAX,
+        1 << 63,
+    ];
+    let mut seed = 12345_u64;
+    for _ in 0..11 {
+        seed = seed
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        out.push(seed ^ seed >> 29);
+    }
+    out
+}
+
+/// Checks a snippet on all pairs of words, in launches of up to 1024 threads.
+fn pairs(code: &str, expected: impl Fn(u64, u64) -> u64) {
+    let words = words();
+    let all: Vec<[u64; 3]> = words
+        .iter()
+        .flat_map(|a| words.iter().map(move |b| [*a, *b, a ^ b]))
+        .collect();
+    for chunk in all.chunks(1000) {
+        for (got, [a, b, _]) in rows(code, chunk).into_iter().zip(chunk) {
+            assert_eq!(
+                got,
+                expected(*a, *b),
+                "{code}: {a:#x}, {b:#x}: got {got:#x}"
+            );
+        }
+    }
+}
+
+fn s(x: u64) -> i32 {
+    x as u32 as i32
+}
+
+fn u(x: i32) -> u64 {
+    u64::from(x as u32)
+}
+
+#[test]
+fn integers() {
+    pairs("add.s32 %d, %a, %b;", |a, b| u(s(a).wrapping_add(s(b))));
+    pairs("sub.u32 %d, %a, %b;", |a, b| u(s(a).wrapping_sub(s(b))));
+    pairs("mul.lo.s32 %d, %a, %b;", |a, b| u(s(a).wrapping_mul(s(b))));
+    pairs("mul.hi.s32 %d, %a, %b;", |a, b| {
+        u(((i64::from(s(a)) * i64::from(s(b))) >> 32) as i32)
+    });
+    pairs("mul.hi.u32 %d, %a, %b;", |a, b| {
+        ((a & 0xffff_ffff) * (b & 0xffff_ffff)) >> 32
+    });
+    pairs("mul.wide.s32 %D, %a, %b;", |a, b| {
+        (i64::from(s(a)) * i64::from(s(b))) as u64
+    });
+    pairs("mul.wide.u32 %D, %a, %b;", |a, b| {
+        (a & 0xffff_ffff) * (b & 0xffff_ffff)
+    });
+    pairs("mad.lo.s32 %d, %a, %b, %c;", |a, b| {
+        u(s(a).wrapping_mul(s(b)).wrapping_add(s(a ^ b)))
+    });
+    pairs("mad.wide.s32 %D, %a, %b, %C;", |a, b| {
+        ((i64::from(s(a)) * i64::from(s(b))) as u64).wrapping_add(a ^ b)
+    });
+    pairs("mul.lo.s64 %D, %A, %B;", u64::wrapping_mul);
+    pairs("mul.hi.u64 %D, %A, %B;", |a, b| {
+        ((u128::from(a) * u128::from(b)) >> 64) as u64
+    });
+    pairs("mul.hi.s64 %D, %A, %B;", |a, b| {
+        ((i128::from(a as i64) * i128::from(b as i64)) >> 64) as u64
+    });
+    pairs("or.b32 %r1, %b, 1; div.s32 %d, %a, %r1;", |a, b| {
+        u(s(a).wrapping_div(s(b) | 1))
+    });
+    pairs("or.b32 %r1, %b, 1; rem.u32 %d, %a, %r1;", |a, b| {
+        (a & 0xffff_ffff) % (b & 0xffff_ffff | 1)
+    });
+    pairs("or.b64 %R1, %B, 1; div.u64 %D, %A, %R1;", |a, b| {
+        a / (b | 1)
+    });
+    pairs("or.b64 %R1, %B, 1; rem.s64 %D, %A, %R1;", |a, b| {
+        (a as i64).wrapping_rem(b as i64 | 1) as u64
+    });
+    pairs("min.s32 %d, %a, %b;", |a, b| u(s(a).min(s(b))));
+    pairs("max.u32 %d, %a, %b;", |a, b| {
+        (a & 0xffff_ffff).max(b & 0xffff_ffff)
+    });
+    pairs("min.s64 %D, %A, %B;", |a, b| {
+        (a as i64).min(b as i64) as u64
+    });
+    pairs("abs.s32 %d, %a;", |a, _| u(s(a).wrapping_abs()));
+    pairs("neg.s64 %D, %A;", |a, _| a.wrapping_neg());
+    pairs("add.s16 %hd, %ha, %hb;", |a, b| a.wrapping_add(b) & 0xffff);
+    pairs("max.s16 %hd, %ha, %hb;", |a, b| {
+        u64::from((a as i16).max(b as i16) as u16)
+    });
+    pairs("mul.wide.s16 %d, %ha, %hb;", |a, b| {
+        u(i32::from(a as i16) * i32::from(b as i16))
+    });
+    pairs("add.sat.s32 %d, %a, %b;", |a, b| {
+        u(s(a).saturating_add(s(b)))
+    });
+    pairs("sad.s32 %d, %a, %b, 3;", |a, b| {
+        u64::from(s(a).abs_diff(s(b)).wrapping_add(3))
+    });
+}
+
+#[test]
+fn carries() {
+    let add = "add.cc.u32 %r1, %a, %b; cvt.u32.u64 %r5, %D; shr.u64 %R1, %A, 32; shr.u64 %R2, %B, 32;
+        cvt.u32.u64 %r2, %R1; cvt.u32.u64 %r3, %R2; addc.u32 %r4, %r2, %r3; mov.b64 %D, {%r1, %r4};";
+    pairs(add, u64::wrapping_add);
+    pairs(
+        &add.replace("add.cc", "sub.cc").replace("addc", "subc"),
+        u64::wrapping_sub,
+    );
+    // the low 64 bits of a square of 64 bits, from words
+    let square = "mul.lo.u32 %r1, %a, %b; mad.lo.cc.u32 %r2, %a, %b, %c; madc.hi.u32 %r3, %a, %b, 0; mov.b64 %D, {%r2, %r3};";
+    pairs(square, |a, b| {
+        (a & 0xffff_ffff) * (b & 0xffff_ffff) + ((a ^ b) & 0xffff_ffff)
+    });
+}
+
+#[test]
+fn bit_operations() {
+    pairs(
+        "and.b32 %r1, %a, %b; xor.b32 %r2, %r1, %c; not.b32 %d, %r2;",
+        |a, b| !((a & b) ^ (a ^ b)) & 0xffff_ffff,
+    );
+    pairs("shl.b32 %d, %a, %b;", |a, b| {
+        if b as u32 > 31 {
+            0
+        } else {
+            a << (b as u32) & 0xffff_ffff
+        }
+    });
+    pairs("shr.u32 %d, %a, %b;", |a, b| {
+        if b as u32 > 31 {
+            0
+        } else {
+            (a & 0xffff_ffff) >> (b as u32)
+        }
+    });
+    pairs("shr.s32 %d, %a, %b;", |a, b| u(s(a) >> (b as u32).min(31)));
+    pairs("shl.b64 %D, %A, %b;", |a, b| {
+        if b as u32 > 63 { 0 } else { a << (b as u32) }
+    });
+    pairs("shr.s64 %D, %A, %b;", |a, b| {
+        (a as i64 >> (b as u32).min(63)) as u64
+    });
+    pairs("popc.b64 %d, %A;", |a, _| u64::from(a.count_ones()));
+    pairs("clz.b32 %d, %a;", |a, _| {
+        u64::from((a as u32).leading_zeros())
+    });
+    pairs("brev.b32 %d, %a;", |a, _| {
+        u64::from((a as u32).reverse_bits())
+    });
+    pairs("bfind.u32 %d, %a;", |a, _| {
+        u64::from(31_u32.wrapping_sub((a as u32).leading_zeros()))
+    });
+    // every table of three inputs, on inputs that hold all eight combinations
+    for table in 0..256_u64 {
+        let got = one(
+            &format!("lop3.b32 %d, %a, %b, %c, {table};"),
+            0xf0,
+            0xcc,
+            0xaa,
+        );
+        assert_eq!(got & 0xff, table);
+    }
+    assert_eq!(one("bfe.u32 %d, %a, 8, 12;", 0xabcd_ef12, 0, 0), 0xdef);
+    assert_eq!(
+        one("bfe.s32 %d, %a, 8, 12;", 0xabcd_ef12, 0, 0),
+        0xffff_fdef
+    );
+    assert_eq!(
+        one("bfe.s32 %d, %a, 24, 16;", 0xabcd_ef12, 0, 0),
+        0xffff_ffab
+    );
+    assert_eq!(one("bfe.u64 %D, %A, 60, 32;", 0xabcd << 48, 0, 0), 0xa);
+    assert_eq!(
+        one("bfi.b32 %d, %a, %b, 4, 8;", 0x123, 0xffff_ffff, 0),
+        0xffff_f23f
+    );
+    assert_eq!(one("bfi.b64 %D, %A, %B, 40, 8;", 0x5a, 0, 0), 0x5a << 40);
+    assert_eq!(
+        one("prmt.b32 %d, %a, %b, 0x3650;", 0x3322_1100, 0x7766_5544, 0),
+        0x3366_5500
+    );
+    assert_eq!(
+        one("prmt.b32 %d, %a, %b, 0x8c40;", 0x3322_1180, 0x7766_55c4, 0),
+        0xffff_c480
+    );
+    assert_eq!(
+        one("shf.l.wrap.b32 %d, %a, %b, 8;", 0x1122_3344, 0x5566_7788, 0),
+        0x6677_8811
+    );
+    assert_eq!(
+        one(
+            "shf.r.clamp.b32 %d, %a, %b, 40;",
+            0x1122_3344,
+            0x5566_7788,
+            0
+        ),
+        0x5566_7788
+    );
+}
+
+#[test]
+fn comparisons() {
+    for (name, expected) in [
+        ("eq", false),
+        ("ne", true),
+        ("lt", true),
+        ("le", true),
+        ("gt", false),
+        ("ge", false),
+    ] {
+        let code = |kind: &str| format!("setp.{name}.{kind} %p1, %a, %b; selp.u32 %d, 1, 0, %p1;");
+        assert_eq!(
+            one(&code("s32"), 0xffff_ffff, 5, 0),
+            u64::from(expected),
+            "{name}"
+        );
+        assert_eq!(
+            one(&code("u32"), 5, 0xffff_ffff, 0),
+            u64::from(expected),
+            "{name}"
+        );
+        assert_eq!(
+            one(&code("f32"), bits(-1.0), bits(2.0), 0),
+            u64::from(expected),
+            "{name}"
+        );
+        // an ordered comparison with NaN is false, an unordered one true
+        assert_eq!(one(&code("f32"), bits(f32::NAN), bits(2.0), 0), 0, "{name}");
+        let unordered = format!("setp.{name}u.f32 %p1, %a, %b; selp.u32 %d, 1, 0, %p1;");
+        assert_eq!(one(&unordered, bits(f32::NAN), bits(2.0), 0), 1, "{name}");
+        assert_eq!(
+            one(&unordered, bits(-1.0), bits(2.0), 0),
+            u64::from(expected),
+            "{name}"
+        );
+    }
+    assert_eq!(
+        one(
+            "setp.nan.f32 %p1, %a, %b; selp.u32 %d, 1, 0, %p1;",
+            bits(1.0),
+            bits(f32::NAN),
+            0
+        ),
+        1
+    );
+    assert_eq!(
+        one(
+            "setp.num.f32 %p1, %a, %b; selp.u32 %d, 1, 0, %p1;",
+            bits(1.0),
+            bits(f32::NAN),
+            0
+        ),
+        0
+    );
+    let both = "setp.ne.u32 %p3, %c, 0; setp.lt.and.s32 %p1|%p2, %a, %b, %p3; selp.u32 %r1, 1, 0, %p1; selp.u32 %r2, 2, 0, %p2; or.b32 %d, %r1, %r2;";
+    assert_eq!(
+        [
+            one(both, 1, 2, 1),
+            one(both, 2, 1, 1),
+            one(both, 1, 2, 0),
+            one(both, 2, 1, 0)
+        ],
+        [1, 2, 0, 0]
+    );
+    let negated =
+        "setp.ne.u32 %p3, %c, 0; setp.lt.or.s32 %p1, %a, %b, !%p3; selp.u32 %d, 1, 0, %p1;";
+    assert_eq!(
+        [
+            one(negated, 2, 1, 1),
+            one(negated, 2, 1, 0),
+            one(negated, 1, 2, 1)
+        ],
+        [0, 1, 1]
+    );
+    assert_eq!(
+        one("set.gt.u32.f32 %d, %a, %b;", bits(2.0), bits(1.0), 0),
+        0xffff_ffff
+    );
+    assert_eq!(one("set.eq.f16.f16 %hd, %ha, %hb;", 0x8000, 0, 0), 0x3c00);
+    assert_eq!(
+        one(
+            "set.gt.f16x2.f16x2 %d, %a, %b;",
+            0x3c00_4000,
+            0x3c00_3c00,
+            0
+        ),
+        0x3c00
+    );
+    assert_eq!(one("slct.u32.s32 %d, 7, 9, %a;", 0x8000_0000, 0, 0), 9);
+}
+
+/// Floats that are special to some operation.
+const FLOATS: [f32; 14] = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.5,
+    3.0e-39,
+    -1.0e-45,
+    f32::MIN_POSITIVE,
+    16_777_217.0,
+    0.1,
+    1.0e30,
+    f32::MAX,
+    f32::INFINITY,
+    f32::NEG_INFINITY,
+    f32::NAN,
+];
+
+fn floats(code: &str, expected: impl Fn(f32, f32) -> f32) {
+    let all: Vec<[u64; 3]> = FLOATS
+        .iter()
+        .flat_map(|a| FLOATS.iter().map(move |b| [bits(*a), bits(*b), bits(0.75)]))
+        .collect();
+    for (got, [a, b, _]) in rows(code, &all).into_iter().zip(&all) {
+        let (a, b, got) = (
+            f32::from_bits(*a as u32),
+            f32::from_bits(*b as u32),
+            f32::from_bits(got as u32),
+        );
+        let want = expected(a, b);
+        assert!(
+            got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(),
+            "{code}: {a:e}, {b:e}: got {got:e}, expected {want:e}"
+        );
+    }
+}
+
+fn flush(x: f32) -> f32 {
+    if x.is_subnormal() {
+        0.0_f32.copysign(x)
+    } else {
+        x
+    }
+}
+
+#[test]
+fn singles() {
+    floats("add.f32 %d, %a, %b;", |a, b| a + b);
+    floats("sub.rn.f32 %d, %a, %b;", |a, b| a - b);
+    floats("mul.f32 %d, %a, %b;", |a, b| a * b);
+    floats("mul.ftz.f32 %d, %a, %b;", |a, b| flush(flush(a) * flush(b)));
+    floats("add.ftz.f32 %d, %a, %b;", |a, b| flush(flush(a) + flush(b)));
+    floats("fma.rn.f32 %d, %a, %b, %c;", |a, b| a.mul_add(b, 0.75));
+    floats("div.rn.f32 %d, %a, %b;", |a, b| a / b);
+    floats("add.sat.f32 %d, %a, %b;", |a, b| {
+        if a + b > 0.0 { (a + b).min(1.0) } else { 0.0 }
+    });
+    floats("sqrt.rn.f32 %d, %a;", |a, _| a.sqrt());
+    floats("rcp.rn.f32 %d, %a;", |a, _| 1.0 / a);
+    floats("abs.f32 %d, %a;", |a, _| a.abs());
+    floats("neg.f32 %d, %a;", |a, _| -a);
+    floats("copysign.f32 %d, %a, %b;", |a, b| b.copysign(a));
+    floats("min.f32 %d, %a, %b;", |a, b| {
+        match (a.is_nan(), b.is_nan()) {
+            (true, _) => b,
+            (_, true) => a,
+            _ if a == b => f32::from_bits(a.to_bits() | b.to_bits()),
+            _ => {
+                if a < b {
+                    a
+                } else {
+                    b
+                }
+            }
+        }
+    });
+    floats("max.NaN.f32 %d, %a, %b;", |a, b| {
+        match (a.is_nan() || b.is_nan(), a == b) {
+            (true, _) => f32::NAN,
+            (_, true) => f32::from_bits(a.to_bits() & b.to_bits()),
+            _ => {
+                if a > b {
+                    a
+                } else {
+                    b
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn directed_rounding() {
+    // 1 + 2⁻³⁰ lies just above 1
+    let tiny = bits(2.0_f32.powi(-30));
+    let one_bits = bits(1.0);
+    assert_eq!(one("add.rn.f32 %d, %a, %b;", one_bits, tiny, 0), one_bits);
+    assert_eq!(one("add.rz.f32 %d, %a, %b;", one_bits, tiny, 0), one_bits);
+    assert_eq!(
+        one("add.rp.f32 %d, %a, %b;", one_bits, tiny, 0),
+        one_bits + 1
+    );
+    assert_eq!(
+        one("sub.rm.f32 %d, %a, %b;", one_bits, tiny, 0),
+        one_bits - 1
+    );
+    assert_eq!(
+        one("sub.rz.f32 %d, %a, %b;", one_bits, tiny, 0),
+        one_bits - 1
+    );
+    assert_eq!(one("sub.rn.f32 %d, %a, %b;", one_bits, tiny, 0), one_bits);
+    // (1 + 2⁻²³)² = 1 + 2⁻²² + 2⁻⁴⁶
+    let x = one_bits + 1;
+    assert_eq!(one("mul.rp.f32 %d, %a, %b;", x, x, 0), one_bits + 3);
+    assert_eq!(one("mul.rm.f32 %d, %a, %b;", x, x, 0), one_bits + 2);
+    assert_eq!(
+        one("fma.rp.f32 %d, %a, %b, %c;", x, x, bits(-1.0)),
+        bits(2.0_f32.powi(-22)) + 1
+    );
+    assert_eq!(
+        one("fma.rz.f32 %d, %a, %b, %c;", x, x, bits(-1.0)),
+        bits(2.0_f32.powi(-22))
+    );
+    assert_eq!(
+        one("fma.rm.f32 %d, %a, %b, %c;", x, x, bits(-4.0)),
+        bits(-3.0 + 2.0_f32.powi(-21)) + 1
+    );
+    assert_eq!(
+        one("div.rp.f32 %d, %a, %b;", one_bits, bits(3.0), 0),
+        bits(1.0 / 3.0)
+    );
+    assert_eq!(
+        one("div.rm.f32 %d, %a, %b;", one_bits, bits(3.0), 0),
+        bits(1.0 / 3.0) - 1
+    );
+    // beyond the largest number
+    let most = bits(f32::MAX);
+    assert_eq!(one("mul.rz.f32 %d, %a, %b;", most, bits(2.0), 0), most);
+    assert_eq!(
+        one("mul.rn.f32 %d, %a, %b;", most, bits(2.0), 0),
+        bits(f32::INFINITY)
+    );
+    // a tie that only a fused product sees: 2⁻²⁴ + 2⁻⁶⁰ above 1
+    let half = bits(2.0_f32.powi(-24) * (1.0 + 2.0_f32.powi(-23)));
+    assert_eq!(
+        one("fma.rn.f32 %d, %a, %b, %c;", half, bits(1.0), one_bits),
+        one_bits + 1
+    );
+}
+
+#[test]
+fn approximations() {
+    let close = |code: &str, a: f32, expected: f64| {
+        let got = f64::from(f32::from_bits(one(code, bits(a), 0, 0) as u32));
+        assert!(
+            (got - expected).abs() <= expected.abs() * 1.0e-7,
+            "{code} {a}: {got}, expected {expected}"
+        );
+    };
+    close("ex2.approx.ftz.f32 %d, %a;", 3.7, 3.7_f32.exp2().into());
+    close("lg2.approx.f32 %d, %a;", 10.0, 10.0_f64.log2());
+    close("sin.approx.f32 %d, %a;", 2.0, 2.0_f64.sin());
+    close("cos.approx.ftz.f32 %d, %a;", 2.0, 2.0_f64.cos());
+    close("tanh.approx.f32 %d, %a;", 0.5, 0.5_f64.tanh());
+    close("rsqrt.approx.f32 %d, %a;", 7.0, 7.0_f64.sqrt().recip());
+    close("rcp.approx.ftz.f32 %d, %a;", 7.0, 7.0_f64.recip());
+    close("div.full.f32 %d, %a, 0f40400000;", 7.0, 7.0 / 3.0);
+    assert_eq!(
+        one("ex2.approx.f32 %d, %a;", bits(f32::NEG_INFINITY), 0, 0),
+        0
+    );
+    assert_eq!(
+        one("rcp.approx.ftz.f32 %d, %a;", bits(0.0), 0, 0),
+        bits(f32::INFINITY)
+    );
+    assert_eq!(
+        one(
+            "div.approx.f32 %d, %a, %b;",
+            bits(1.0),
+            bits(2.0_f32.powi(127)),
+            0
+        ),
+        0
+    );
+    assert_eq!(
+        one("lg2.approx.f32 %d, %a;", bits(0.0), 0, 0),
+        bits(f32::NEG_INFINITY)
+    );
+}
+
+#[test]
+fn doubles() {
+    let (a, b, c) = (1.1_f64, -3.7_f64, 0.3_f64);
+    let run = |code: &str| f64::from_bits(one(code, a.to_bits(), b.to_bits(), c.to_bits()));
+    assert_eq!(run("add.f64 %D, %A, %B;"), a + b);
+    assert_eq!(run("mul.rn.f64 %D, %A, %B;"), a * b);
+    assert_eq!(run("fma.rn.f64 %D, %A, %B, %C;"), a.mul_add(b, c));
+    assert_eq!(run("div.rn.f64 %D, %A, %B;"), a / b);
+    assert_eq!(run("sqrt.rn.f64 %D, %A;"), a.sqrt());
+    assert_eq!(run("min.f64 %D, %A, %B;"), b);
+    assert_eq!(
+        run("mov.f64 %F1, 0d3FF8000000000000; add.f64 %D, %A, %F1;"),
+        a + 1.5
+    );
+}
+
+#[test]
+fn halves() {
+    let (a, b) = (1.000_976_6_f32, -3.5_f32);
+    let h = |x: f32| u64::from(f16::from_f32(x).to_bits());
+    let g = |x: f32| u64::from(bf16::from_f32(x).to_bits());
+    assert_eq!(
+        one("add.f16 %hd, %ha, %hb;", h(1025.0), h(0.5), 0),
+        h(1026.0)
+    );
+    assert_eq!(one("mul.f16 %hd, %ha, %hb;", h(a), h(b), 0), h(a * b));
+    // 1.0009765625² · 1 + 2⁻²⁰… rounds by what lies below the tie
+    assert_eq!(
+        one("fma.rn.f16 %hd, %ha, %hb, %hc;", 0x3c01, 0x3c01, 0),
+        0x3c02
+    );
+    // 1 + 2⁻¹¹ is a tie between 1 and the next number: a product just above it goes up
+    assert_eq!(
+        one("fma.rn.f16 %hd, %ha, %hb, %hc;", 0x1001, 0x3c00, 0x3c00),
+        0x3c01
+    );
+    assert_eq!(
+        one("fma.rn.f16 %hd, %ha, %hb, %hc;", 0x1000, 0x3c00, 0x3c00),
+        0x3c00
+    );
+    assert_eq!(
+        one("fma.rn.bf16 %hd, %ha, %hb, %hc;", 0x3b81, 0x3f80, 0x3f80),
+        0x3f81
+    );
+    assert_eq!(
+        one("fma.rn.bf16 %hd, %ha, %hb, %hc;", 0x3b80, 0x3f80, 0x3f80),
+        0x3f80
+    );
+    assert_eq!(one("max.bf16 %hd, %ha, %hb;", g(a), g(b), 0), g(a));
+    assert_eq!(
+        one(
+            "min.bf16x2 %d, %a, %b;",
+            g(1.0) << 16 | g(2.0),
+            g(3.0) << 16 | g(-4.0),
+            0
+        ),
+        g(1.0) << 16 | g(-4.0)
+    );
+    assert_eq!(
+        one(
+            "add.f16x2 %d, %a, %b;",
+            h(1.0) << 16 | h(2.0),
+            h(3.0) << 16 | h(-4.0),
+            0
+        ),
+        h(4.0) << 16 | h(-2.0)
+    );
+    assert_eq!(
+        one(
+            "mul.f16x2 %d, %a, %b;",
+            h(60000.0) << 16 | h(2.0),
+            h(3.0) << 16 | h(-4.0),
+            0
+        ),
+        h(f32::INFINITY) << 16 | h(-8.0)
+    );
+    assert_eq!(
+        one(
+            "fma.rn.bf16x2 %d, %a, %b, %c;",
+            g(2.0) << 16 | g(3.0),
+            g(4.0) << 16 | g(5.0),
+            g(1.0) << 16 | g(-1.0)
+        ),
+        g(9.0) << 16 | g(14.0)
+    );
+    assert_eq!(one("neg.bf16x2 %d, %a;", 0x3f80_bf80, 0, 0), 0xbf80_3f80);
+    assert_eq!(one("max.f16 %hd, %ha, %hb;", 0x7e00, h(1.0), 0), h(1.0));
+    assert_eq!(
+        one("fma.rn.relu.f16 %hd, %ha, %hb, %hc;", h(1.0), h(-1.0), 0),
+        0
+    );
+}
