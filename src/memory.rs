@@ -5,6 +5,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use sd_kernels::gpu;
+
 /// What the machine has. Sizes are bytes; absent is unknown.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Memory {
@@ -22,6 +24,18 @@ impl Memory {
         let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let group = cgroup_memory(Path::new("/sys/fs/cgroup"), Path::new("/proc/self/cgroup"));
         Self::from_parts(&meminfo, group)
+    }
+
+    /// What there is where networks are computed: on a card, or in the machine.
+    pub fn of_networks() -> Self {
+        match gpu::chosen() {
+            None => Self::look(),
+            Some(card) => Self {
+                total: Some(card.driver().info().memory),
+                available: card.driver().free_memory().ok(),
+                limit: None,
+            },
+        }
     }
 
     fn from_parts(meminfo: &str, group: Option<CgroupMemory>) -> Self {
@@ -42,6 +56,19 @@ impl Memory {
 /// Bytes of this process that are resident now; `None` where the system does not tell.
 pub fn resident() -> Option<u64> {
     status("VmRSS")
+}
+
+/// Bytes that this process holds where networks are computed; `None` where nobody tells.
+pub fn held_by_networks() -> Option<u64> {
+    match gpu::chosen() {
+        None => resident(),
+        Some(card) => Some(card.driver().held().0),
+    }
+}
+
+/// The most bytes that were ever allocated on a card; `None` without one.
+pub fn peak_on_card() -> Option<u64> {
+    gpu::chosen().map(|card| card.driver().held().1)
 }
 
 /// The most bytes that were ever resident in this process; `None` where the system does not tell.

@@ -64,7 +64,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &["checkpoint::printable", "checkpoint::printable_to"],
     ),
     ("library", &["checkpoint", "hub"]),
-    ("memory", &[]),
+    ("memory", &["sd_kernels"]),
     ("output", &[]),
     (
         "pipeline",
@@ -94,6 +94,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "upscale",
         &[
             "checkpoint",
+            "device",
             "memory",
             "picture",
             "weights",

@@ -15,6 +15,8 @@ mod architecture;
 mod autoencoders;
 /// Tiles, textures, previews and second passes, against diffusers, torch and k-diffusion.
 mod canvas;
+/// Whole runs on a card that an interpreter plays, against diffusers.
+mod card;
 /// Formats, truncated and hostile files, families.
 mod checkpoint;
 /// The binary: results, exit statuses, messages.

@@ -321,6 +321,23 @@ fn check_run(what: &str, case: &Case, path: &Path, run: &Value) {
     }
 }
 
+/// The first run of a model, its first prompt, from a folder.
+pub(crate) fn check_first_run(name: &str, case: &Case) {
+    let dir = Dir::new();
+    let form = FolderForm {
+        dtype: None,
+        variant: None,
+        shards: None,
+        old_names: false,
+    };
+    case.write_folder(dir.root(), &form);
+    let mut run = list(&case.record["runs"])[0].clone();
+    set_scheduler(dir.root(), &run);
+    let first = list(&run["prompts"])[..1].to_vec();
+    run["prompts"] = Value::Array(first);
+    check_run(name, case, dir.root(), &run);
+}
+
 fn whole_models() -> Vec<(String, Case)> {
     cases("vae")
 }

@@ -48,8 +48,12 @@
 //! | `Embed` | ids `[b, s]` → `[b, s, c]` |
 //! | `AddPositions` | `[b, s, c]` → same |
 
+#[cfg(test)]
+extern crate self as sd_kernels;
+
 pub mod cpu;
 pub mod eager;
+pub mod gpu;
 pub mod graph;
 pub mod op;
 pub mod ops;
@@ -90,6 +94,9 @@ pub enum Error {
     /// There is no room for buffers.
     #[error("{0}")]
     Memory(String),
+    /// A GPU failed, or cannot do what is asked.
+    #[error("{0}")]
+    Gpu(String),
     /// candle failed.
     #[error("tensor operation failed: {0}")]
     Candle(#[from] candle_core::Error),

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
 use sd_kernels::cpu::Level;
+use sd_kernels::gpu::{self, Info};
 use sd_kernels::op::LayerClass;
 use sd_kernels::{Wrap, profile};
 use sd_models::variant::Variant;
@@ -16,7 +17,7 @@ use super::full_size::{self, Model};
 use super::{interrupt, kernels, print_line, set_threads};
 use crate::device;
 use crate::error::{Error, Result};
-use crate::memory::peak_resident;
+use crate::memory::{peak_on_card, peak_resident};
 use crate::pipeline::{Conditions, Given, Networks};
 use crate::spec::ModelSpec;
 use crate::text::{
@@ -41,8 +42,11 @@ struct Report {
     unet: Classes,
     /// Of one decoding.
     vae: Classes,
-    peak_gflops: f64,
+    /// Not known of a card.
+    peak_gflops: Option<f64>,
     peak_rss: Option<u64>,
+    peak_device: Option<u64>,
+    card: Option<&'static Info>,
 }
 
 /// Runs the command.
@@ -55,6 +59,7 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
     let threads = set_threads(args.threads)?;
     let device = device::open(args.device)?;
     let dtype = device::dtype(args.dtype, &device)?;
+    device::warn_untried();
     if args.kernels {
         return kernels::run(dtype, args.json);
     }
@@ -143,7 +148,7 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
     for i in 0..=args.steps {
         check_stopped()?;
         let begin = Instant::now();
-        let (out, classes) = profile::measure(|| denoiser.predict(&sample, 500.0));
+        let (out, classes) = stages(|| denoiser.predict(&sample, 500.0));
         out?;
         let took = begin.elapsed();
         if i == 0 {
@@ -158,6 +163,12 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
         add_times(&mut times, classes);
         steps.push(took);
     }
+    for _ in 0..args.steps * u16::from(gpu::chosen().is_some()) {
+        check_stopped()?;
+        let (out, classes) = profile::measure(|| denoiser.predict(&sample, 500.0));
+        out?;
+        add_times(&mut times, classes);
+    }
     check_stopped()?;
     drop(denoiser);
     say("decoding");
@@ -167,10 +178,15 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
     for _ in 0..args.decodes {
         check_stopped()?;
         let begin = Instant::now();
-        let (out, classes) = profile::measure(|| networks.decode(&latents, dtype));
+        let (out, classes) = stages(|| networks.decode(&latents, dtype));
         out?;
         decodes.push(begin.elapsed());
         add_times(&mut decode_times, classes);
+        if gpu::chosen().is_some() {
+            let (out, classes) = profile::measure(|| networks.decode(&latents, dtype));
+            out?;
+            add_times(&mut decode_times, classes);
+        }
     }
 
     let (unet, _) = networks.record_unet(
@@ -193,13 +209,26 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
         decodes,
         total: start.elapsed(),
         peak_rss: peak_resident(),
-        peak_gflops: sd_kernels::cpu::peak_gflops(Level::current(), bf16),
+        peak_device: peak_on_card(),
+        card: gpu::chosen().map(|card| card.driver().info()),
+        peak_gflops: match gpu::chosen() {
+            None => Some(sd_kernels::cpu::peak_gflops(Level::current(), bf16)),
+            Some(_) => None,
+        },
     };
     print_line(&if args.json {
         report.json().to_string()
     } else {
         report.table()
     })
+}
+
+/// Does some work, and says where its time goes, where asking does not change it: a card runs its launches as one graph, unless it is to time each.
+fn stages<T>(work: impl FnOnce() -> T) -> (T, BTreeMap<LayerClass, Duration>) {
+    match gpu::chosen() {
+        None => profile::measure(work),
+        Some(_) => (work(), BTreeMap::new()),
+    }
 }
 
 fn check_stopped() -> Result<()> {
@@ -276,7 +305,7 @@ impl Report {
             "size": self.size,
             "batch": 1,
             "dtype": device::dtype_name(self.dtype),
-            "device": "cpu",
+            "device": device::name(),
             "threads": self.threads,
             "cpu_level": Level::current().name(),
             "timings": {
@@ -293,36 +322,55 @@ impl Report {
             "decode_gflop": total_gflop(&self.vae),
             "peak_gflops": self.peak_gflops,
             "peak_rss_bytes": self.peak_rss,
-            "peak_device_bytes": Value::Null,
+            "peak_device_bytes": self.peak_device,
+            "steps_per_s": 1.0 / median(&self.steps),
+            "card": self.card.map(card_json),
             "machine": std::env::consts::ARCH,
         })
     }
 
     fn table(&self) -> String {
+        let machine = match self.card {
+            None => format!(
+                "{} threads, cpu ({})",
+                self.threads,
+                Level::current().name()
+            ),
+            Some(card) => card_line(card),
+        };
         let mut lines = vec![
             format!(
-                "{} at {}×{}, {}, {} threads, cpu ({})",
+                "{} at {}×{}, {}, {machine}",
                 self.family,
                 self.size,
                 self.size,
                 device::dtype_name(self.dtype),
-                self.threads,
-                Level::current().name()
             ),
             format!("load            {:8.2} s", self.load.as_secs_f64()),
             format!("text            {:8.2} s", self.text.as_secs_f64()),
         ];
-        let about = format!("median of {}, guidance included", self.steps.len());
+        let about = format!(
+            "median of {}, guidance included: {:.2} steps/s",
+            self.steps.len(),
+            1.0 / median(&self.steps)
+        );
         lines.push(self.stage("unet step", median(&self.steps), &self.unet));
         lines.extend(self.classes(&self.unet));
         lines.push(format!("  ({about})"));
         lines.push(self.stage("vae decode", median(&self.decodes), &self.vae));
         lines.extend(self.classes(&self.vae));
-        lines.push(format!(
-            "machine's peak  {:8.1} GFLOP/s in {} products that never leave the cache",
-            self.peak_gflops,
-            device::dtype_name(self.dtype)
-        ));
+        if let Some(peak) = self.peak_gflops {
+            lines.push(format!(
+                "machine's peak  {peak:8.1} GFLOP/s in {} products that never leave the cache",
+                device::dtype_name(self.dtype)
+            ));
+        }
+        if let Some(bytes) = self.peak_device {
+            lines.push(format!(
+                "card's memory   {:8.2} GB at most",
+                bytes as f64 / 1e9
+            ));
+        }
         if let Some(bytes) = self.peak_rss {
             lines.push(format!("peak memory     {:8.2} GB", bytes as f64 / 1e9));
         }
@@ -331,23 +379,56 @@ impl Report {
 
     fn stage(&self, name: &str, seconds: f64, classes: &Classes) -> String {
         let gflop = total_gflop(classes);
+        let rate = gflop / seconds;
         format!(
-            "{name:15} {seconds:8.2} s   {gflop:7.1} GFLOP {:7.1} GFLOP/s  {:5.1} %",
-            gflop / seconds,
-            100.0 * gflop / seconds / self.peak_gflops
+            "{name:15} {seconds:8.4} s   {gflop:7.1} GFLOP {rate:7.1} GFLOP/s{}",
+            self.share(rate)
         )
+    }
+
+    /// What part of the machine's peak a rate is, where that is known.
+    fn share(&self, rate: f64) -> String {
+        let peak = self.peak_gflops;
+        peak.map_or(String::new(), |peak| {
+            format!("  {:5.1} %", 100.0 * rate / peak)
+        })
     }
 
     fn classes(&self, classes: &Classes) -> Vec<String> {
         let line = |(class, &(gflop, seconds)): (&LayerClass, &(f64, f64))| {
             let speed = rate(gflop, seconds).map_or(String::new(), |rate| {
-                let share = 100.0 * rate / self.peak_gflops;
-                format!("{gflop:7.1} GFLOP {rate:7.1} GFLOP/s  {share:5.1} %")
+                let share = self.share(rate);
+                format!("{gflop:7.1} GFLOP {rate:7.1} GFLOP/s{share}")
             });
-            format!("  {:13} {seconds:8.2} s   {speed}", class.name())
+            format!("  {:13} {seconds:8.4} s   {speed}", class.name())
         };
         classes.iter().map(line).collect()
     }
+}
+
+fn card_line(card: &Info) -> String {
+    format!(
+        "{} (compute {}.{}, {} processors, {} MHz at most, {:.1} GB; its driver knows CUDA {}.{})",
+        card.name,
+        card.capability.0,
+        card.capability.1,
+        card.processors,
+        card.clock,
+        card.memory as f64 / 1e9,
+        card.driver / 1000,
+        card.driver % 1000 / 10
+    )
+}
+
+fn card_json(card: &Info) -> Value {
+    json!({
+        "name": card.name,
+        "compute_capability": format!("{}.{}", card.capability.0, card.capability.1),
+        "processors": card.processors,
+        "clock_mhz": card.clock,
+        "memory_bytes": card.memory,
+        "driver_cuda": format!("{}.{}", card.driver / 1000, card.driver % 1000 / 10),
+    })
 }
 
 fn total_gflop(classes: &Classes) -> f64 {

@@ -8,8 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use sd_kernels::cpu::Level;
+use sd_kernels::gpu::Info;
+use sd_kernels::gpu::cuda::{self, Absent};
 use serde_json::{Value, json};
 
+use crate::device;
 use crate::error::{Error, Result};
 use crate::memory::Memory;
 
@@ -52,7 +55,8 @@ struct Machine {
     memory_available: Option<u64>,
     /// The container's limit, where it is below the total.
     memory_limit: Option<u64>,
-    cuda_driver: Option<String>,
+    /// NVIDIA's cards, or why there is none.
+    cards: std::result::Result<Vec<Info>, Absent>,
     folder: Option<PathBuf>,
     folder_writable: bool,
     disk_free: Option<u64>,
@@ -74,7 +78,7 @@ impl Machine {
             memory_total: memory.total.or_else(|| sysctl("hw.memsize")?.parse().ok()),
             memory_available: memory.available,
             memory_limit: memory.limit,
-            cuda_driver: cuda_driver(),
+            cards: cuda::list(),
             folder_writable: folder.as_deref().is_some_and(writable),
             disk_free: folder.as_deref().and_then(disk_free),
             folder,
@@ -132,13 +136,21 @@ impl Machine {
         let types = if level.has_bf16() { "bf16, f32" } else { "f32" };
         let note = format!("{types}; kernels for {}", level.name());
         let mut devices = vec![("cpu", true, note)];
-        if let Some(driver) = &self.cuda_driver {
+        match &self.cards {
+            Ok(cards) => devices.extend(cards.iter().map(|card| {
+                let is_new = card.capability >= (8, 0);
+                ("cuda", is_new, of_card(card))
+            })),
+            Err(absent) => devices.push(("cuda", false, absent.to_string())),
+        }
+        if device::is_built("cuda") {
             let note =
-                format!("driver {driver} is installed, but CUDA is not built in this version");
-            devices.push(("cuda", false, note));
+                "candle's operations, never tried on hardware: --device cuda with SD_RS_EAGER=1";
+            devices.push(("cuda", true, note.to_owned()));
         }
         if cfg!(target_os = "macos") {
-            devices.push(("metal", false, "not built in this version".to_owned()));
+            let (is_built, note) = candles("metal");
+            devices.push(("metal", is_built, note));
         }
         devices
     }
@@ -333,16 +345,33 @@ fn physical_cores(cpuinfo: &str) -> Option<usize> {
     Some(cores.len()).filter(|count| *count > 0)
 }
 
-/// The version of NVIDIA's driver, where there is one.
-fn cuda_driver() -> Option<String> {
-    let text = fs::read_to_string("/proc/driver/nvidia/version").ok()?;
-    let words = text.lines().next()?.split_whitespace();
-    let version = words.clone().find(|word| {
-        word.split_once('.').is_some_and(|(major, _)| {
-            !major.is_empty() && major.bytes().all(|b| b.is_ascii_digit())
-        })
-    });
-    Some(version.unwrap_or("of unknown version").to_owned())
+/// Whether a device of candle's can be used, and what is to be said of it.
+fn candles(name: &str) -> (bool, String) {
+    match device::is_built(name) {
+        true => (
+            true,
+            format!("candle's operations, never tried on hardware: --device {name}"),
+        ),
+        false => (
+            false,
+            format!("this binary was built without --features {name}"),
+        ),
+    }
+}
+
+/// What is to be said of a card.
+fn of_card(card: &Info) -> String {
+    let (major, minor) = card.capability;
+    let fits = if card.capability < (8, 0) {
+        "too old: 8.0 is needed"
+    } else {
+        "never tried on hardware: --device cuda"
+    };
+    format!(
+        "{}, compute {major}.{minor}, {}; {fits}",
+        card.name,
+        gigabytes(card.memory)
+    )
 }
 
 /// Whether a file can be made in a folder: tried, because permission bits do not tell of read-only mounts.

@@ -63,6 +63,7 @@ pub(super) fn run(args: &GenerateArgs, quiet: bool) -> Result<()> {
         text: &text,
         t5_length: args.t5_length,
     };
+    device::warn_untried();
     let mut engine =
         Engine::load_adapted(&model.checkpoint, others, &worn.adapters, &device, dtype)?;
     engine = learned.teach(engine)?;

@@ -71,6 +71,7 @@ pub(super) fn run(args: &UpscaleArgs, quiet: bool) -> Result<()> {
     let threads = set_threads(args.threads)?;
     redraw::check(args)?;
     let device = device::open(args.device)?;
+    device::warn_untried();
     let inputs = inputs(&args.inputs)?;
     if let Some(output) = &args.output {
         check_targets(&targets(&inputs, output)?, args.overwrite)?;
@@ -232,7 +233,7 @@ impl Job<'_> {
             "network_reach": upscaler.and_then(|upscaler| upscaler.config().reach()),
             "tiles": self.tiles((from.width(), from.height())),
             "dtype": self.network.as_ref().map(|network| network.dtype),
-            "device": "cpu",
+            "device": device::name(),
             "threads": self.threads,
             "timings": {
                 "load_s": self.load.as_secs_f64(),

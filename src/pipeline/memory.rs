@@ -3,7 +3,7 @@
 use super::Networks;
 use super::tiling::Surface;
 use crate::error::{Error, Result};
-use crate::memory::{Memory, resident};
+use crate::memory::{Memory, held_by_networks};
 
 /// What is there beside weights and the values between layers: code, vocabulary, what a picture becomes on its way to the file.
 const REST: u64 = 250 << 20;
@@ -34,8 +34,8 @@ pub(super) fn estimate(
 
 /// What is free, and what this process holds already (the weights): that is part of the need.
 fn free() -> Option<u64> {
-    let free = Memory::look().available;
-    free.map(|free| free.saturating_add(resident().unwrap_or(0)))
+    let free = Memory::of_networks().available;
+    free.map(|free| free.saturating_add(held_by_networks().unwrap_or(0)))
 }
 
 /// Refuses when `needed` bytes are not to be had.

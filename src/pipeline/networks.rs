@@ -28,6 +28,7 @@ use super::tiling::Surface;
 use super::tower::{LoadedT5, LoadedTower, Runner};
 use crate::adapters::{Adapters, Bound, Changed, Owner, Strength};
 use crate::checkpoint::Checkpoint;
+use crate::device::is_eager;
 use crate::error::{Error, Result};
 use crate::spec::{ControlSpec, ImagePromptSpec, ModelSpec};
 use crate::weights::RandomSource;
@@ -454,7 +455,7 @@ fn precision(dtype: DType) -> Precision {
     }
 }
 
-/// Whether plans run the networks: on the CPU, unless the environment asks for the reference executor.
+/// Whether plans run the networks: on the CPU or a card behind it, unless the environment asks for the reference executor.
 fn is_planned(device: &Device) -> bool {
-    device.is_cpu() && std::env::var_os("SD_RS_EAGER").is_none()
+    device.is_cpu() && !is_eager()
 }

@@ -18,6 +18,7 @@ use sd_models::upscaler::{Config, Upscaler as Network};
 pub use self::tiles::Tiling;
 use self::tiles::{Axis, Canvas};
 use crate::checkpoint::{Checkpoint, Family, detect, printable};
+use crate::device::is_eager;
 use crate::error::{Error, Result};
 use crate::memory::Memory;
 use crate::picture::{Filter, Grey, MAX_SIDE, Picture};
@@ -86,7 +87,7 @@ impl Upscaler {
         let source = Arc::new(CheckpointSource::new(Arc::clone(&tensors), layout));
         let weights = Weights::new(Arc::clone(&source) as Arc<dyn Source>, dtype, device);
         let network = Network::load(&weights, &config);
-        let planned = device.is_cpu() && std::env::var_os("SD_RS_EAGER").is_none();
+        let planned = device.is_cpu() && !is_eager();
         let asked = if planned {
             weights.check()
         } else {
@@ -318,7 +319,7 @@ impl Upscaler {
         /// The part of what is free that may be taken.
         const SHARE: u64 = 4;
         const SIDES: [usize; 10] = [2048, 1536, 1024, 768, 512, 384, 320, 256, 192, 128];
-        let free = Memory::look().available.map(|free| free / SHARE);
+        let free = Memory::of_networks().available.map(|free| free / SHARE);
         let room = free.map_or(MOST_BYTES, |free| {
             usize::try_from(free).map_or(MOST_BYTES, |free| free.min(MOST_BYTES))
         });

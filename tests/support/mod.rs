@@ -4,6 +4,7 @@
     reason = "tools, not every one of them in use at every time"
 )]
 
+pub(crate) mod card;
 pub(crate) mod containers;
 pub(crate) mod weights;
 

@@ -46,6 +46,7 @@ impl Case {
 
     /// Reads the case `name`.
     pub(crate) fn load(name: &str) -> Self {
+        super::card::choose();
         let folder = fixtures().join(name);
         let text = fs::read_to_string(folder.join("case.json"))
             .unwrap_or_else(|e| panic!("case {name}: {e}"));

@@ -12,6 +12,7 @@
 mod exec;
 mod features;
 mod fuse;
+mod gpu;
 mod ir;
 #[allow(unsafe_code)]
 mod memory;
@@ -27,10 +28,12 @@ mod types;
 
 use std::borrow::Cow;
 
+pub use gpu::KERNELS;
 use ir::{Form, Part, Program, Rate};
 pub use store::Store;
 
 use crate::cpu::{Level, winograd};
+use crate::gpu::Gpu;
 use crate::graph::Graph;
 use crate::{Error, Padding, Result, Tensor};
 
@@ -52,8 +55,10 @@ impl Precision {
 /// How a plan is to be made.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// The instruction set.
+    /// The instruction set, on the processor.
     pub level: Level,
+    /// The card that runs the plan, in the processor's place.
+    pub gpu: Option<Gpu>,
     /// The arithmetic.
     pub precision: Precision,
     /// The input that is the same for the whole batch and known before a run: the timestep.
@@ -71,10 +76,11 @@ pub struct Options {
 }
 
 impl Options {
-    /// For a network all of whose inputs change at every call.
+    /// For a network all of whose inputs change at every call, on the card that was chosen for this process, if one was.
     pub fn new(level: Level, precision: Precision) -> Self {
         Self {
             level,
+            gpu: crate::gpu::chosen().cloned(),
             precision,
             timestep: None,
             transient: false,
@@ -118,7 +124,7 @@ impl Options {
         let pixels = size.0 * size.1;
         let worth = pixels >= 16 * 16 || (pixels >= 8 * 8 && 16 * pixels >= most);
         let by_tiles = self.precision.is_bf16() && self.level == Level::Amx;
-        if !is_3x3 || channels.min(columns) < 32 || !worth || by_tiles {
+        if self.gpu.is_some() || !is_3x3 || channels.min(columns) < 32 || !worth || by_tiles {
             return Form::Direct;
         }
         if self.precision.is_bf16() {
@@ -142,7 +148,13 @@ const SMALL: usize = 320 * 960;
 /// A network at one shape, ready to run.
 pub struct Plan {
     program: Program,
-    machine: run::Machine,
+    machine: Machine,
+}
+
+/// What runs it.
+enum Machine {
+    Cpu(run::Machine),
+    Gpu(Box<gpu::Machine>),
 }
 
 /// Bytes that a plan takes.
@@ -190,7 +202,13 @@ impl Plan {
         store: &Store,
     ) -> Result<Self> {
         let program = program(graph, (output, taps), options)?;
-        let machine = run::Machine::new(&program, options, store)?;
+        let machine = match &options.gpu {
+            None => Machine::Cpu(run::Machine::new(&program, options, store)?),
+            Some(gpu) => {
+                let machine = gpu::Machine::new(&program, options, (store, gpu))?;
+                Machine::Gpu(Box::new(machine))
+            }
+        };
         Ok(Self { program, machine })
     }
 
@@ -200,7 +218,10 @@ impl Plan {
     /// When the graph cannot be planned.
     pub fn sizes(graph: &Graph, output: &Tensor, options: &Options) -> Result<Sizes> {
         let program = program(graph, (output, &[]), options)?;
-        Ok(run::sizes(&program, options))
+        match &options.gpu {
+            None => Ok(run::sizes(&program, options)),
+            Some(gpu) => gpu::sizes(&program, options, gpu),
+        }
     }
 
     /// The names of the inputs.
@@ -225,12 +246,18 @@ impl Plan {
     pub fn tap(&mut self, index: usize, out: &mut Vec<f32>) -> Result<()> {
         let tap = self.program.taps.get(index);
         let tap = tap.ok_or(Error::Mixed { op: "tap" })?;
-        self.machine.export(&self.program, tap, out)
+        match &mut self.machine {
+            Machine::Cpu(machine) => machine.export(&self.program, tap, out),
+            Machine::Gpu(machine) => machine.export(&self.program, tap, out),
+        }
     }
 
     /// Bytes of buffers, weights not counted.
     pub fn arena_bytes(&self) -> usize {
-        self.machine.arena_bytes()
+        match &self.machine {
+            Machine::Cpu(machine) => machine.arena_bytes(),
+            Machine::Gpu(machine) => machine.arena_bytes(),
+        }
     }
 
     /// Computes for these timesteps all that depends on nothing else.
@@ -238,7 +265,10 @@ impl Plan {
     /// # Errors
     /// When memory is short.
     pub fn prepare_timesteps(&mut self, timesteps: &[f32]) -> Result<()> {
-        self.machine.prepare_timesteps(&self.program, timesteps)
+        match &mut self.machine {
+            Machine::Cpu(machine) => machine.prepare_timesteps(&self.program, timesteps),
+            Machine::Gpu(machine) => machine.prepare_timesteps(&self.program, timesteps),
+        }
     }
 
     /// One call: the result in the recorded order of axes. Inputs that are constant during a run may be left out after the first call.
@@ -246,7 +276,10 @@ impl Plan {
     /// # Errors
     /// When an input is missing or has the wrong size.
     pub fn run(&mut self, feeds: &[Feed<'_>], out: &mut Vec<f32>) -> Result<()> {
-        self.machine.run(&self.program, feeds, out)
+        match &mut self.machine {
+            Machine::Cpu(machine) => machine.run(&self.program, feeds, out),
+            Machine::Gpu(machine) => machine.run(&self.program, feeds, out),
+        }
     }
 }
 

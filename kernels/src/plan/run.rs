@@ -7,7 +7,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::exec::{Taps, taps};
-use super::ir::{Form, Input, Output, Product, Program, Rate, Step, Type, Work};
+use super::ir::{Form, Input, Output, Product, Program, Rate, Step, Type, Value, Work};
 use super::memory::{BEHIND, Memory};
 use super::place::{Places, check_places, place};
 use super::store::{Packed, Store, packed_bytes};
@@ -133,12 +133,7 @@ impl Machine {
                     self.constants &= rate != Rate::Run;
                 }
                 None if rate == Rate::Run && self.constants => {}
-                None => {
-                    return Err(Error::Weights(format!(
-                        "input `{}` of the network is missing",
-                        input.name
-                    )));
-                }
+                None => return Err(missing(input)),
             }
         }
         if !self.constants {
@@ -151,17 +146,10 @@ impl Machine {
 
     /// Makes the given timestep the current row, computing its row if it was not prepared.
     fn seek(&mut self, program: &Program, timestep: &[f32]) -> Result<()> {
-        let [first, rest @ ..] = timestep else {
-            return Err(Error::Weights("the timestep is missing".to_owned()));
-        };
-        if rest.iter().any(|t| t != first) {
-            return Err(Error::Weights(
-                "one timestep for the whole batch is expected".to_owned(),
-            ));
-        }
-        let row = self.tables.timesteps.iter().position(|t| t == first);
+        let first = one_timestep(timestep)?;
+        let row = self.tables.timesteps.iter().position(|&t| t == first);
         if row.is_none() {
-            self.prepare_timesteps(program, &[*first])?;
+            self.prepare_timesteps(program, &[first])?;
         }
         self.tables.row = row.unwrap_or(0);
         Ok(())
@@ -195,13 +183,7 @@ impl Machine {
     /// Puts an input into its place, channels last.
     fn import(&mut self, program: &Program, input: &Input, values: &[f32]) -> Result<()> {
         let value = &program.values[input.value];
-        if values.len() != value.len() {
-            return Err(Error::Shape {
-                op: "plan input",
-                expected: format!("{} numbers for `{}`", value.len(), input.name),
-                got: values.len().to_string(),
-            });
-        }
+        check_input(value, input, values)?;
         let pointers = (
             self.arena.as_mut_slice().as_mut_ptr(),
             self.rows.as_mut_slice().as_mut_ptr(),
@@ -277,6 +259,36 @@ impl Machine {
     }
 }
 
+/// The timestep of a batch.
+pub(super) fn one_timestep(timestep: &[f32]) -> Result<f32> {
+    let [first, rest @ ..] = timestep else {
+        return Err(Error::Weights("the timestep is missing".to_owned()));
+    };
+    if rest.iter().any(|t| t != first) {
+        return Err(Error::Weights(
+            "one timestep for the whole batch is expected".to_owned(),
+        ));
+    }
+    Ok(*first)
+}
+
+/// What a call lacks.
+pub(super) fn missing(input: &Input) -> Error {
+    Error::Weights(format!("input `{}` of the network is missing", input.name))
+}
+
+/// Whether as many numbers are given as an input has.
+pub(super) fn check_input(value: &Value, input: &Input, values: &[f32]) -> Result<()> {
+    if values.len() == value.len() {
+        return Ok(());
+    }
+    Err(Error::Shape {
+        op: "plan input",
+        expected: format!("{} numbers for `{}`", value.len(), input.name),
+        got: values.len().to_string(),
+    })
+}
+
 /// Elements a task of import and export.
 const CHUNK: usize = 1 << 14;
 
@@ -337,7 +349,7 @@ fn prepare(
 }
 
 /// For each head the bias of every distance of a query from a key, from `1 − keys` on.
-fn biases(
+pub(super) fn biases(
     relative: &Relative,
     table: &[f32],
     heads: usize,

@@ -1,15 +1,16 @@
 //! Weights as executors read them: packed once, shared by the plans of all sizes, and the only copy there is.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use half::bf16;
 
-use super::ir::{Form, Part, Product, Type};
+use super::ir::{Form, Part, Product, Program, Type};
 use crate::cpu::Level;
 use crate::cpu::micro::{Brain, Half, LANES, Weight};
 use crate::cpu::panels::{Group, PanelShape, Panels, geglu_column};
 use crate::cpu::winograd::{self, Kept, WinogradWeights};
+use crate::gpu::{Buffer, Gpu};
 use crate::{Error, Param, Reader, Result};
 use candle_core::DType;
 
@@ -18,6 +19,8 @@ use candle_core::DType;
 pub struct Store {
     packed: Mutex<BTreeMap<Key, Packed>>,
     vectors: Mutex<BTreeMap<String, Arc<Vec<f32>>>>,
+    /// What is on a card; the products' weights, then the vectors.
+    uploaded: Mutex<BTreeMap<Key, Arc<Buffer>>>,
 }
 
 /// Which weights, how.
@@ -27,6 +30,18 @@ struct Key {
     sources: Vec<usize>,
     form: Form,
     kind: Type,
+}
+
+impl Key {
+    fn of(product: &Product, channels: &[Vec<usize>], kind: Type) -> Self {
+        let names = product.parts.iter().map(|p| p.weight.name().to_owned());
+        Self {
+            names: names.collect(),
+            sources: channels.concat(),
+            form: product.form,
+            kind,
+        }
+    }
 }
 
 /// Weights of a product in the layout of its form.
@@ -138,6 +153,53 @@ impl Store {
         let vectors = self.vectors.lock().unwrap_or_else(PoisonError::into_inner);
         packed.values().map(Packed::bytes).sum::<usize>()
             + vectors.values().map(|v| v.len() * 4).sum::<usize>()
+            + self.uploaded().values().map(|b| b.len()).sum::<usize>()
+    }
+
+    fn uploaded(&self) -> MutexGuard<'_, BTreeMap<Key, Arc<Buffer>>> {
+        self.uploaded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What `make` gives, on the card; made once.
+    fn once(
+        &self,
+        gpu: &Gpu,
+        key: Key,
+        make: impl FnOnce() -> Result<Vec<u8>>,
+    ) -> Result<Arc<Buffer>> {
+        if let Some(found) = self.uploaded().get(&key).filter(|b| b.is_on(gpu)) {
+            return Ok(Arc::clone(found));
+        }
+        let buffer = Arc::new(gpu.holding(&make()?)?);
+        self.uploaded().insert(key, Arc::clone(&buffer));
+        Ok(buffer)
+    }
+
+    /// A small weight on the card.
+    pub(super) fn on_card(
+        &self,
+        gpu: &Gpu,
+        name: String,
+        make: impl FnOnce() -> Result<Vec<u8>>,
+    ) -> Result<Arc<Buffer>> {
+        let key = Key {
+            names: vec![name],
+            sources: Vec::new(),
+            form: Form::Direct,
+            kind: Type::F32,
+        };
+        self.once(gpu, key, make)
+    }
+
+    /// A product's weights on the card.
+    pub(super) fn weights_on_card(
+        &self,
+        (program, product): (&Program, &Product),
+        gpu: &Gpu,
+        make: impl FnOnce() -> Result<Vec<u8>>,
+    ) -> Result<Arc<Buffer>> {
+        let (channels, kind) = program.sources(product);
+        self.once(gpu, Key::of(product, &channels, kind), make)
     }
 
     /// Lets go of everything; plans made from it keep what they use.
@@ -150,6 +212,7 @@ impl Store {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clear();
+        self.uploaded().clear();
     }
 
     /// Lets go of the weights of these names, which have changed; plans made from it keep what they use.
@@ -162,6 +225,8 @@ impl Store {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .retain(|name, _| !fits(name));
+        self.uploaded()
+            .retain(|key, _| !key.names.iter().any(|name| fits(name)));
     }
 
     /// A small weight in f32: biases, norms.
@@ -208,16 +273,7 @@ impl Store {
         channels: &[Vec<usize>],
         (kind, level): (Type, Level),
     ) -> Result<Packed> {
-        let key = Key {
-            names: product
-                .parts
-                .iter()
-                .map(|p| p.weight.name().to_owned())
-                .collect(),
-            sources: channels.concat(),
-            form: product.form,
-            kind,
-        };
+        let key = Key::of(product, channels, kind);
         if let Some(found) = self
             .packed
             .lock()
@@ -236,7 +292,7 @@ impl Store {
 }
 
 /// The weights of a product as the file keeps them: each `[column][input][tap]`.
-struct Stored<'a> {
+pub(super) struct Stored<'a> {
     product: &'a Product,
     parts: Vec<Box<dyn Reader + 'a>>,
     /// For each source: its part, its first input, and its channels.
@@ -244,7 +300,7 @@ struct Stored<'a> {
 }
 
 impl<'a> Stored<'a> {
-    fn open(product: &'a Product, channels: &[Vec<usize>]) -> Result<Self> {
+    pub(super) fn open(product: &'a Product, channels: &[Vec<usize>]) -> Result<Self> {
         let parts = product.parts.iter().map(|part| part.weight.open());
         let mut places = Vec::new();
         for (p, channels) in channels.iter().enumerate() {
@@ -262,12 +318,17 @@ impl<'a> Stored<'a> {
     }
 
     /// A column's weights for one source, `[input][tap]`.
-    fn row(&self, column: usize, source: usize, out: &mut [f32]) {
+    pub(super) fn row(&self, column: usize, source: usize, out: &mut [f32]) {
         let (p, first, _) = self.places[source];
         let part = &self.product.parts[p];
         let inputs = part.weight.shape().get(1).copied().unwrap_or(1);
         let taps = part.kernel.0 * part.kernel.1;
         self.parts[p].read((column * inputs + first) * taps, out);
+    }
+
+    /// Whether the product enlarges, so that four phases of 2×2 taps each stand for its 3×3.
+    pub(super) fn enlarges(&self) -> bool {
+        self.product.form == Form::Upsample
     }
 
     fn winograd<T: Kept>(&self, form: winograd::Form) -> Result<WinogradWeights<T>> {
@@ -361,7 +422,7 @@ fn no_memory(error: &std::io::Error) -> Error {
 
 /// The 2×2 taps that a 3×3 kernel amounts to for one of four pixels that an enlarged pixel becomes: rows (or columns) that read the same small
 /// pixel are summed. Phase 0 reads the pixels before and at, phase 1 at and after.
-fn sub_pixel(taps: &[f32], (dy, dx): (usize, usize), out: &mut [f32]) {
+pub(super) fn sub_pixel(taps: &[f32], (dy, dx): (usize, usize), out: &mut [f32]) {
     let target = |phase: usize, k: usize| usize::from(if phase == 0 { k > 0 } else { k > 1 });
     out.fill(0.0);
     for (i, tap) in taps.iter().enumerate() {

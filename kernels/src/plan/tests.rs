@@ -12,7 +12,11 @@ use crate::{
     Window, Wrap, graph::SharedNorms, ops,
 };
 
+mod gpu;
+mod machines;
 mod windows;
+
+use machines::{Machine, levels, machines};
 
 /// Weights made up from their names, rounded to a type that they are stored as; `U8` stands for a compressed one.
 struct Made(DType);
@@ -223,11 +227,11 @@ fn products_with_all_that_fuses_into_them() {
         inputs: vec![("x", vec![2, 5, 13, 9]), ("temb", vec![2, 6])],
         run: products,
     };
-    for level in Level::supported() {
-        let error = distance(&net, &Options::new(level, Precision::F32));
-        assert!(error < 1e-6, "{}: {error}", level.name());
-        if level.has_bf16() {
-            let error = distance(&net, &Options::new(level, Precision::Bf16));
+    for machine in machines() {
+        let error = distance(&net, &machine.options);
+        assert!(error < 1e-6, "{}: {error}", machine.name);
+        if let Some(bf16) = machine.bf16() {
+            let error = distance(&net, &bf16);
             assert!(error < 2e-2 && error > 1e-4, "bf16: {error}");
         }
     }
@@ -241,9 +245,9 @@ fn weights_of_16_bits_stay_so_and_lose_nothing() {
             inputs: vec![("x", vec![2, 5, 13, 9]), ("temb", vec![2, 6])],
             run: products,
         };
-        for level in Level::supported() {
-            let error = distance(&net, &Options::new(level, Precision::F32));
-            assert!(error < 1e-6, "{stored:?} {}: {error}", level.name());
+        for machine in machines() {
+            let error = distance(&net, &machine.options);
+            assert!(error < 1e-6, "{stored:?} {}: {error}", machine.name);
         }
     }
     let bytes = |stored| {
@@ -343,8 +347,8 @@ fn a_transformer_with_and_without_halves_and_constants() {
         ],
         run: transformer,
     };
-    for level in Level::supported() {
-        let plain = Options::new(level, Precision::F32);
+    for machine in machines() {
+        let plain = machine.options.clone();
         let split = Options {
             constant: vec!["context".into()],
             halved: vec!["x".into()],
@@ -352,10 +356,10 @@ fn a_transformer_with_and_without_halves_and_constants() {
         };
         for options in [&plain, &split] {
             let error = distance(&net, options);
-            assert!(error < 3e-6, "{}: {error}", level.name());
+            assert!(error < 3e-6, "{}: {error}", machine.name);
         }
-        if level.has_bf16() {
-            let error = distance(&net, &Options::new(level, Precision::Bf16));
+        if let Some(bf16) = machine.bf16() {
+            let error = distance(&net, &bf16);
             assert!(error < 3e-2 && error > 1e-4, "bf16: {error}");
         }
     }
@@ -379,15 +383,15 @@ fn odd_sizes_are_halved_and_means_spread() {
         inputs: vec![("x", vec![2, 3, 9, 13])],
         run: pooled,
     };
-    for level in Level::supported() {
-        let plain = Options::new(level, Precision::F32);
+    for machine in machines() {
+        let plain = machine.options.clone();
         let split = Options {
             halved: vec!["x".into()],
             ..plain.clone()
         };
         for options in [&plain, &split] {
             let error = distance(&net, options);
-            assert!(error < 3e-6, "{}: {error}", level.name());
+            assert!(error < 3e-6, "{}: {error}", machine.name);
         }
     }
 }
@@ -415,13 +419,13 @@ fn compressed_weights_and_those_without_room_are_not_kept() {
             ],
             run: transformer,
         };
-        for level in Level::supported() {
+        for machine in machines() {
             let options = Options {
                 keep,
-                ..Options::new(level, Precision::F32)
+                ..machine.options.clone()
             };
             let error = distance(&net, &options);
-            assert!(error < 3e-6, "{}: {error}", level.name());
+            assert!(error < 3e-6, "{}: {error}", machine.name);
         }
     }
     let bytes = |stored, keep| {
@@ -461,17 +465,18 @@ fn convolutions_in_winograds_forms() {
         inputs: vec![("x", vec![2, 4, 34, 30])],
         run: wide,
     };
-    for level in Level::supported() {
+    // cards have no such forms
+    for machine in levels() {
         for transient in [false, true] {
             let options = Options {
                 transient,
-                ..Options::new(level, Precision::F32)
+                ..machine.options.clone()
             };
             let error = distance(&net, &options);
-            assert!(error < 2e-6, "{}: {error}", level.name());
+            assert!(error < 2e-6, "{}: {error}", machine.name);
         }
-        if level.has_bf16() {
-            let error = distance(&net, &Options::new(level, Precision::Bf16));
+        if let Some(bf16) = machine.bf16() {
+            let error = distance(&net, &bf16);
             assert!(error < 2e-2 && error > 1e-4, "bf16: {error}");
         }
     }
@@ -503,11 +508,14 @@ fn dense_blocks() {
             inputs: vec![("x", size.to_vec())],
             run: dense,
         };
-        for level in Level::supported() {
-            let error = distance(&net, &Options::new(level, Precision::F32));
-            assert!(error < 2e-6, "{}: {error}", level.name());
-            if level.has_bf16() {
-                let error = distance(&net, &Options::new(level, Precision::Bf16));
+        for machine in machines() {
+            if machine.options.gpu.is_some() && size[3] > 10 {
+                continue; // the interpreter is slow
+            }
+            let error = distance(&net, &machine.options);
+            assert!(error < 2e-6, "{}: {error}", machine.name);
+            if let Some(bf16) = machine.bf16() {
+                let error = distance(&net, &bf16);
                 assert!(error < 2e-2 && error > 1e-4, "bf16: {error}");
             }
         }
@@ -727,14 +735,17 @@ fn pictures_without_edges() {
         net(temb, small_wrapping),
     ];
     for (i, net) in nets.iter().enumerate() {
-        for level in Level::supported() {
+        for machine in machines() {
             for transient in [false, true] {
+                if machine.options.gpu.is_some() && (transient || i < 2) {
+                    continue; // the interpreter is slow
+                }
                 let options = Options {
                     transient,
-                    ..Options::new(level, Precision::F32)
+                    ..machine.options.clone()
                 };
                 let error = distance(net, &options);
-                assert!(error < 3e-6, "net {i}, {}: {error}", level.name());
+                assert!(error < 3e-6, "net {i}, {}: {error}", machine.name);
             }
         }
     }
@@ -796,7 +807,7 @@ fn norms_by_statistics_that_were_taken_before() {
         .iter()
         .map(|v| v + 3.0)
         .collect();
-    let run = |given: &[Vec<f32>], part: Window, statistics: bool, level: Level| {
+    let run = |given: &[Vec<f32>], part: Window, statistics: bool, options: &Options| {
         let graph = Graph::sharing(SharedNorms {
             given: given.len(),
             of: (h, w),
@@ -807,8 +818,7 @@ fn norms_by_statistics_that_were_taken_before() {
         if statistics {
             output = graph.statistics().unwrap();
         }
-        let options = Options::new(level, Precision::F32);
-        let mut plan = Plan::compile(&graph, &output, &options, &Store::default()).unwrap();
+        let mut plan = Plan::compile(&graph, &output, options, &Store::default()).unwrap();
         let names: Vec<String> = (0..given.len()).map(Graph::norm_input).collect();
         let mut feeds = vec![Feed {
             name: "x",
@@ -845,12 +855,12 @@ fn norms_by_statistics_that_were_taken_before() {
     let op = Op::Statistics { groups: 3, part };
     let of_part = crate::eager::run(&op, &[&tensor]).unwrap();
     let of_part: Vec<f32> = of_part.flatten_all().unwrap().to_vec1().unwrap();
-    for level in Level::supported() {
-        let first = run(&[], whole, true, level);
-        let second = run(std::slice::from_ref(&first), whole, true, level);
-        let got = run(&[first.clone(), second.clone()], whole, false, level);
+    for Machine { name, options } in &machines() {
+        let first = run(&[], whole, true, options);
+        let second = run(std::slice::from_ref(&first), whole, true, options);
+        let got = run(&[first.clone(), second.clone()], whole, false, options);
         for (got, want) in got.iter().zip(&want) {
-            assert!((got - want).abs() < 2e-5, "{}: {got} {want}", level.name());
+            assert!((got - want).abs() < 2e-5, "{}: {got} {want}", name);
         }
         let other = vec![
             first[0] + 0.5,
@@ -860,9 +870,9 @@ fn norms_by_statistics_that_were_taken_before() {
             first[4],
             first[5],
         ];
-        assert_ne!(run(&[other, second], whole, false, level), got);
-        for (got, want) in run(&[], part, true, level).iter().zip(&of_part) {
-            assert!((got - want).abs() < 1e-5, "{}: {got} {want}", level.name());
+        assert_ne!(run(&[other, second], whole, false, options), got);
+        for (got, want) in run(&[], part, true, options).iter().zip(&of_part) {
+            assert!((got - want).abs() < 1e-5, "{}: {got} {want}", name);
         }
     }
 }

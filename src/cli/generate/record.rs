@@ -60,7 +60,7 @@ impl Job<'_> {
             "model": self.session.model,
             "family": self.session.engine.spec().family.id(),
             "dtype": device::dtype_name(self.session.engine.networks().dtype()),
-            "device": "cpu",
+            "device": device::name(),
             "threads": self.session.threads,
         })
     }

@@ -245,7 +245,7 @@ impl Networks {
             copies: texts,
             ..Options::new(Level::current(), precision(self.dtype))
         };
-        let Some(free) = Memory::look().available else {
+        let Some(free) = Memory::of_networks().available else {
             return Ok(options);
         };
         let sizes = Plan::sizes(graph, output, &options)?;

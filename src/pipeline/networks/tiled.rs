@@ -39,7 +39,7 @@ pub(in super::super) enum Parts {
 
 /// What is free for the autoencoder now.
 fn budget() -> Option<u64> {
-    let free = Memory::look().available?;
+    let free = Memory::of_networks().available?;
     Some((free as f64 * SHARE) as u64)
 }
 
