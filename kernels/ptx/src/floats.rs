@@ -3,7 +3,7 @@
 //! Add, multiply, fma, divide and square root are IEEE's, as the hardware's are. The approximate functions (`ex2.approx`, `sin.approx`,
 //! `rsqrt.approx` …) are computed in f64 and rounded once: closer than the hardware, which is allowed a few units in the last place.
 
-use crate::lanes::{Func, compare, m, test};
+use crate::lanes::{Func, L32, compare, m, test};
 
 /// How a result is rounded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +92,35 @@ pub(crate) fn round_to_odd(high: f64, low: f64) -> f64 {
 pub(crate) fn fma(a: f32, b: f32, c: f32, to: Rounding) -> f32 {
     let (high, low) = two_sum(f64::from(a) * f64::from(b), f64::from(c));
     round(high, low, to)
+}
+
+/// `a · b + c` of all lanes, rounded once to the nearest.
+///
+/// The sum in f64 is rounded twice, which matters only where it is exactly between two f32, or the result is subnormal: then the
+/// lanes are computed by themselves.
+fn fma_lanes(a: &L32, b: &L32, c: &L32) -> L32 {
+    let (mut sums, mut out) = ([0.0_f64; 32], [0; 32]);
+    for lane in 0..32 {
+        sums[lane] = f64::from(f(a[lane])) * f64::from(f(b[lane])) + f64::from(f(c[lane]));
+    }
+    let mut doubtful = false;
+    for lane in 0..32 {
+        out[lane] = (sums[lane] as f32).to_bits();
+        doubtful |= sums[lane].to_bits() as u32 & 0x1fff_ffff == 0x1000_0000;
+        doubtful |= (out[lane] << 1 <= f32::MIN_POSITIVE.to_bits() << 1) & (sums[lane] != 0.0);
+    }
+    if doubtful {
+        for lane in 0..32 {
+            out[lane] = f(a[lane]).mul_add(f(b[lane]), f(c[lane])).to_bits();
+        }
+    }
+    out
+}
+
+/// The same with subnormal operands and results flushed.
+fn fma_flushed(a: &L32, b: &L32, c: &L32) -> L32 {
+    let flush = |x: &L32| x.map(|x| fz(x).to_bits());
+    flush(&fma_lanes(&flush(a), &flush(b), &flush(c)))
 }
 
 /// PTX's minimum: a number where one operand is none, and −0 below +0.
@@ -188,7 +217,7 @@ pub(crate) fn single(name: &str, parts: &[&str]) -> Option<Func> {
         "add" => fm!(flush, A2: |a, b| a + b),
         "sub" => fm!(flush, A2: |a, b| a - b),
         "mul" => fm!(flush, A2: |a, b| a * b),
-        "fma" | "mad" => fm!(flush, A3: |a, b, c| a.mul_add(b, c)),
+        "fma" | "mad" => Func::A3(if flush { fma_flushed } else { fma_lanes }),
         "div" if approx => fm!(flush, A2: |a, b| divide_approximately(a, b)),
         "div" => fm!(flush, A2: |a, b| a / b),
         "min" if nan => fm!(flush, A2: |a, b| min_nan(a, b)),

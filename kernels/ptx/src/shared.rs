@@ -179,15 +179,26 @@ impl Shared {
     /// Notes a read by a lane.
     #[inline]
     fn note_read(&mut self, warp: usize, lane: u32, at: usize, size: u32) -> Result<(), Trap> {
-        let pieces = self.pieces(at, size);
         let floor = self.floor[warp];
+        let (time, bit) = (self.time, 1 << warp);
+        if size == 1 << self.shift && self.races && !self.lanes {
+            // the usual case
+            let piece = at >> self.shift;
+            if self.written[piece] >= floor {
+                self.unordered_write(warp, lane, piece, "reads")?;
+            }
+            let (when, who) = &mut self.read[piece];
+            *who = if *when == time { *who | bit } else { bit };
+            *when = time;
+            return Ok(());
+        }
+        let pieces = self.pieces(at, size);
         if self.written[pieces.clone()].iter().any(|w| *w >= floor) {
             for piece in pieces.clone() {
                 self.unordered_write(warp, lane, piece, "reads")?;
             }
         }
         if self.races {
-            let (time, bit) = (self.time, 1 << warp);
             for (when, who) in &mut self.read[pieces.clone()] {
                 *who = if *when == time { *who | bit } else { bit };
                 *when = time;
@@ -287,7 +298,17 @@ impl Shared {
         size: u32,
         out: &mut [L32; N],
     ) -> Result<(), Trap> {
+        let mut last = None;
         for lane in lanes(mask) {
+            // lanes often read the same word
+            if let Some(last) =
+                last.filter(|last| addresses[*last] == addresses[lane] && !self.lanes)
+            {
+                out.iter_mut()
+                    .for_each(|out: &mut L32| out[lane] = out[last]);
+                continue;
+            }
+            last = Some(lane);
             let at = self.check(lane as u32, addresses[lane], size)?;
             self.note_read(warp, lane as u32, at, size)?;
             if size < 4 {

@@ -44,6 +44,19 @@ impl Warp {
                 let value = read_param(machine.params, mask.trailing_zeros(), addresses[0], size)?;
                 words = std::array::from_fn(|j| [value[j]; 32]);
             }
+            Space::Param => {
+                // lanes mostly read the same parameter
+                let (mut last, mut value) = (None, [0; 4]);
+                for lane in lanes(mask) {
+                    if last != Some(addresses[lane]) {
+                        value = read_param(machine.params, lane as u32, addresses[lane], size)?;
+                        last = Some(addresses[lane]);
+                    }
+                    for (words, value) in words.iter_mut().zip(value) {
+                        words[lane] = value;
+                    }
+                }
+            }
             Space::Local => {
                 for lane in lanes(mask) {
                     let value = self.read_local(lane, addresses[lane], size)?;

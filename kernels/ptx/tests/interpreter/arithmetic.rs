@@ -415,6 +415,64 @@ fn singles() {
 }
 
 #[test]
+fn fused_products() {
+    // random bits, and operands chosen so that sums lie at or near ties and among subnormal numbers
+    let mut seed = 99_u64;
+    let mut next = || {
+        seed = seed
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 32) as u32
+    };
+    for kind in 0..8 {
+        let operands: Vec<[u64; 3]> = (0..1024)
+            .map(|_| {
+                let (a, b, c) = (next(), next(), next());
+                let few = |x: u32, exponent: u32| {
+                    (x & 0x8000_0fff) << 11 & 0x807f_f800 | (exponent + x % 3) << 23
+                };
+                match kind {
+                    0 => [a, b, c],
+                    1 => [
+                        a & 0x807f_ffff | 0x3f80_0000,
+                        b & 0x807f_ffff | 0x3f80_0000,
+                        c & 0x807f_ffff | 0x3f80_0000,
+                    ],
+                    2 => [few(a, 127), few(b, 103), few(c, 127)],
+                    3 => [few(a, 60), few(b, 50), c & 0x807f_ffff],
+                    4 => [few(a, 64), few(b, 50), c & 0x80ff_ffff],
+                    5 => [few(a, 190), few(b, 190), few(c, 252)],
+                    6 => [
+                        a & 0x807f_ffff | 0x3f80_0000,
+                        0x3f80_0000,
+                        (a ^ 0x8000_0000) & 0x807f_ffff | 0x3f80_0000,
+                    ],
+                    _ => [few(a, 127) | 0x1000, 0x3380_0000 | b & 1, few(c, 127)],
+                }
+                .map(u64::from)
+            })
+            .collect();
+        for flushed in [false, true] {
+            let keep = |x: f32| if flushed { flush(x) } else { x };
+            let code = if flushed {
+                "fma.rn.ftz.f32 %d, %a, %b, %c;"
+            } else {
+                "fma.rn.f32 %d, %a, %b, %c;"
+            };
+            for (got, abc) in rows(code, &operands).into_iter().zip(&operands) {
+                let [a, b, c] = abc.map(|x| keep(f32::from_bits(x as u32)));
+                let (got, want) = (f32::from_bits(got as u32), keep(a.mul_add(b, c)));
+                let same = got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan();
+                assert!(
+                    same,
+                    "{kind}: {a:e} * {b:e} + {c:e}: got {got:e}, expected {want:e}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn directed_rounding() {
     // 1 + 2⁻³⁰ lies just above 1
     let tiny = bits(2.0_f32.powi(-30));
