@@ -5,10 +5,11 @@ use std::sync::PoisonError;
 use crate::error::{Kind, Trap, trap};
 use crate::lanes::{FULL, L64, lanes};
 use crate::lower::Code;
-use crate::memory::{LOCAL, SHARED, View, within};
+use crate::memory::{LOCAL, SHARED, within};
 use crate::op::{NONE, Op, Reduce, Reg, Shuffle, Vote};
 use crate::shared::Shared;
 use crate::syntax::Space;
+use crate::view::View;
 use crate::warp::{Warp, put};
 
 /// What the warps of a block share.

@@ -8,9 +8,10 @@ use rayon::prelude::*;
 use crate::block::{Failure, run};
 use crate::error::{Error, Fault};
 use crate::exec::Machine;
-use crate::memory::{Memory, View};
+use crate::memory::Memory;
 use crate::module::{Kernel, Module};
 use crate::shared::Shared;
+use crate::view::View;
 use crate::warp::Warp;
 
 /// The most shared memory that a block gets on any device, in bytes.

@@ -20,6 +20,7 @@ mod accesses;
 mod assign;
 mod atomics;
 mod block;
+mod collectives;
 mod convert;
 mod copies;
 mod error;
@@ -40,6 +41,7 @@ mod shared;
 mod syntax;
 mod tensor;
 mod transfers;
+mod view;
 mod warp;
 
 pub use error::{Error, Fault, Kind};

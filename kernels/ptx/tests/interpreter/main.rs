@@ -6,6 +6,7 @@ mod arithmetic;
 mod compiled;
 mod conversion;
 mod faults;
+mod floats;
 mod flow;
 mod refusals;
 mod support;
