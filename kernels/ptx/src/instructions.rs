@@ -14,7 +14,7 @@ use crate::syntax::{Class, Instruction, Operand, Space, Type};
 const KNOWN: &[&str] = &[
     "rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi", "rna", "ftz", "sat", "approx", "full",
     "lo", "hi", "wide", "NaN", "cc", "relu", "l", "r", "clamp", "wrap", "to", "f4e", "b4e", "rc8",
-    "ecl", "ecr", "rc16",
+    "ecl", "ecr", "rc16", "shiftamt",
 ];
 
 const B32: Type = Type {

@@ -250,6 +250,41 @@ fn permute(a: u32, b: u32, selector: u32, mode: u32) -> u32 {
     }))
 }
 
+/// The place of the highest bit that differs from the sign, or how far it is from the top; all ones where there is none.
+fn highest(x: u64, bits: u32, shift: bool) -> u32 {
+    match x.leading_zeros() {
+        64 => u32::MAX,
+        zeros if shift => zeros + bits - 64,
+        zeros => 63 - zeros,
+    }
+}
+
+fn unsign(a: u32) -> u64 {
+    u64::from(a ^ (a as i32 >> 31) as u32)
+}
+
+fn find(signed: bool, shift: bool) -> Func {
+    match (signed, shift) {
+        (false, false) => m!(A1: |a: u32| -> u32 { highest(a.into(), 32, false) }),
+        (false, true) => m!(A1: |a: u32| -> u32 { highest(a.into(), 32, true) }),
+        (true, false) => m!(A1: |a: u32| -> u32 { highest(unsign(a), 32, false) }),
+        (true, true) => m!(A1: |a: u32| -> u32 { highest(unsign(a), 32, true) }),
+    }
+}
+
+fn find64(signed: bool, shift: bool) -> Func {
+    match (signed, shift) {
+        (false, false) => m!(Narrow: |a: u64| -> u32 { highest(a, 64, false) }),
+        (false, true) => m!(Narrow: |a: u64| -> u32 { highest(a, 64, true) }),
+        (true, false) => {
+            m!(Narrow: |a: u64| -> u32 { highest(a ^ (a as i64 >> 63) as u64, 64, false) })
+        }
+        (true, true) => {
+            m!(Narrow: |a: u64| -> u32 { highest(a ^ (a as i64 >> 63) as u64, 64, true) })
+        }
+    }
+}
+
 /// The operation of a name on bits of a type.
 pub(crate) fn bits(name: &str, parts: &[&str], kind: Type) -> Option<Func> {
     let signed = kind.is_signed();
@@ -299,10 +334,8 @@ pub(crate) fn bits(name: &str, parts: &[&str], kind: Type) -> Option<Func> {
         ("clz", 64) => m!(Narrow: |a: u64| -> u32 { a.leading_zeros() }),
         ("brev", 32) => m!(A1: |a: u32| -> u32 { a.reverse_bits() }),
         ("brev", 64) => m!(B1: |a: u64| -> u64 { a.reverse_bits() }),
-        ("bfind", 32) if signed => {
-            m!(A1: |a: u32| -> u32 { let a = a ^ (a as i32 >> 31) as u32; 31u32.wrapping_sub(a.leading_zeros()) })
-        }
-        ("bfind", 32) => m!(A1: |a: u32| -> u32 { 31u32.wrapping_sub(a.leading_zeros()) }),
+        ("bfind", 32) => find(signed, has(parts, "shiftamt")),
+        ("bfind", 64) => find64(signed, has(parts, "shiftamt")),
         ("prmt", 32) => match parts.last().copied().unwrap_or_default() {
             "f4e" => m!(A3: |a: u32, b: u32, c: u32| -> u32 { permute(a, b, c, 1) }),
             "b4e" => m!(A3: |a: u32, b: u32, c: u32| -> u32 { permute(a, b, c, 2) }),

@@ -182,6 +182,18 @@ fn bit_operations() {
     pairs("bfind.u32 %d, %a;", |a, _| {
         u64::from(31_u32.wrapping_sub((a as u32).leading_zeros()))
     });
+    pairs("bfind.shiftamt.u32 %d, %a;", |a, _| {
+        match (a as u32).leading_zeros() {
+            32 => 0xffff_ffff,
+            zeros => zeros.into(),
+        }
+    });
+    pairs("bfind.s64 %d, %A;", |a, _| {
+        match (a ^ (a as i64 >> 63) as u64).leading_zeros() {
+            64 => 0xffff_ffff,
+            zeros => u64::from(63 - zeros),
+        }
+    });
     // every table of three inputs, on inputs that hold all eight combinations
     for table in 0..256_u64 {
         let got = one(
