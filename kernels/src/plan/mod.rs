@@ -1,4 +1,4 @@
-//! Plans: a network recorded at one shape, made into steps over known buffers, and run on the CPU.
+//! Plans: a network recorded at one shape, made into steps over known buffers, and run on the CPU or a card.
 //!
 //! [`Plan::compile`] takes the recorded graph through four passes: what can be fused is (`fuse`), every value gets a type (`types`), a rate (once a timestep,
 //! once a run, or at every call) and a place in one arena (`place`), and weights are packed into the layout of the kernels that read them (`store`).
@@ -11,6 +11,7 @@
 #[allow(unsafe_code)]
 mod exec;
 mod features;
+mod feed;
 mod fuse;
 mod gpu;
 mod ir;

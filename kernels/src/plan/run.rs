@@ -7,7 +7,8 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::exec::{Taps, taps};
-use super::ir::{Form, Input, Output, Product, Program, Rate, Step, Type, Value, Work};
+use super::feed::{Fed, feed, input_order, one_timestep, output_order};
+use super::ir::{Form, Input, Output, Product, Program, Rate, Step, Type, Work};
 use super::memory::{BEHIND, Memory};
 use super::place::{Places, check_places, place};
 use super::store::{Packed, Store, packed_bytes};
@@ -124,35 +125,13 @@ impl Machine {
         feeds: &[Feed<'_>],
         out: &mut Vec<f32>,
     ) -> Result<()> {
-        for input in &program.inputs {
-            let rate = program.values[input.value].rate;
-            match feeds.iter().find(|feed| feed.name == input.name) {
-                Some(feed) if rate == Rate::Timestep => self.seek(program, feed.values)?,
-                Some(feed) => {
-                    self.import(program, input, feed.values)?;
-                    self.constants &= rate != Rate::Run;
-                }
-                None if rate == Rate::Run && self.constants => {}
-                None => return Err(missing(input)),
-            }
-        }
+        feed(self, program, feeds)?;
         if !self.constants {
             self.steps(program, Rate::Run)?;
             self.constants = true;
         }
         self.steps(program, Rate::Call)?;
         self.export(program, &program.output, out)
-    }
-
-    /// Makes the given timestep the current row, computing its row if it was not prepared.
-    fn seek(&mut self, program: &Program, timestep: &[f32]) -> Result<()> {
-        let first = one_timestep(timestep)?;
-        let row = self.tables.timesteps.iter().position(|&t| t == first);
-        if row.is_none() {
-            self.prepare_timesteps(program, &[first])?;
-        }
-        self.tables.row = row.unwrap_or(0);
-        Ok(())
     }
 
     fn steps(&mut self, program: &Program, rate: Rate) -> Result<()> {
@@ -180,43 +159,6 @@ impl Machine {
         Ok(())
     }
 
-    /// Puts an input into its place, channels last.
-    fn import(&mut self, program: &Program, input: &Input, values: &[f32]) -> Result<()> {
-        let value = &program.values[input.value];
-        check_input(value, input, values)?;
-        let pointers = (
-            self.arena.as_mut_slice().as_mut_ptr(),
-            self.rows.as_mut_slice().as_mut_ptr(),
-        );
-        // SAFETY: as in `steps`
-        let memory = unsafe { Memory::new(pointers, &self.places, &self.tables, program, false) };
-        // pictures come planar
-        let planar = input.shape.len() == 4;
-        let (pixels, channels) = (value.pixels, value.channels);
-        let at = |i: usize| {
-            let (row, channel) = (i / channels, i % channels);
-            if planar {
-                (row / pixels * channels + channel) * pixels + row % pixels
-            } else {
-                i
-            }
-        };
-        // SAFETY: the only slice of the arena in use
-        match unsafe { memory.write(input.value) } {
-            NumbersMut::F32(out) => out
-                .par_iter_mut()
-                .enumerate()
-                .with_min_len(CHUNK)
-                .for_each(|(i, out)| *out = values[at(i)]),
-            NumbersMut::Bf16(out) => out
-                .par_iter_mut()
-                .enumerate()
-                .with_min_len(CHUNK)
-                .for_each(|(i, out)| *out = Stored::of(values[at(i)])),
-        }
-        Ok(())
-    }
-
     /// A result of the last call in the recorded order of axes.
     pub(super) fn export(
         &mut self,
@@ -232,17 +174,9 @@ impl Machine {
         // SAFETY: as in `steps`
         let memory = unsafe { Memory::new(pointers, &self.places, &self.tables, program, false) };
         let total: usize = output.shape.iter().product();
-        let planar = output.shape.len() == 4;
-        let (pixels, channels, len) = (value.pixels, value.channels, value.len());
         out.clear();
         out.resize(total, 0.0);
-        let at = |i: usize| {
-            if !planar {
-                return i % len;
-            }
-            let (plane, pixel) = (i / pixels, i % pixels);
-            ((plane / channels * pixels + pixel) * channels + plane % channels) % len
-        };
+        let at = output_order(value, output);
         match memory.read(output.value) {
             Numbers::F32(x) => out
                 .par_iter_mut()
@@ -259,34 +193,45 @@ impl Machine {
     }
 }
 
-/// The timestep of a batch.
-pub(super) fn one_timestep(timestep: &[f32]) -> Result<f32> {
-    let [first, rest @ ..] = timestep else {
-        return Err(Error::Weights("the timestep is missing".to_owned()));
-    };
-    if rest.iter().any(|t| t != first) {
-        return Err(Error::Weights(
-            "one timestep for the whole batch is expected".to_owned(),
-        ));
+impl Fed for Machine {
+    fn constants(&mut self) -> &mut bool {
+        &mut self.constants
     }
-    Ok(*first)
-}
 
-/// What a call lacks.
-pub(super) fn missing(input: &Input) -> Error {
-    Error::Weights(format!("input `{}` of the network is missing", input.name))
-}
-
-/// Whether as many numbers are given as an input has.
-pub(super) fn check_input(value: &Value, input: &Input, values: &[f32]) -> Result<()> {
-    if values.len() == value.len() {
-        return Ok(());
+    fn seek(&mut self, program: &Program, timestep: &[f32]) -> Result<()> {
+        let first = one_timestep(timestep)?;
+        let row = self.tables.timesteps.iter().position(|&t| t == first);
+        if row.is_none() {
+            self.prepare_timesteps(program, &[first])?;
+        }
+        self.tables.row = row.unwrap_or(0);
+        Ok(())
     }
-    Err(Error::Shape {
-        op: "plan input",
-        expected: format!("{} numbers for `{}`", value.len(), input.name),
-        got: values.len().to_string(),
-    })
+
+    fn import(&mut self, program: &Program, input: &Input, values: &[f32]) -> Result<()> {
+        let value = &program.values[input.value];
+        let pointers = (
+            self.arena.as_mut_slice().as_mut_ptr(),
+            self.rows.as_mut_slice().as_mut_ptr(),
+        );
+        // SAFETY: as in `steps`
+        let memory = unsafe { Memory::new(pointers, &self.places, &self.tables, program, false) };
+        let at = input_order(value, input);
+        // SAFETY: the only slice of the arena in use
+        match unsafe { memory.write(input.value) } {
+            NumbersMut::F32(out) => out
+                .par_iter_mut()
+                .enumerate()
+                .with_min_len(CHUNK)
+                .for_each(|(i, out)| *out = values[at(i)]),
+            NumbersMut::Bf16(out) => out
+                .par_iter_mut()
+                .enumerate()
+                .with_min_len(CHUNK)
+                .for_each(|(i, out)| *out = Stored::of(values[at(i)])),
+        }
+        Ok(())
+    }
 }
 
 /// Elements a task of import and export.

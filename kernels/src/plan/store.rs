@@ -245,8 +245,19 @@ impl Store {
         Ok(values)
     }
 
-    /// The sum of a product's biases; none when it has none.
+    /// The sum of a product's biases in the order of its packed columns; none when it has none.
     pub(super) fn bias(&self, product: &Product) -> Result<Option<Arc<Vec<f32>>>> {
+        let mut sum = self.sum_of_biases(product)?;
+        if let (Some(bias), Form::Gated) = (&mut sum, product.form) {
+            *bias = (0..bias.len())
+                .map(|j| bias[geglu_column(j, bias.len() / 2)])
+                .collect();
+        }
+        Ok(sum.map(Arc::new))
+    }
+
+    /// The same in the order of the file's columns.
+    pub(super) fn sum_of_biases(&self, product: &Product) -> Result<Option<Vec<f32>>> {
         let mut sum: Option<Vec<f32>> = None;
         for bias in &product.biases {
             let bias = self.vector(bias)?;
@@ -258,12 +269,7 @@ impl Store {
                     .for_each(|(sum, b)| *sum += b),
             }
         }
-        if let (Some(bias), Form::Gated) = (&mut sum, product.form) {
-            *bias = (0..bias.len())
-                .map(|j| bias[geglu_column(j, bias.len() / 2)])
-                .collect();
-        }
-        Ok(sum.map(Arc::new))
+        Ok(sum)
     }
 
     /// A product's weights for sources of these channels.

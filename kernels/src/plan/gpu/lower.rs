@@ -6,7 +6,7 @@ use super::super::ir::{Product, Program, Step, Type, ValueId, Work};
 use super::super::run::biases;
 use super::super::store::Store;
 use super::args::{Args, View};
-use super::weights::{self, Depth};
+use super::weights::{self, Depth, file_column};
 use super::{Held, Places, Pool, pointwise, product};
 use crate::gpu::{Buffer, Gpu, Launch};
 use crate::{Error, Param, Result, Window};
@@ -75,25 +75,13 @@ pub(super) fn hold(
 
 /// The sum of a product's biases, in the order of its columns on the card.
 fn bias(product: &Product, store: &Store) -> Result<Option<Vec<f32>>> {
-    let mut sum: Option<Vec<f32>> = None;
-    for bias in &product.biases {
-        let bias = store.vector(bias)?;
-        match &mut sum {
-            None => sum = Some(bias.to_vec()),
-            Some(sum) => sum
-                .iter_mut()
-                .zip(bias.iter())
-                .for_each(|(sum, b)| *sum += b),
-        }
-    }
-    if product.form == super::super::ir::Form::Gated {
-        sum = sum.map(|bias| {
-            let half = bias.len() / 2;
-            let columns = 0..bias.len();
-            columns.map(|j| bias[j % 2 * half + j / 2]).collect()
-        });
-    }
-    Ok(sum)
+    let sum = store.sum_of_biases(product)?;
+    Ok(sum.map(|bias| {
+        let columns = 0..bias.len();
+        columns
+            .map(|column| bias[file_column(product, column)])
+            .collect()
+    }))
 }
 
 /// Numbers as bytes.
@@ -103,20 +91,14 @@ pub(super) fn floats(numbers: &[f32]) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Bytes that a step needs beside its values: a group norm's sums of parts, then factors.
-pub(super) fn workspace(program: &Program, step: &Step) -> usize {
-    let (pictures, channels) = match &step.work {
-        Work::GroupNorm { .. } => (
-            program.values[step.out].batch,
-            program.values[step.out].channels,
-        ),
-        Work::Statistics { source, .. } => {
-            let of = &program.values[source.value];
-            (of.batch, of.channels)
-        }
+/// Bytes that a step needs beside its values, for so many entries along the batch: a group norm's sums of parts, then factors.
+pub(super) fn workspace(program: &Program, step: &Step, batch: usize) -> usize {
+    let channels = match &step.work {
+        Work::GroupNorm { .. } => program.values[step.out].channels,
+        Work::Statistics { source, .. } => program.values[source.value].channels,
         _ => return 0,
     };
-    [pictures, PARTS + 1, channels, 8]
+    [batch, PARTS + 1, channels, 8]
         .into_iter()
         .fold(1, usize::saturating_mul)
 }

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use half::bf16;
 use rayon::prelude::*;
 
+use super::feed::{Fed, feed, input_order, one_timestep, output_order};
 use super::ir::{Input, Output, Program, Rate, Type, ValueId, Work};
 use super::place::{check_places, place};
 use super::store::Store;
@@ -141,8 +142,19 @@ struct Places<'a> {
     base: u64,
     offsets: &'a [usize],
     workspace: u64,
-    /// While steps of the timestep's rate are made: their tables for so many timesteps.
-    whole: Option<(u64, usize, &'a [usize])>,
+    /// While steps of the timestep's rate are made.
+    whole: Option<Whole<'a>>,
+}
+
+/// Tables of the timestep's values, while they are made.
+#[derive(Clone, Copy)]
+struct Whole<'a> {
+    base: u64,
+    /// Where the table of each value begins.
+    offsets: &'a [usize],
+    timesteps: usize,
+    /// What these steps need beside values: more than a call does, as there may be many timesteps.
+    workspace: u64,
 }
 
 impl Places<'_> {
@@ -150,7 +162,7 @@ impl Places<'_> {
     fn batch(&self, value: ValueId) -> usize {
         let of = &self.program.values[value];
         match self.whole {
-            Some((_, count, _)) if of.rate == Rate::Timestep => count,
+            Some(whole) if of.rate == Rate::Timestep => whole.timesteps,
             _ => of.batch,
         }
     }
@@ -158,7 +170,7 @@ impl Places<'_> {
     fn view(&self, value: ValueId) -> View {
         let of = &self.program.values[value];
         let address = match self.whole {
-            Some((base, _, offsets)) if of.rate == Rate::Timestep => base + offsets[value] as u64,
+            Some(whole) if of.rate == Rate::Timestep => whole.base + whole.offsets[value] as u64,
             _ => self.base + self.offsets[value] as u64,
         };
         View {
@@ -185,11 +197,18 @@ fn offsets(program: &Program) -> Result<(Vec<usize>, usize, usize)> {
     Ok((offsets, first, end))
 }
 
-/// The most that any step needs beside its values.
-fn most_workspace(program: &Program, gpu: &Gpu) -> usize {
-    let of = program.steps.iter().map(|step| match &step.work {
-        Work::Product(product) => product::workspace(program, step, product, gpu),
-        _ => lower::workspace(program, step),
+/// The most that any step of a call or a run needs beside its values, or of those of the timestep for so many timesteps.
+fn most_workspace(program: &Program, timesteps: Option<usize>, gpu: &Gpu) -> usize {
+    let of = program.steps.iter().map(|step| {
+        let out = &program.values[step.out];
+        if (out.rate == Rate::Timestep) != timesteps.is_some() {
+            return 0;
+        }
+        let batch = timesteps.unwrap_or(out.batch);
+        match &step.work {
+            Work::Product(product) => product::workspace(program, product, batch, gpu),
+            _ => lower::workspace(program, step, batch),
+        }
     });
     of.max().unwrap_or(0)
 }
@@ -222,7 +241,7 @@ fn visiting(program: &Program, options: &Options) -> Result<Vec<Option<usize>>> 
 pub(super) fn sizes(program: &Program, options: &Options, gpu: &Gpu) -> Result<Sizes> {
     let (_, _, end) = offsets(program)?;
     let mut sizes = Sizes {
-        buffers: end + most_workspace(program, gpu),
+        buffers: end + most_workspace(program, None, gpu),
         weights: 0,
         transient: 0,
     };
@@ -250,7 +269,7 @@ impl Machine {
         let visits = visiting(program, options)?;
         let most = visits.iter().flatten().max();
         let visiting = most.map(|&bytes| gpu.buffer(bytes)).transpose()?;
-        let arena = gpu.buffer(end + most_workspace(program, gpu))?;
+        let arena = gpu.buffer(end + most_workspace(program, None, gpu))?;
         let mut held = Vec::with_capacity(program.steps.len());
         for (step, visits) in program.steps.iter().zip(&visits) {
             held.push(lower::hold(program, step, (store, gpu), visits.is_some())?);
@@ -284,13 +303,16 @@ impl Machine {
         &mut self,
         program: &Program,
         step: usize,
-        whole: Option<(u64, usize, &[usize])>,
+        whole: Option<Whole<'_>>,
     ) -> Result<Vec<Launch>> {
         let places = Places {
             program,
             base: self.arena.address(),
             offsets: &self.offsets,
-            workspace: self.arena.address() + self.workspace as u64,
+            workspace: match whole {
+                Some(whole) => whole.workspace,
+                None => self.arena.address() + self.workspace as u64,
+            },
             whole,
         };
         let held = &self.held[step];
@@ -343,9 +365,17 @@ impl Machine {
                 self.gpu.driver().upload(at, &numbers)?;
             }
         }
+        let room = most_workspace(program, Some(count), &self.gpu);
+        let room = self.gpu.buffer(room)?;
         // what launches of these steps read is not needed any longer afterwards
         let pool = std::mem::replace(&mut self.pool, Pool::new(&self.gpu));
-        let done = self.timestep_steps(program, (made.address(), count, &tables));
+        let whole = Whole {
+            base: made.address(),
+            offsets: &tables,
+            timesteps: count,
+            workspace: room.address(),
+        };
+        let done = self.timestep_steps(program, whole);
         self.pool = pool;
         done?;
         // then by rows, so that one copy makes one the current
@@ -369,7 +399,7 @@ impl Machine {
         Ok(())
     }
 
-    fn timestep_steps(&mut self, program: &Program, whole: (u64, usize, &[usize])) -> Result<()> {
+    fn timestep_steps(&mut self, program: &Program, whole: Whole<'_>) -> Result<()> {
         for (i, step) in program.steps.iter().enumerate() {
             if program.values[step.out].rate == Rate::Timestep {
                 let launches = self.lower(program, i, Some(whole))?;
@@ -391,48 +421,13 @@ impl Machine {
             .unwrap_or(self.workspace)
     }
 
-    /// Makes the given timestep the current row, computing its row if it was not prepared.
-    fn seek(&mut self, program: &Program, timestep: &[f32]) -> Result<()> {
-        let first = super::run::one_timestep(timestep)?;
-        let row = match self.timesteps.values.iter().position(|&t| t == first) {
-            Some(row) => row,
-            None => {
-                self.prepare_timesteps(program, &[first])?;
-                0
-            }
-        };
-        let Some(rows) = &self.timesteps.rows else {
-            return Ok(());
-        };
-        if self.timesteps.current != Some(row) {
-            let first = self.first_row(program);
-            let bytes = self.workspace - first;
-            let from = rows.address() + (row * bytes) as u64;
-            let to = self.arena.address() + first as u64;
-            self.gpu.driver().copy(from, to, bytes)?;
-            self.timesteps.current = Some(row);
-        }
-        Ok(())
-    }
-
     pub(super) fn run(
         &mut self,
         program: &Program,
         feeds: &[Feed<'_>],
         out: &mut Vec<f32>,
     ) -> Result<()> {
-        for input in &program.inputs {
-            let rate = program.values[input.value].rate;
-            match feeds.iter().find(|feed| feed.name == input.name) {
-                Some(feed) if rate == Rate::Timestep => self.seek(program, feed.values)?,
-                Some(feed) => {
-                    self.import(program, input, feed.values)?;
-                    self.constants &= rate != Rate::Run;
-                }
-                None if rate == Rate::Run && self.constants => {}
-                None => return Err(super::run::missing(input)),
-            }
-        }
+        feed(self, program, feeds)?;
         if !self.constants {
             self.steps(program, Rate::Run)?;
             self.constants = true;
@@ -485,21 +480,64 @@ impl Machine {
         Ok(())
     }
 
-    /// Puts an input into its place, channels last.
-    fn import(&mut self, program: &Program, input: &Input, values: &[f32]) -> Result<()> {
-        let value = &program.values[input.value];
-        super::run::check_input(value, input, values)?;
-        // pictures come planar
-        let planar = input.shape.len() == 4;
-        let (pixels, channels) = (value.pixels, value.channels);
-        let at = |i: usize| {
-            let (row, channel) = (i / channels, i % channels);
-            if planar {
-                (row / pixels * channels + channel) * pixels + row % pixels
-            } else {
-                i
+    /// A result of the last call in the recorded order of axes.
+    pub(super) fn export(
+        &mut self,
+        program: &Program,
+        output: &Output,
+        out: &mut Vec<f32>,
+    ) -> Result<()> {
+        let value = &program.values[output.value];
+        let size = value.kind.bytes();
+        let mut bytes = vec![0; value.len() * size];
+        let from = self.arena.address() + self.offsets[output.value] as u64;
+        self.gpu.driver().download(from, &mut bytes)?;
+        out.clear();
+        out.resize(output.shape.iter().product(), 0.0);
+        let at = output_order(value, output);
+        out.par_iter_mut().enumerate().for_each(|(i, out)| {
+            let from = &bytes[at(i) * size..][..size];
+            *out = match *from {
+                [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
+                [a, b] => bf16::from_le_bytes([a, b]).to_f32(),
+                _ => f32::NAN,
+            };
+        });
+        Ok(())
+    }
+}
+
+impl Fed for Machine {
+    fn constants(&mut self) -> &mut bool {
+        &mut self.constants
+    }
+
+    fn seek(&mut self, program: &Program, timestep: &[f32]) -> Result<()> {
+        let first = one_timestep(timestep)?;
+        let row = match self.timesteps.values.iter().position(|&t| t == first) {
+            Some(row) => row,
+            None => {
+                self.prepare_timesteps(program, &[first])?;
+                0
             }
         };
+        let Some(rows) = &self.timesteps.rows else {
+            return Ok(());
+        };
+        if self.timesteps.current != Some(row) {
+            let first = self.first_row(program);
+            let bytes = self.workspace - first;
+            let from = rows.address() + (row * bytes) as u64;
+            let to = self.arena.address() + first as u64;
+            self.gpu.driver().copy(from, to, bytes)?;
+            self.timesteps.current = Some(row);
+        }
+        Ok(())
+    }
+
+    fn import(&mut self, program: &Program, input: &Input, values: &[f32]) -> Result<()> {
+        let value = &program.values[input.value];
+        let at = input_order(value, input);
         let len = value.kind.bytes();
         let mut bytes = vec![0; values.len() * len];
         let places = bytes.par_chunks_exact_mut(len).enumerate();
@@ -513,41 +551,6 @@ impl Machine {
         }
         let to = self.arena.address() + self.offsets[input.value] as u64;
         self.gpu.driver().upload(to, &bytes)
-    }
-
-    /// A result of the last call in the recorded order of axes.
-    pub(super) fn export(
-        &mut self,
-        program: &Program,
-        output: &Output,
-        out: &mut Vec<f32>,
-    ) -> Result<()> {
-        let value = &program.values[output.value];
-        let (pixels, channels, len) = (value.pixels, value.channels, value.len());
-        let size = value.kind.bytes();
-        let mut bytes = vec![0; len * size];
-        let from = self.arena.address() + self.offsets[output.value] as u64;
-        self.gpu.driver().download(from, &mut bytes)?;
-        let total: usize = output.shape.iter().product();
-        let planar = output.shape.len() == 4;
-        out.clear();
-        out.resize(total, 0.0);
-        let at = |i: usize| {
-            if !planar {
-                return i % len;
-            }
-            let (plane, pixel) = (i / pixels, i % pixels);
-            ((plane / channels * pixels + pixel) * channels + plane % channels) % len
-        };
-        out.par_iter_mut().enumerate().for_each(|(i, out)| {
-            let from = &bytes[at(i) * size..][..size];
-            *out = match *from {
-                [a, b, c, d] => f32::from_le_bytes([a, b, c, d]),
-                [a, b] => bf16::from_le_bytes([a, b]).to_f32(),
-                _ => f32::NAN,
-            };
-        });
-        Ok(())
     }
 }
 

@@ -62,16 +62,15 @@ impl Spread {
 }
 
 /// Numbers of a product's result before they are finished, and how it is spread.
-fn shape(program: &Program, step: &Step, product: &Product, batch: usize) -> (usize, Depth) {
+fn shape(program: &Program, product: &Product, batch: usize) -> (usize, Depth) {
     let (h, w) = product.size;
     let depth = Depth::of(program, product);
-    let _ = step;
     (batch * h * w / depth.phases().max(1), depth)
 }
 
-/// Bytes of sums between splits.
-pub(super) fn workspace(program: &Program, step: &Step, product: &Product, gpu: &Gpu) -> usize {
-    let (rows, depth) = shape(program, step, product, program.values[step.out].batch);
+/// Bytes of sums between splits, for so many entries along the batch.
+pub(super) fn workspace(program: &Program, product: &Product, batch: usize, gpu: &Gpu) -> usize {
+    let (rows, depth) = shape(program, product, batch);
     let (_, kind) = program.sources(product);
     let size = (rows, product.columns, depth.phases());
     let processors = gpu.driver().info().processors;
@@ -92,13 +91,13 @@ pub(super) fn lower(
 ) -> Result<Vec<Launch>> {
     let program = places.program;
     let batch = places.batch(step.out);
-    let (rows, depth) = shape(program, step, product, batch);
+    let (rows, depth) = shape(program, product, batch);
     let (_, operand) = program.sources(product);
     let phases = depth.phases();
     if product.form == Form::Gated && (product.image.is_some() || product.slopes.is_some()) {
-        return Err(Error::Mixed {
-            op: "gated product",
-        });
+        return Err(Error::Gpu(
+            "a gated layer with slopes, or values of the picture, is not built for the gpu: use --device cpu".to_owned(),
+        ));
     }
     let parts = product.parts.iter();
     let views = parts.flat_map(|part| part.sources.iter().map(move |view| (*view, part)));

@@ -86,12 +86,7 @@ impl Depth {
         let rows = bytes.par_chunks_mut(row.max(1)).enumerate();
         rows.for_each(|(i, out)| {
             let (phase, column) = (i / product.columns, i % product.columns);
-            let column = match product.form {
-                // a value, then its gate
-                Form::Gated => column % 2 * (product.columns / 2) + column / 2,
-                _ => column,
-            };
-            self.row(&stored, (phase, column), kind, out);
+            self.row(&stored, (phase, file_column(product, column)), kind, out);
         });
         Ok(bytes)
     }
@@ -133,6 +128,14 @@ impl Depth {
                 }
             }
         }
+    }
+}
+
+/// The column of the file that a column on the card is: where a layer is gated, a value is followed by its gate.
+pub(super) fn file_column(product: &Product, column: usize) -> usize {
+    match product.form {
+        Form::Gated => column % 2 * (product.columns / 2) + column / 2,
+        _ => column,
     }
 }
 

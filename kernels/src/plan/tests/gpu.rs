@@ -193,6 +193,59 @@ fn tokens_become_rows_of_a_table() {
     assert!(got[4 * 24..].iter().all(|x| x.is_nan()));
 }
 
+/// More timesteps than a batch has rows: their products need more room for split sums than any step of a call.
+#[test]
+fn many_timesteps() {
+    fn run(w: &Weights, inputs: &[Tensor]) -> Result<Tensor> {
+        let (flip_sin_to_cos, freq_shift) = (false, 1.0);
+        let time = Op::Sinusoid {
+            width: 520,
+            flip_sin_to_cos,
+            freq_shift,
+        };
+        let time = ops::apply(time, &[&inputs[1]])?;
+        ops::add_channels(
+            &conv(w, "in", &inputs[0], (70, 1, 1))?,
+            &linear(w, "t", &time, 70)?,
+        )
+    }
+    let (gpu, _) = card(48);
+    let graph = Graph::new();
+    let (x, t) = (
+        graph.input("x", &[1, 3, 2, 2]),
+        graph.input("timestep", &[1]),
+    );
+    let output = run(&weights(DType::F32), &[x, t]).unwrap();
+    let options = Options {
+        timestep: Some("timestep"),
+        ..on(&gpu, Precision::F32)
+    };
+    let mut plan = Plan::compile(&graph, &output, &options, &Store::default()).unwrap();
+    let timesteps: Vec<f32> = (0..300u16).map(|t| 3.0 * f32::from(t)).collect();
+    plan.prepare_timesteps(&timesteps).unwrap();
+    let values = numbers(12, "x");
+    for t in [0.0, 447.0, 897.0] {
+        let feed = |name, values| Feed { name, values };
+        let mut got = Vec::new();
+        plan.run(&[feed("x", &values), feed("timestep", &[t])], &mut got)
+            .unwrap();
+        let data = |values: &[f32], shape: &[usize]| -> Tensor {
+            candle_core::Tensor::from_slice(values, shape, &Device::Cpu)
+                .unwrap()
+                .into()
+        };
+        let inputs = [data(&values, &[1, 3, 2, 2]), data(&[t], &[1])];
+        let want = run(&weights(DType::F32), &inputs)
+            .unwrap()
+            .into_data()
+            .unwrap();
+        let want: Vec<f32> = want.flatten_all().unwrap().to_vec1().unwrap();
+        for (got, want) in got.iter().zip(&want) {
+            assert!((got - want).abs() < 1e-5, "{t}: {got} {want}");
+        }
+    }
+}
+
 /// A little UNet: what depends on the timestep, on the text, on the latents.
 fn network(w: &Weights, inputs: &[Tensor]) -> Result<Tensor> {
     let (x, timestep, context) = (&inputs[0], &inputs[1], &inputs[2]);
