@@ -124,11 +124,13 @@ pub fn warn_untried() {
     }
 }
 
-/// Where networks are computed, as reports name it.
-pub fn name() -> &'static str {
-    match gpu::chosen() {
-        Some(_) => "cuda",
-        None => "cpu",
+/// Where networks are computed whose tensors are on `device`, as reports name it.
+pub fn name(device: &Device) -> &'static str {
+    match device {
+        Device::Cpu if gpu::chosen().is_some() => "cuda",
+        Device::Cpu => "cpu",
+        Device::Cuda(_) => "cuda",
+        Device::Metal(_) => "metal",
     }
 }
 

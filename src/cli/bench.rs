@@ -32,6 +32,7 @@ struct Report {
     family: String,
     size: usize,
     dtype: DType,
+    device: &'static str,
     threads: usize,
     load: Duration,
     text: Duration,
@@ -61,6 +62,12 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
     let dtype = device::dtype(args.dtype, &device)?;
     device::warn_untried();
     if args.kernels {
+        if gpu::chosen().is_some() {
+            return Err(Error::Usage(
+                "--kernels measures the processor's kernels, expected --device cpu beside it"
+                    .to_owned(),
+            ));
+        }
         return kernels::run(dtype, args.json);
     }
     let say = |text: &str| {
@@ -200,6 +207,7 @@ pub(super) fn run(args: &BenchArgs, quiet: bool) -> Result<()> {
         family: model.name,
         size,
         dtype,
+        device: device::name(&device),
         threads,
         load,
         text,
@@ -305,7 +313,7 @@ impl Report {
             "size": self.size,
             "batch": 1,
             "dtype": device::dtype_name(self.dtype),
-            "device": device::name(),
+            "device": self.device,
             "threads": self.threads,
             "cpu_level": Level::current().name(),
             "timings": {

@@ -34,6 +34,7 @@ struct Job<'a> {
     network: Option<Network>,
     painter: Option<Painter>,
     threads: usize,
+    device: &'static str,
     bar: ProgressBar,
     load: Duration,
 }
@@ -96,6 +97,7 @@ pub(super) fn run(args: &UpscaleArgs, quiet: bool) -> Result<()> {
         network,
         painter,
         threads,
+        device: device::name(&device),
         bar: progress_bar(quiet),
         load: start.elapsed(),
     };
@@ -233,7 +235,7 @@ impl Job<'_> {
             "network_reach": upscaler.and_then(|upscaler| upscaler.config().reach()),
             "tiles": self.tiles((from.width(), from.height())),
             "dtype": self.network.as_ref().map(|network| network.dtype),
-            "device": device::name(),
+            "device": self.device,
             "threads": self.threads,
             "timings": {
                 "load_s": self.load.as_secs_f64(),

@@ -125,7 +125,15 @@ impl Driver for Interpreted {
             dynamic_shared: launch.shared,
             params: &launch.arguments,
         };
-        module.launch(&self.memory, &launch).map_err(failed)
+        // a card promises no order of blocks, nor that lanes of a warp keep step
+        let options = sd_ptx::Options {
+            order: sd_ptx::Order::Shuffled(u64::from(launch.grid[0])),
+            lanes: true,
+            blocks: true,
+            ..sd_ptx::Options::default()
+        };
+        let done = module.launch_with(&self.memory, &launch, &options);
+        done.map(|_| ()).map_err(failed)
     }
 
     fn time(&self, launches: &[Launch]) -> Result<Vec<Duration>> {

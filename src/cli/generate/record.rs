@@ -60,7 +60,7 @@ impl Job<'_> {
             "model": self.session.model,
             "family": self.session.engine.spec().family.id(),
             "dtype": device::dtype_name(self.session.engine.networks().dtype()),
-            "device": device::name(),
+            "device": device::name(self.session.engine.networks().device()),
             "threads": self.session.threads,
         })
     }
